@@ -1,0 +1,212 @@
+"""The schema of config.yaml: strict, typed, frozen.
+
+`load_config` reads config.yaml (every default lives there), lays a recipe and `key.sub=value` overrides over it, and
+explains mistakes with the dotted path of the setting and the nearest valid name.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+CONFIG_YAML = Path(__file__).parent / "config.yaml"
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+# What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
+FREE_AFTER_TRAINING = {
+    *("data.root", "data.captions", "data.images", "data.cache", "encoder.weights"),
+    *("train.num_workers", "train.log_every", "train.checkpoint_every"),
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend, told in one sentence: what is wrong, where, and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    root: str
+    captions: str | None
+    images: str | None
+    format: Literal["auto", "csv", "sample"]
+    language: Literal["en"]
+    min_count: PositiveInt
+    cache: str
+
+
+class EncoderConfig(Section):
+    name: str
+    weights: str | None
+    frozen: bool
+    stride_in_1x1: bool
+    image_size: Annotated[int, Field(ge=32, le=1024)]
+
+
+class DecoderConfig(Section):
+    name: Literal["lstm"]
+    embed_size: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    dropout: Fraction
+
+
+class TrainConfig(Section):
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    clip_norm: PositiveFloat
+    label_smoothing: Fraction
+    patience: PositiveInt | None
+    seed: NonNegativeInt
+    precision: Literal["auto", "fp32", "bf16"]
+    num_workers: NonNegativeInt
+    log_every: PositiveInt
+    checkpoint_every: PositiveInt
+
+
+class SearchConfig(Section):
+    max_length: PositiveInt
+
+
+class Config(Section):
+    """Everything a run is made from; `model_dump()` gives the plain values kept in checkpoints."""
+
+    run: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")]
+    data: DataConfig
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    train: TrainConfig
+    search: SearchConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-3` as a number (YAML 1.2), where PyYAML reads a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(recipe: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Return config.yaml with the `recipe` file and then the `key.sub=value` overrides laid over it; later wins.
+
+    Raises UserError for an unreadable file, an unknown setting, or a value of the wrong kind.
+    """
+    values = flatten(read_yaml(CONFIG_YAML))
+    origin = dict.fromkeys(values, CONFIG_YAML.name)
+    layers = [(str(recipe), flatten(read_yaml(Path(recipe))))] if recipe else []
+    layers.append(("the command line", parse_overrides(overrides or [], values)))
+    for where, layer in layers:
+        for name, value in layer.items():
+            if name not in values:
+                raise UserError(unknown_setting(name, where, values))
+            values[name], origin[name] = value, where
+    return validate(values, origin)
+
+
+def restore_config(saved: dict[str, Any], overrides: list[str] | None = None) -> Config:
+    """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
+
+    Raises UserError for overrides of what the checkpoint fixes: only where things lie and how captions are searched
+    can be said anew.
+    """
+    values = flatten(read_yaml(CONFIG_YAML)) | flatten(saved)
+    layer = parse_overrides(overrides or [], values)
+    for name in layer:
+        if name not in values:
+            raise UserError(unknown_setting(name, "the command line", values))
+        if name not in FREE_AFTER_TRAINING and not name.startswith("search."):
+            raise UserError(f"{name} is fixed in the checkpoint; train a new run to change it")
+    return validate(values | layer, dict.fromkeys(layer, "the command line"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}; check the path after --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{path}{line} is not valid YAML; compare it with config.yaml") from None
+    if not isinstance(loaded or {}, dict):
+        raise UserError(f"{path} does not hold settings such as 'train:'; compare it with config.yaml")
+    return loaded or {}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn `{"train": {"lr": 1}}` into `{"train.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def parse_overrides(overrides: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Read `key.sub=value` words; a value is YAML, but where the default is text it is taken as written."""
+    parsed: dict[str, Any] = {}
+    for word in overrides:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"'{word}' is neither an option nor a setting; write settings as key.sub=value")
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = text
+        takes_text = isinstance(defaults.get(name), str) or name in ("data.captions", "data.images")
+        parsed[name] = text if takes_text and value is not None else value
+    return parsed
+
+
+def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
+    sections = sorted({k.split(".")[0] for k in known if "." in k})
+    if name in sections:
+        return f"{where} sets '{name}' to a plain value, but it is a section; set '{name}.…' as in config.yaml"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else "config.yaml lists every setting"
+    return f"unknown setting '{name}' in {where}; {hint}"
+
+
+def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[key] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        expected = re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
+        raise UserError(
+            f"{name} = {first['input']!r} (from {origin.get(name, 'checkpoint')}) cannot be used: {expected}; "
+            "config.yaml says what it means"
+        ) from None

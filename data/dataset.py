@@ -1,0 +1,125 @@
+"""Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+
+from data.transforms import Transform, open_picture
+from data.vocab import PAD, Vocabulary
+
+
+@dataclass
+class Batch:
+    """N captions of B pictures.
+
+    Attributes:
+        pictures: features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
+        tokens: `<sos> w1 … wn <eos>`, padded (N, 1 + T).
+        owner: each caption's row in `pictures` (N,).
+    """
+
+    pictures: torch.Tensor
+    tokens: torch.Tensor
+    owner: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(part.to(device, non_blocking=True) for part in (self.pictures, self.tokens, self.owner)))
+
+    @property
+    def words(self) -> int:
+        """Number of targets that are not padding."""
+        return int((self.targets != PAD).sum())
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        return self.tokens[:, :-1]  # (N, T): <sos> w1 … wn
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return self.tokens[:, 1:]  # (N, T): w1 … wn <eos>
+
+
+class Flickr8kDataset(Dataset):
+    """One item per caption, whatever format the captions came from.
+
+    Args:
+        table: rows of one split, as `annotations.load` gives them.
+        vocab: turns captions into ids.
+        folder, transform: where pictures are read from when there are no features.
+        features: rows (P, …) of encoded pictures and
+        row_of: the row of each picture name.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        vocab: Vocabulary,
+        folder: Path,
+        transform: Transform,
+        features: np.ndarray | None = None,
+        row_of: dict[str, int] | None = None,
+    ) -> None:
+        self.images = table["image"].drop_duplicates().tolist()
+        place = {image: i for i, image in enumerate(self.images)}
+        self.image_of = table["image"].map(place).to_numpy()  # (captions,)
+        self.tokens = [np.array(vocab.encode(caption), dtype=np.int64) for caption in table["caption"]]
+        self.lengths = np.array([len(ids) for ids in self.tokens])
+        self.folder, self.transform = folder, transform
+        self.features = features
+        self.rows = np.array([row_of[image] for image in self.images]) if row_of else np.arange(len(self.images))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return the captions `indices` as one Batch; each picture in it is read once."""
+        images, owner = np.unique(self.image_of[indices], return_inverse=True)
+        tokens = np.full((len(indices), self.lengths[indices].max()), PAD)
+        for place, index in enumerate(indices):
+            tokens[place, : self.lengths[index]] = self.tokens[index]
+        return Batch(self.read(images), torch.from_numpy(tokens), torch.from_numpy(owner))
+
+    def with_features(self, features: np.ndarray) -> "Flickr8kDataset":
+        """Return this dataset reading `features`, one row per picture in the order of `images`."""
+        encoded = copy.copy(self)
+        encoded.features, encoded.rows = features, np.arange(len(self.images))
+        return encoded
+
+    def read(self, images: np.ndarray) -> torch.Tensor:
+        """Return the pictures with these places in `self.images`: features if there are any, else pixels."""
+        if self.features is not None:
+            return torch.from_numpy(self.features[self.rows[images]])
+        paths = [self.folder / self.images[image] for image in images]
+        return torch.stack([self.transform.resize(open_picture(path)) for path in paths])
+
+
+def batch_indices(
+    dataset: Flickr8kDataset, batch_size: int, by_image: bool, rng: np.random.Generator | None
+) -> list[list[int]]:
+    """Return caption indices of each batch, about `batch_size` captions each.
+
+    Captions of similar length stand together, or, `by_image`, whole pictures with all their captions, sorted by the
+    longest. The order is drawn from `rng`, or, without one, is the same each time.
+    """
+    if not by_image:
+        groups = [[i] for i in range(len(dataset))]
+    else:
+        order = np.argsort(dataset.image_of, kind="stable")
+        ends = np.cumsum(np.bincount(dataset.image_of))
+        groups = [order[start:end].tolist() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    per_batch = max(1, round(batch_size * len(groups) / len(dataset)))
+    longest = np.array([dataset.lengths[group].max() for group in groups])
+    shuffle = rng.permutation(len(groups)) if rng else np.arange(len(groups))
+    order = shuffle[np.argsort(longest[shuffle], kind="stable")]
+    batches = [order[start : start + per_batch] for start in range(0, len(order), per_batch)]
+    if rng:
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return [[caption for group in batch for caption in groups[group]] for batch in batches]

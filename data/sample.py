@@ -1,0 +1,141 @@
+"""The built-in sample: captioned scenes drawn on the spot, in Flickr8k's own form, so that nothing is downloaded.
+
+A scene is one coloured shape somewhere on a background. The scenes of dev and test are combinations of shape, colour,
+size, place and background that never occur in train. Every pixel and word is drawn from (SEED, scene number).
+"""
+
+import csv
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+SEED = 0
+SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
+COUNTS = {"train": 2000, "dev": 200, "test": 200}
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (244, 132, 20),
+    "yellow": (250, 212, 40),
+    "green": (44, 150, 70),
+    "blue": (35, 90, 200),
+    "purple": (125, 50, 160),
+    "pink": (250, 130, 180),
+}
+SCALES = {"small": 0.13, "large": 0.24}  # radius, as a share of the picture
+PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "middle": (0.5, 0.5)}
+BACKGROUNDS = ("white", "grey", "black", "striped", "dotted", "checkered")
+
+CAPTIONS = (
+    "A {size} {colour} {shape} {place} of a {background} background .",
+    "There is a {size} {colour} {shape} {place} , on a {background} background .",
+    "A {background} background with a {size} {colour} {shape} {place} .",
+    "The {shape} {place} is {size} and {colour} , the background is {background} .",
+    "{place} of the {background} picture is a {size} {colour} {shape} .",
+)
+
+Scene = tuple[str, str, str, str, str]  # shape, colour, size, place, background
+
+
+def draw(root: Path) -> None:
+    """Write captions.csv, images/ and the split lists into `root`, unless they are there already."""
+    if (root / "captions.csv").is_file():
+        return
+    unfinished = root.with_name(f".{root.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "images").mkdir(parents=True)
+    rows = []
+    lists: dict[str, list[str]] = {split: [] for split in COUNTS}
+    for number, (split, scene) in enumerate(tqdm(choose_scenes(), desc="drawing", unit="img")):
+        rng = np.random.default_rng([SEED, number])
+        name = f"scene{number:05d}.jpg"
+        draw_scene(scene, rng).save(unfinished / "images" / name, quality=92)
+        lists[split].append(name)
+        rows += [(name, caption) for caption in describe(scene)]
+    for split, names in lists.items():
+        (unfinished / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names) + "\n")
+    with open(unfinished / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    shutil.rmtree(root, ignore_errors=True)
+    unfinished.rename(root)
+
+
+def choose_scenes() -> list[tuple[str, Scene]]:
+    """Return (split, scene) pairs; train scenes may repeat, with another jitter, and never occur in dev or test."""
+    scenes = list(itertools.product(SHAPES, COLOURS, SCALES, PLACES, BACKGROUNDS))
+    order = np.random.default_rng(SEED).permutation(len(scenes))
+    held_out = COUNTS["dev"] + COUNTS["test"]
+    chosen = [("dev", scenes[i]) for i in order[: COUNTS["dev"]]]
+    chosen += [("test", scenes[i]) for i in order[COUNTS["dev"] : held_out]]
+    return chosen + [("train", scenes[i]) for i in itertools.islice(itertools.cycle(order[held_out:]), COUNTS["train"])]
+
+
+def describe(scene: Scene) -> list[str]:
+    shape, colour, size, place, background = scene
+    where = {"top": "at the top", "bottom": "at the bottom", "middle": "in the middle"}.get(place, f"on the {place}")
+    words = {"shape": shape, "colour": colour, "size": size, "place": where, "background": background}
+    captions = [form.format(**words) for form in CAPTIONS]
+    return [caption[0].upper() + caption[1:] for caption in captions]
+
+
+def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """Draw the scene, its place, size and colour varied a little."""
+    shape, colour, size, place, background = scene
+    side = 2 * SIZE
+    picture = draw_background(background, side, rng)
+    x, y = (side * (share + rng.uniform(-0.035, 0.035)) for share in PLACES[place])
+    radius = side * SCALES[size] * rng.uniform(0.88, 1.12)
+    fill = tuple(int(np.clip(value + rng.integers(-12, 13), 0, 255)) for value in COLOURS[colour])
+    pen = ImageDraw.Draw(picture)
+    if shape == "circle":
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill)
+    elif shape == "ring":
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], None, fill, int(radius * 0.42))
+    else:
+        pen.polygon([(x + radius * u, y + radius * v) for u, v in outline(shape)], fill)
+    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def outline(shape: str) -> list[tuple[float, float]]:
+    """Return the corners of a shape of radius 1 around the origin, y downwards."""
+    if shape == "square":
+        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+    if shape == "triangle":
+        return [(0, -1), (0.95, 0.75), (-0.95, 0.75)]
+    if shape == "star":
+        spokes = [(1.1 if k % 2 == 0 else 0.45, math.pi * (k / 5 - 0.5)) for k in range(10)]
+        return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in spokes]
+    if shape == "cross":
+        quarter = [(0.32, -1), (0.32, -0.32), (1, -0.32)]
+        turned = [quarter]
+        for _ in range(3):
+            turned.append([(-y, x) for x, y in turned[-1]])
+        return [corner for part in turned for corner in part]
+    angles = [2 * math.pi * k / 60 for k in range(60)]  # the heart curve
+    return [
+        (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
+        for a in angles
+    ]
+
+
+def draw_background(background: str, side: int, rng: np.random.Generator) -> Image.Image:
+    plain = {"white": 248, "grey": 150, "black": 25}
+    if background in plain:
+        level = plain[background] + int(rng.integers(-6, 7))
+        return Image.new("RGB", (side, side), (level,) * 3)
+    step = int(rng.integers(28, 37))
+    y, x = np.mgrid[:side, :side] + rng.integers(0, step, size=(2, 1, 1))
+    if background == "striped":
+        dark = x % step < step // 2
+    elif background == "checkered":
+        dark = (x // step + y // step) % 2 == 0
+    else:
+        dark = (x % step - step / 2) ** 2 + (y % step - step / 2) ** 2 < (step * 0.22) ** 2
+    levels = np.where(dark, 175, 235).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGB")

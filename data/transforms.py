@@ -1,0 +1,60 @@
+"""From a picture file to the tensor a backbone expects. One transform for training, validation and inference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from config import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resizes the whole picture to `image_size` squared (no crop) and normalises it; plain values, for checkpoints."""
+
+    image_size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, picture: Image.Image) -> torch.Tensor:
+        """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
+        return self.normalise(self.resize(picture))
+
+    def resize(self, picture: Image.Image) -> torch.Tensor:
+        """Return the picture as a uint8 tensor (3, image_size, image_size)."""
+        pixels = v2.functional.pil_to_tensor(picture)
+        return F.resize(pixels, [self.image_size, self.image_size], antialias=True)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 pixels (…, 3, H, W) into the floats the backbone was trained on."""
+        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open any picture file as it is meant to be seen: upright, 8-bit RGB, transparent parts white.
+
+    Greyscale, palette, CMYK, 16-bit, RGBA and EXIF-rotated files are all welcome; of an animation the first frame.
+    Raises UserError, naming the file, when it cannot be decoded in full.
+    """
+    try:
+        with Image.open(path) as file:
+            return to_rgb(ImageOps.exif_transpose(file))
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {path}; check the path") from None
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {path} ({error}); replace or remove it") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
+        low, high = 0, 65535 if picture.getextrema()[1] > 255 else 255
+        picture = picture.convert("F").point(lambda value: value * (255 / (high - low))).convert("L")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return picture.convert("RGB")

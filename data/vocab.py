@@ -1,0 +1,93 @@
+"""Words and their ids. One tokeniser object is used by the vocabulary, the dataset, the metrics and inference."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from nltk.tokenize import NLTKWordTokenizer
+
+from config import UserError
+
+SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
+PAD, SOS, EOS, UNK = range(4)
+
+# What pycocoevalcap's PTBTokenizer drops, and brackets.
+PUNCTUATION = frozenset(
+    ["''", "'", "``", "`", "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
+
+
+class EnglishTokeniser:
+    """Lower-case Penn Treebank words without punctuation; needs no NLTK data (no `nltk.download`)."""
+
+    name = "english"
+
+    def __init__(self) -> None:
+        self._words = NLTKWordTokenizer()
+
+    def __call__(self, text: str) -> list[str]:
+        return [word for word in self._words.tokenize(text.lower()) if word not in PUNCTUATION]
+
+    def join(self, words: Iterable[str]) -> str:
+        """Return words as a sentence: `["a", "dog", "'s", "toy"]` becomes `a dog's toy`."""
+        return re.sub(r" (n't|'\w+)\b", r"\1", " ".join(words))
+
+
+TOKENISERS = {"en": EnglishTokeniser}
+
+
+class Vocabulary:
+    """The words a model can read and write; ids 0 to 3 are `<pad> <sos> <eos> <unk>`.
+
+    Args:
+        words: all words by id, the four special ones first.
+        language: picks the tokeniser.
+
+    Raises UserError when the words cannot be a vocabulary.
+    """
+
+    def __init__(self, words: list[str], language: str = "en") -> None:
+        if tuple(words[:4]) != SPECIALS or len(set(words)) != len(words) or language not in TOKENISERS:
+            raise UserError("the vocabulary is damaged: special words missing or a word twice; build it again")
+        self.words = words
+        self.language = language
+        self.tokenise = TOKENISERS[language]()
+        self._id_of = {word: i for i, word in enumerate(words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def numericalize(self, text: str) -> list[int]:
+        """Return the ids of the words in `text`, each in `range(len(self))`; unknown ones become `<unk>`."""
+        return [self._id_of.get(word, UNK) for word in self.tokenise(text)]
+
+    def encode(self, caption: str) -> list[int]:
+        """Return `<sos> w1 … wn <eos>` as ids."""
+        return [SOS, *self.numericalize(caption), EOS]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the sentence up to `<eos>`, without special words."""
+        words = []
+        for i in ids:
+            if i == EOS:
+                break
+            if i >= len(SPECIALS):
+                words.append(self.words[i])
+        return self.tokenise.join(words)
+
+    def state(self) -> dict[str, Any]:
+        return {"words": self.words, "language": self.language}
+
+
+def build_vocab(captions: Iterable[str], min_count: int = 5, language: str = "en") -> Vocabulary:
+    """Return the vocabulary of the words seen at least `min_count` times in `captions`: give training captions only.
+
+    Raises UserError when no word is that frequent.
+    """
+    tokenise = TOKENISERS[language]()
+    counts = Counter(word for caption in captions for word in tokenise(caption))
+    words = sorted(word for word, count in counts.items() if count >= min_count and word not in SPECIALS)
+    if not words:
+        raise UserError(f"no word occurs {min_count} times in the training captions; lower data.min_count")
+    return Vocabulary([*SPECIALS, *words], language)

@@ -1,0 +1,95 @@
+"""The decoder interface, which search and training are written against, and the classic decoder behind it.
+
+A new decoder is one file with one class of this shape, and one line in DECODERS.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from config import DecoderConfig
+
+State = tuple[torch.Tensor, ...]
+Memory = tuple[torch.Tensor, ...]
+
+
+class Decoder(nn.Module):
+    """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
+
+    `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D).
+    """
+
+    grid: ClassVar[bool] = False
+
+    def forward(
+        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and predict each next word.
+
+        `owner` (N,) names each caption's row in `features`. Returns logits (N, T, V), whose place t scores the word
+        after tokens[:, t], and attention (N, T, L) or None.
+        """
+        raise NotImplementedError
+
+    def prepare(self, features: torch.Tensor) -> Memory:
+        """Compute what depends on the pictures alone, one row each: never copied per beam."""
+        raise NotImplementedError
+
+    def start(self, memory: Memory) -> State:
+        """Return the state before `<sos>`, one hypothesis per picture: tensors with the hypothesis first."""
+        raise NotImplementedError
+
+    def step(
+        self, token: torch.Tensor, state: State, memory: Memory
+    ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
+        """Read one word per hypothesis, `token` (N,); the N / B hypotheses of a picture stand together.
+
+        Returns logits (N, V) of the next word, the new state, and attention (N, L) or None.
+        """
+        raise NotImplementedError
+
+
+class DecoderRNN(Decoder):
+    """Show and Tell (Vinyals et al. 2015): an LSTM that reads the picture as its first word.
+
+    The LSTM's inputs are `[picture, <sos>, w1 … wn]`; its answer to the picture is not scored, so that no free
+    `<sos>` target flatters the loss.
+    """
+
+    def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(feature_size, config.embed_size)
+        self.embedding = nn.Embedding(vocab_size, config.embed_size)
+        inner_dropout = config.dropout if config.num_layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            config.embed_size, config.hidden_size, config.num_layers, batch_first=True, dropout=inner_dropout
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.output = nn.Linear(config.hidden_size, vocab_size)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+
+    def forward(
+        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
+        inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
+        hidden, _ = self.lstm(self.dropout(inputs))  # (N, 1 + T, H)
+        return self.output(self.dropout(hidden[:, 1:])), None  # (N, T, V)
+
+    def prepare(self, features: torch.Tensor) -> Memory:
+        return (self.project(features),)  # (B, E)
+
+    def start(self, memory: Memory) -> State:
+        _, (h, c) = self.lstm(memory[0].unsqueeze(1))  # (layers, B, H) each
+        return h.transpose(0, 1), c.transpose(0, 1)
+
+    def step(
+        self, token: torch.Tensor, state: State, memory: Memory
+    ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
+        h, c = (part.transpose(0, 1).contiguous() for part in state)  # (layers, N, H)
+        hidden, (h, c) = self.lstm(self.embedding(token).unsqueeze(1), (h, c))  # (N, 1, H)
+        return self.output(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1)), None
+
+
+DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN}

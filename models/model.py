@@ -1,0 +1,122 @@
+"""CaptionModel: encoder, decoder, vocabulary and transform as one thing, and the file it is kept in."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import Config, UserError, restore_config
+from data.dataset import Batch
+from data.transforms import Transform
+from data.vocab import Vocabulary
+from models import search
+from models.decoder import DECODERS, Decoder
+from models.encoder import EncoderCNN, transform_for
+from utils import load_checkpoint
+
+
+class CaptionModel(nn.Module):
+    """From pictures to captions.
+
+    `CaptionModel.build(config, vocab)` makes an untrained one, `CaptionModel.from_checkpoint(path)` a trained one;
+    the checkpoint is all it takes.
+    """
+
+    def __init__(
+        self, config: Config, vocab: Vocabulary, transform: Transform, encoder: EncoderCNN, decoder: Decoder
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab, self.transform = config, vocab, transform
+        self.encoder, self.decoder = encoder, decoder
+
+    @classmethod
+    def build(cls, config: Config, vocab: Vocabulary) -> "CaptionModel":
+        """Return a model with pretrained encoder and random decoder, drawn from `train.seed`."""
+        torch.manual_seed(config.train.seed)
+        kind = DECODERS[config.decoder.name]
+        encoder = EncoderCNN(config.encoder, grid=kind.grid)
+        decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
+        return cls(config, vocab, transform_for(config.encoder), encoder, decoder)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, overrides: list[str] | None = None) -> "CaptionModel":
+        """Return the trained model in the file `path`, in eval mode.
+
+        Raises UserError when the file is damaged, or when its frozen backbone cannot be found again unchanged.
+        """
+        return cls.from_state(load_checkpoint(path), str(path), overrides).eval()
+
+    @classmethod
+    def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
+        """Return the model whose `state()` was `saved`; `where` names its file in errors."""
+        config = restore_config(saved["config"], overrides)
+        vocab = Vocabulary(**saved["vocabulary"])
+        kind = DECODERS[config.decoder.name]
+        encoder = restore_encoder(config, saved, kind.grid, where)
+        with torch.device("meta"):
+            decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
+        fit(decoder, saved["decoder"], where)
+        decoder.load_state_dict(saved["decoder"], assign=True)
+        return cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
+
+    def state(self) -> dict[str, Any]:
+        """Return the model as plain values and tensors.
+
+        The backbone's tensors are among them only where they cannot be found again: fine-tuned or random ones.
+        """
+        inside = not self.config.encoder.frozen or self.encoder.identity["source"] is None
+        return {
+            "config": self.config.model_dump(),
+            "vocabulary": self.vocab.state(),
+            "transform": asdict(self.transform),
+            "encoder": self.encoder.identity,
+            "backbone": self.encoder.backbone.state_dict() if inside else None,
+            "decoder": self.decoder.state_dict(),
+        }
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return teacher-forced logits (N, T, V) for `batch.targets`."""
+        if batch.pictures.dtype == torch.uint8:
+            features = self.encoder(self.transform.normalise(batch.pictures))
+        else:
+            features = batch.pictures.float()  # (B, D) or (B, L, D)
+        return self.decoder(features, batch.inputs, batch.owner)[0]
+
+    def caption(self, features: torch.Tensor) -> list[str]:
+        """Return a caption for each row of encoded pictures (B, D) or (B, L, D)."""
+        device = next(self.decoder.parameters()).device
+        ids = search.greedy(self.decoder, features.to(device).float(), self.config.search.max_length)
+        return [self.vocab.decode(row) for row in ids.tolist()]
+
+
+def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:
+    identity = saved["encoder"]
+    if saved["backbone"] is not None:
+        encoder = EncoderCNN(config.encoder, grid, load=False)
+        fit(encoder.backbone, saved["backbone"], where)
+        encoder.backbone.load_state_dict(saved["backbone"])
+        encoder.identity = identity
+        return encoder
+    weights = config.encoder.weights
+    if weights == saved["config"]["encoder"]["weights"] and Path(identity["source"]).is_file():
+        weights = identity["source"]
+    encoder = EncoderCNN(config.encoder.model_copy(update={"weights": weights}), grid)
+    if encoder.identity["sha256"] != identity["sha256"]:
+        raise UserError(
+            f"{where} was trained on other backbone weights than {encoder.identity['source']} (another sha256); "
+            f"give the file that was {identity['source']} with encoder.weights=FILE"
+        )
+    return encoder
+
+
+def fit(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError unless `tensors` are those of `module`, by name and shape."""
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if own != found:
+        names = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+        raise UserError(
+            f"the tensors in {where} do not fit its own config (first: {names[0]}); take another checkpoint"
+        )

@@ -1,0 +1,401 @@
+"""Train an image captioner: config → table → vocabulary → features → captions → checkpoints and a loss log."""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import metrics
+from config import Config, UserError, load_config, restore_config
+from data import annotations
+from data.dataset import Batch, Flickr8kDataset, batch_indices
+from data.features import Extractor, load_features
+from data.vocab import PAD, build_vocab
+from models.model import CaptionModel
+from utils import (
+    RUNS,
+    StopRequest,
+    cli,
+    find_run,
+    load_checkpoint,
+    pick_device,
+    pick_precision,
+    save_checkpoint,
+    seed_step,
+    write_atomically,
+)
+
+LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
+BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
+EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
+SHOWN = 5  # validation captions printed after each epoch
+
+
+def main() -> int | None:
+    args = parse_args()
+    config, saved = resume(args) if args.resume else (choose_config(args), None)
+    run = RUNS / config.run
+    refuse_existing(run, args, config)
+
+    splits = run / "splits.json"
+    table = annotations.load(config.data, json.loads(splits.read_text()) if saved and splits.is_file() else None)
+    train_table, val_table = (table[table["split"] == split] for split in ("train", "val"))
+    report_data(table, config)
+    if saved:
+        model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
+    else:
+        model = CaptionModel.build(
+            config, build_vocab(train_table["caption"], config.data.min_count, config.data.language)
+        )
+    device = pick_device()
+    model.to(device)
+    train_set, val_set = make_datasets(model, train_table, val_table, table, device)
+
+    trainer = Trainer(model, train_set, val_set, references(val_table), run, device)
+    if saved:
+        trainer.restore(saved)
+    else:
+        start_run(run, config, table)
+    return trainer.fit()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a captioner on Flickr8k, or, with no dataset at archive/, on the built-in sample.",
+        epilog="config.yaml lists every setting. Example: python train.py train.epochs=10 run=longer",
+    )
+    parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with a run from its last step")
+    parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the existing run of this name and start again")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, for example train.lr=1e-3")
+    return parser.parse_args()
+
+
+def choose_config(args: argparse.Namespace) -> Config:
+    """Return the recipe asked for; nothing asked for and no dataset at hand means the built-in sample."""
+    if args.run:
+        raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
+    config = load_config(args.config, args.overrides)
+    asked = args.config or any(word.startswith("data.") for word in args.overrides)
+    if asked or annotations.find_captions(config.data):
+        return config
+    print(f"There is no dataset at {config.data.root}/: training on the built-in sample (see README, Flickr8k).")
+    return load_config(Path(__file__).parent / "configs" / "sample.yaml", args.overrides)
+
+
+def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+    """Return config and last.pth of the run to go on with; `args.overrides` keeps what is not its name."""
+    names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
+    args.overrides = [word for word in args.overrides if not word.startswith("run=")]
+    run = find_run("last.pth", args.run or next(iter(names), None))
+    saved = load_checkpoint(run / "last.pth")
+    return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
+
+
+def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None:
+    """Raise UserError rather than write over a run; the built-in sample alone may be run again and again."""
+    if args.resume or args.overwrite or config.data.format == "sample" or not run.exists():
+        return
+    raise UserError(
+        f"{run} exists already; go on with it: --resume --run {run.name}, keep it: run=ANOTHER_NAME, or lose it: --overwrite"
+    )
+
+
+def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
+    """Make the run's folder anew, with the resolved config and the split of every picture."""
+    if run.exists():
+        shutil.rmtree(run)
+    write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    write_atomically(run / "splits.json", json.dumps(annotations.splits_of(table)).encode())
+
+
+def report_data(table: pd.DataFrame, config: Config) -> None:
+    counts = table.groupby("split")["image"].agg(["nunique", "size"])
+    parts = [
+        f"{split} {counts['nunique'][split]:,} pictures, {counts['size'][split]:,} captions" for split in counts.index
+    ]
+    print(f"data: {annotations.captions_file(config.data)}: {'; '.join(parts)}")
+    for split in ("train", "val"):
+        if split not in counts.index:
+            raise UserError(f"{config.data.root} has no {split} pictures; mend its split lists or add captions")
+
+
+def make_datasets(
+    model: CaptionModel, train_table: pd.DataFrame, val_table: pd.DataFrame, table: pd.DataFrame, device: torch.device
+) -> tuple[Flickr8kDataset, Flickr8kDataset]:
+    """Return the train and val datasets, with cached features where the encoder is frozen."""
+    config = model.config
+    folder = annotations.image_folder(config.data)
+    features, row_of = None, None
+    if config.encoder.frozen:
+        names = sorted(table["image"].unique())
+        row_of = {name: row for row, name in enumerate(names)}
+        cache = Path(config.data.cache)
+        features = load_features(names, folder, cache, model.encoder, model.transform, device, config.train.precision)
+    train_set, val_set = (
+        Flickr8kDataset(part, model.vocab, folder, model.transform, features, row_of)
+        for part in (train_table, val_table)
+    )
+    return train_set, val_set
+
+
+def references(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return each picture's raw captions."""
+    return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
+
+
+def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the label-smoothed objective and the plain negative log-likelihood, both means over real words.
+
+    Args:
+        logits: (N, T, V); targets: (N, T), `<pad>` where a caption has ended.
+    """
+    real = targets != PAD  # (N, T)
+    log_probs = F.log_softmax(logits[real].float(), dim=-1)  # (words, V)
+    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
+    if smoothing == 0:
+        return nll, nll.detach()
+    return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then a cosine down to 0 (Loshchilov and Hutter 2017)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices alone and a smaller step for an unfrozen backbone."""
+    decay = model.config.train.weight_decay
+    groups = []
+    for part, scale in ((model.decoder, 1.0), (model.encoder, BACKBONE_LR)):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        groups.append({"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "scale": scale})
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=model.config.train.lr, fused=True)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, as plain values.
+
+    Attributes:
+        step: optimiser steps made; epoch: epochs finished.
+        words: real words read in the epoch under way.
+        history: one row of LOG_COLUMNS per finished epoch.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    words: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        return max(self.history, key=lambda row: row["val_cider"], default=None)
+
+
+class Trainer:
+    """The training loop and what it leaves in `run`: checkpoints.pth, last.pth and loss_log.txt."""
+
+    def __init__(
+        self,
+        model: CaptionModel,
+        train_set: Flickr8kDataset,
+        val_set: Flickr8kDataset,
+        val_references: dict[str, list[str]],
+        run: Path,
+        device: torch.device,
+    ) -> None:
+        self.model, self.run, self.device = model, run, device
+        self.train_set, self.val_set, self.val_references = train_set, val_set, val_references
+        self.config = model.config.train
+        self.optimiser = make_optimiser(model)
+        self.precision = pick_precision(self.config.precision, device)
+        self.by_image = train_set.features is None or model.decoder.grid
+        self.progress = Progress()
+        self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.progress = Progress(**saved["progress"])
+        self.nll.fill_(saved["nll"])
+
+    def save_last(self) -> None:
+        state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": float(self.nll)}
+        save_checkpoint(self.run / "last.pth", self.model.state() | state)
+
+    def fit(self) -> int:
+        """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
+        self.save_last()
+        with StopRequest() as stop:
+            while self.progress.epoch < self.config.epochs and not self.has_stalled():
+                self.train_epoch(stop)
+                if stop.requested:
+                    self.save_last()
+                    print(f"\nstopped; go on with: python train.py --resume --run {self.run.name}")
+                    return 130
+                self.finish_epoch()
+        best = self.progress.best
+        print(
+            f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
+        )
+        print(f"wrote {self.run}/: checkpoints.pth (best), last.pth, loss_log.txt, config.yaml")
+        print("next: python inference_visualize.py and python visualize_loss.py")
+        return 0
+
+    def has_stalled(self) -> bool:
+        best, patience = self.progress.best, self.config.patience
+        if not best or not patience or self.progress.epoch - best["epoch"] < patience:
+            return False
+        print(f"no better CIDEr for {patience} epochs: stopping early")
+        return True
+
+    def train_epoch(self, stop: StopRequest) -> None:
+        """Make the steps of the epoch that are still to be made, in an order drawn from (seed, epoch)."""
+        progress, config = self.progress, self.config
+        rng = np.random.default_rng([config.seed, progress.epoch])
+        batches = batch_indices(self.train_set, config.batch_size, self.by_image, rng)
+        done = progress.step - progress.epoch * len(batches)
+        loader = DataLoader(
+            self.train_set,
+            batch_sampler=batches[done:],
+            collate_fn=lambda batch: batch,
+            num_workers=config.num_workers if self.train_set.features is None else 0,
+        )
+        self.model.train()
+        with tqdm(total=len(self.train_set), unit="caption", disable=not sys.stderr.isatty()) as bar:
+            bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
+            bar.update(sum(map(len, batches[:done])))
+            for place, batch in enumerate(loader, start=done + 1):
+                loss = self.step(batch, total=len(batches) * config.epochs)
+                bar.update(len(batch.tokens))
+                if place % config.log_every == 0 or place == len(batches):
+                    self.log_step(bar, place, len(batches), loss.item())
+                if progress.step % config.checkpoint_every == 0:
+                    self.save_last()
+                if stop.requested:
+                    return
+
+    def step(self, batch: Batch, total: int) -> torch.Tensor:
+        """Make one optimiser step and return its unsmoothed loss; all noise is drawn from (seed, step)."""
+        config, progress = self.config, self.progress
+        moved = batch.to(self.device)
+        seed_step(config.seed, progress.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["scale"] * learning_rate(progress.step, total, config.warmup_steps, config.lr)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits = self.model(moved)  # (N, T, V)
+        objective, loss = caption_loss(logits, moved.targets, config.label_smoothing)
+        self.optimiser.zero_grad()
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimiser.step()
+        progress.step += 1
+        progress.words += batch.words
+        self.nll += loss * batch.words
+        return loss
+
+    def log_step(self, bar: tqdm, place: int, places: int, loss: float) -> None:
+        """Show the loss of this step on the bar, or as a line where there is no terminal."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} near step {self.progress.step} of {self.run}; "
+                "go on from the last checkpoint with a lower train.lr in a new run"
+            )
+        perplexity = math.exp(min(loss, 700))
+        if bar.disable:
+            epoch = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}]"
+            print(f"{epoch} Step [{place}/{places}] Loss {loss:.4f} Perplexity {perplexity:.1f}", flush=True)
+        else:
+            bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity:.1f}")
+
+    def finish_epoch(self) -> None:
+        """Validate, write the log and the checkpoints; last.pth comes last, as only it says that the epoch is over."""
+        progress = self.progress
+        self.model.eval()
+        val_set = self.encoded_val_set()
+        loss = self.validation_loss(val_set)
+        captions = caption_all(self.model, val_set)
+        scores = metrics.score(captions, self.val_references, self.model.vocab.tokenise)
+        row = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": round(self.optimiser.param_groups[0]["lr"], 8),
+            "train_loss": round(float(self.nll) / progress.words, 4),
+            "val_loss": round(loss, 4),
+            "val_perplexity": round(math.exp(min(loss, 700)), 3),
+            "val_bleu4": round(scores["bleu4"], 2),
+            "val_cider": round(scores["cider"], 2),
+        }
+        progress.history.append(row)
+        progress.epoch, progress.words = progress.epoch + 1, 0
+        self.nll.zero_()
+        self.report_epoch(row, captions)
+        if row is progress.best:
+            save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
+        self.save_last()
+        write_log(self.run / "loss_log.txt", progress.history)
+
+    def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
+        print(
+            f"Epoch [{row['epoch']}/{self.config.epochs}] train loss {row['train_loss']:.3f} | "
+            f"teacher-forced val: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.1f} | "
+            f"greedy val captions: BLEU-4 {row['val_bleu4']:.1f}, CIDEr {row['val_cider']:.1f}"
+        )
+        step = max(1, len(captions) // SHOWN)
+        for image, caption in list(captions.items())[::step][:SHOWN]:
+            print(f"    {image}: {caption}")
+
+    def encoded_val_set(self) -> Flickr8kDataset:
+        """Return the val set with features: those of the cache, or, while the backbone is trained, fresh ones."""
+        if self.val_set.features is not None:
+            return self.val_set
+        extractor = Extractor(self.model.encoder, self.model.transform, self.device, self.config.precision)
+        paths = [self.val_set.folder / image for image in self.val_set.images]
+        return self.val_set.with_features(torch.cat([extractor(pixels) for pixels in extractor.read(paths)]).numpy())
+
+    @torch.inference_mode()
+    def validation_loss(self, val_set: Flickr8kDataset) -> float:
+        """Return the mean negative log-likelihood per word, by teacher forcing."""
+        total, words = 0.0, 0
+        for indices in batch_indices(val_set, EVAL_BATCH, self.by_image, rng=None):
+            batch = val_set.__getitems__(indices)
+            moved = batch.to(self.device)
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                logits = self.model(moved)
+            total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
+            words += batch.words
+        return total / words
+
+
+def caption_all(model: CaptionModel, dataset: Flickr8kDataset) -> dict[str, str]:
+    """Return a generated caption for each picture of a dataset that has features."""
+    captions: list[str] = []
+    for first in range(0, len(dataset.images), EVAL_BATCH):
+        captions += model.caption(dataset.read(np.arange(first, min(first + EVAL_BATCH, len(dataset.images)))))
+    return dict(zip(dataset.images, captions, strict=True))
+
+
+def write_log(path: Path, history: list[dict[str, float]]) -> None:
+    """Write the loss log whole: tab-separated, a header, one row per epoch."""
+    rows = [[str(row[column]) for column in LOG_COLUMNS] for row in history]
+    write_atomically(path, "".join("\t".join(cells) + "\n" for cells in [LOG_COLUMNS, *rows]).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -1,0 +1,170 @@
+"""Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
+
+import contextlib
+import io
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import UserError
+
+RUNS = Path("runs")
+CHECKPOINT_FORMAT = "image-captioning/1"
+
+
+def cli(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
+    try:
+        return main() or 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = (
+            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at `path`, so that a crash or a full disk leaves either the old content or the new one.
+
+    Raises UserError when the disk cannot take it; the old file is then still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another place") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; Windows does not offer this and does not need it."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write plain values and tensors as one file, atomically; raises UserError when the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint | {"format": CHECKPOINT_FORMAT}, buffer)
+    write_atomically(Path(path), buffer.getvalue())
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a file written by `save_checkpoint`, tensors on the CPU; nothing in it is executed (`weights_only`).
+
+    Raises UserError for a file that is missing, cut short, or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
+    damaged = f"{path} is not a checkpoint of this project, or was cut short; take another one, or train again"
+    if not zipfile.is_zipfile(path):
+        raise UserError(damaged)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UserError(damaged) from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(damaged)
+    return checkpoint
+
+
+def find_run(needs: str, name: str | None = None) -> Path:
+    """Return the run called `name` (or at that path), or the newest one, that holds the file `needs`.
+
+    Raises UserError when there is none.
+    """
+    if name is not None:
+        for folder in (RUNS / name, Path(name)):
+            if (folder / needs).is_file():
+                return folder
+        raise UserError(
+            f"{RUNS / name} holds no {needs}; name another run, or train it with: python train.py run={name}"
+        )
+    found = [path for path in RUNS.glob(f"*/{needs}") if path.is_file()]
+    if not found:
+        raise UserError(f"no run under {RUNS}/ holds a {needs}; make one with: python train.py")
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def pick_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_precision(precision: str, device: torch.device) -> torch.dtype:
+    """Resolve `auto`: bf16 on hardware that multiplies it natively, float32 elsewhere."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+class StopRequest:
+    """Remembers Ctrl-C or SIGTERM until the work at hand is whole; a second one acts at once.
+
+    Use as `with StopRequest() as stop:` and ask `if stop.requested` where stopping is clean.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: object) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Draw all noise of a step from (seed, step) alone, so that a run can be taken up at any step."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
