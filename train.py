@@ -1,6 +1,7 @@
 """Train an image captioner: config → table → vocabulary → features → captions → checkpoints and a loss log."""
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -21,7 +22,7 @@ import metrics
 from config import Config, UserError, load_config, restore_config
 from data import annotations
 from data.dataset import Batch, Flickr8kDataset, batch_indices
-from data.features import Extractor, load_features
+from data.features import Extractor, FeatureCache, Features
 from data.vocab import PAD, build_vocab
 from models.model import CaptionModel
 from utils import (
@@ -30,6 +31,7 @@ from utils import (
     cli,
     find_run,
     load_checkpoint,
+    parse_command_line,
     pick_device,
     pick_precision,
     save_checkpoint,
@@ -40,6 +42,7 @@ from utils import (
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
 BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
 EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
+STATISTICS = 2000  # training pictures whose features say how to standardise all
 SHOWN = 5  # validation captions printed after each epoch
 
 
@@ -49,24 +52,22 @@ def main() -> int | None:
     run = RUNS / config.run
     refuse_existing(run, args, config)
 
-    splits = run / "splits.json"
-    table = annotations.load(config.data, json.loads(splits.read_text()) if saved and splits.is_file() else None)
-    train_table, val_table = (table[table["split"] == split] for split in ("train", "val"))
+    table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
     report_data(table, config)
     if saved:
         model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
     else:
-        model = CaptionModel.build(
-            config, build_vocab(train_table["caption"], config.data.min_count, config.data.language)
-        )
+        captions = table["caption"][table["split"] == "train"]
+        model = CaptionModel.build(config, build_vocab(captions, config.data.min_count, config.data.language))
     device = pick_device()
     model.to(device)
-    train_set, val_set = make_datasets(model, train_table, val_table, table, device)
+    train_set, val_set = make_datasets(model, table, device)
 
-    trainer = Trainer(model, train_set, val_set, references(val_table), run, device)
+    trainer = Trainer(model, train_set, val_set, references(table[table["split"] == "val"]), run, device)
     if saved:
         trainer.restore(saved)
     else:
+        model.fit_statistics(trainer.sample_features())
         start_run(run, config, table)
     return trainer.fit()
 
@@ -80,8 +81,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with a run from its last step")
     parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
     parser.add_argument("--overwrite", action="store_true", help="delete the existing run of this name and start again")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, for example train.lr=1e-3")
-    return parser.parse_args()
+    return parse_command_line(parser)
 
 
 def choose_config(args: argparse.Namespace) -> Config:
@@ -110,7 +110,8 @@ def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None
     if args.resume or args.overwrite or config.data.format == "sample" or not run.exists():
         return
     raise UserError(
-        f"{run} exists already; go on with it: --resume --run {run.name}, keep it: run=ANOTHER_NAME, or lose it: --overwrite"
+        f"{run} exists already; go on with it: --resume --run {run.name}, "
+        "keep it and start another: run=NAME, or lose it: --overwrite"
     )
 
 
@@ -119,37 +120,29 @@ def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
     if run.exists():
         shutil.rmtree(run)
     write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-    write_atomically(run / "splits.json", json.dumps(annotations.splits_of(table)).encode())
+    write_atomically(run / annotations.SAVED_SPLITS, json.dumps(annotations.splits_of(table)).encode())
 
 
 def report_data(table: pd.DataFrame, config: Config) -> None:
-    counts = table.groupby("split")["image"].agg(["nunique", "size"])
-    parts = [
-        f"{split} {counts['nunique'][split]:,} pictures, {counts['size'][split]:,} captions" for split in counts.index
-    ]
-    print(f"data: {annotations.captions_file(config.data)}: {'; '.join(parts)}")
-    for split in ("train", "val"):
-        if split not in counts.index:
+    parts = []
+    for split in annotations.SPLITS:
+        rows = table[table["split"] == split]
+        parts.append(f"{split} {rows['image'].nunique():,} pictures with {len(rows):,} captions")
+        if rows.empty and split != "test":
             raise UserError(f"{config.data.root} has no {split} pictures; mend its split lists or add captions")
+    print(f"data: {annotations.captions_file(config.data)}: {', '.join(parts)}")
 
 
-def make_datasets(
-    model: CaptionModel, train_table: pd.DataFrame, val_table: pd.DataFrame, table: pd.DataFrame, device: torch.device
-) -> tuple[Flickr8kDataset, Flickr8kDataset]:
+def make_datasets(model: CaptionModel, table: pd.DataFrame, device: torch.device) -> tuple[Flickr8kDataset, ...]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
-    config = model.config
-    folder = annotations.image_folder(config.data)
-    features, row_of = None, None
-    if config.encoder.frozen:
-        names = sorted(table["image"].unique())
-        row_of = {name: row for row, name in enumerate(names)}
-        cache = Path(config.data.cache)
-        features = load_features(names, folder, cache, model.encoder, model.transform, device, config.train.precision)
-    train_set, val_set = (
-        Flickr8kDataset(part, model.vocab, folder, model.transform, features, row_of)
-        for part in (train_table, val_table)
+    folder = annotations.image_folder(model.config.data)
+    features = None
+    if model.config.encoder.frozen:
+        features = FeatureCache(model, sorted(table["image"].unique()), folder, device).fill()
+    return tuple(
+        Flickr8kDataset(table[table["split"] == split], model.vocab, folder, model.transform, features)
+        for split in ("train", "val")
     )
-    return train_set, val_set
 
 
 def references(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -205,8 +198,9 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
-    def best(self) -> dict[str, float] | None:
-        return max(self.history, key=lambda row: row["val_cider"], default=None)
+    def best(self) -> dict[str, float]:
+        """The row of the epoch with the best captions; needs a finished epoch."""
+        return max(self.history, key=lambda row: row["val_cider"])
 
 
 class Trainer:
@@ -259,8 +253,8 @@ class Trainer:
         return 0
 
     def has_stalled(self) -> bool:
-        best, patience = self.progress.best, self.config.patience
-        if not best or not patience or self.progress.epoch - best["epoch"] < patience:
+        patience = self.config.patience
+        if not patience or not self.progress.history or self.progress.epoch - self.progress.best["epoch"] < patience:
             return False
         print(f"no better CIDEr for {patience} epochs: stopping early")
         return True
@@ -299,7 +293,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * learning_rate(progress.step, total, config.warmup_steps, config.lr)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits = self.model(moved)  # (N, T, V)
+            logits = self.model(moved.pictures, moved.inputs, moved.owner)  # (N, T, V)
         objective, loss = caption_loss(logits, moved.targets, config.label_smoothing)
         self.optimiser.zero_grad()
         objective.backward()
@@ -361,13 +355,25 @@ class Trainer:
         for image, caption in list(captions.items())[::step][:SHOWN]:
             print(f"    {image}: {caption}")
 
+    def sample_features(self) -> torch.Tensor:
+        """Return features of training pictures, evenly spread, at most STATISTICS of them."""
+        images = self.train_set.images[:: -(-len(self.train_set.images) // STATISTICS)]
+        if self.train_set.features is not None:
+            return self.train_set.features.take(images)
+        return self.encode([self.train_set.folder / image for image in images])
+
+    def encode(self, paths: list[Path]) -> torch.Tensor:
+        extractor = Extractor(self.model, self.device)
+        return torch.cat([extractor(pixels) for pixels in extractor.read(paths)])
+
     def encoded_val_set(self) -> Flickr8kDataset:
         """Return the val set with features: those of the cache, or, while the backbone is trained, fresh ones."""
         if self.val_set.features is not None:
             return self.val_set
-        extractor = Extractor(self.model.encoder, self.model.transform, self.device, self.config.precision)
-        paths = [self.val_set.folder / image for image in self.val_set.images]
-        return self.val_set.with_features(torch.cat([extractor(pixels) for pixels in extractor.read(paths)]).numpy())
+        encoded = copy.copy(self.val_set)
+        rows = self.encode([encoded.folder / image for image in encoded.images])
+        encoded.features = Features(rows.numpy(), encoded.images)
+        return encoded
 
     @torch.inference_mode()
     def validation_loss(self, val_set: Flickr8kDataset) -> float:
@@ -377,7 +383,7 @@ class Trainer:
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(moved)
+                logits = self.model(moved.pictures, moved.inputs, moved.owner)
             total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
             words += batch.words
         return total / words

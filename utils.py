@@ -1,9 +1,11 @@
 """Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
 
+import argparse
 import contextlib
 import io
 import os
 import pickle
+import re
 import signal
 import sys
 import tempfile
@@ -36,6 +38,16 @@ def cli(main: Callable[[], int | None]) -> int:
         return 130
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of config.yaml")
+    words = sys.argv[1:]
+    overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides += overrides
+    return args
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -104,8 +116,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_run(needs: str, name: str | None = None) -> Path:
-    """Return the run called `name` (or at that path), or the newest one, that holds the file `needs`.
+def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool] = lambda run: True) -> Path:
+    """Return the run called `name` (or at that path), or the newest one to `accept`, that holds the file `needs`.
 
     Raises UserError when there is none.
     """
@@ -116,7 +128,7 @@ def find_run(needs: str, name: str | None = None) -> Path:
         raise UserError(
             f"{RUNS / name} holds no {needs}; name another run, or train it with: python train.py run={name}"
         )
-    found = [path for path in RUNS.glob(f"*/{needs}") if path.is_file()]
+    found = [path for path in RUNS.glob(f"*/{needs}") if path.is_file() and accept(path.parent)]
     if not found:
         raise UserError(f"no run under {RUNS}/ holds a {needs}; make one with: python train.py")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent

@@ -5,6 +5,7 @@ Nothing after this module knows where captions came from, and nothing here needs
 """
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ SPLIT_LISTS = {
     "val": "*[dD]ev[iI]mages.txt",
     "test": "*[tT]est[iI]mages.txt",
 }
+SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
@@ -133,6 +135,12 @@ def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> 
     held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
     of_rank = np.repeat(np.array(SPLITS)[[1, 2, 0]], [held_out, held_out, len(images) - 2 * held_out])
     return dict(zip(images[order], of_rank, strict=True))
+
+
+def read_splits(run: Path) -> dict[str, list[str]] | None:
+    """Return the splits saved in a run's folder, None where there are none."""
+    path = run / SAVED_SPLITS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:

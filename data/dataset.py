@@ -1,6 +1,5 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from data.features import Features
 from data.transforms import Transform, open_picture
 from data.vocab import PAD, Vocabulary
 
@@ -50,9 +50,7 @@ class Flickr8kDataset(Dataset):
     Args:
         table: rows of one split, as `annotations.load` gives them.
         vocab: turns captions into ids.
-        folder, transform: where pictures are read from when there are no features.
-        features: rows (P, …) of encoded pictures and
-        row_of: the row of each picture name.
+        folder, transform: where pictures are read from, and how, when there are no `features`.
     """
 
     def __init__(
@@ -61,17 +59,14 @@ class Flickr8kDataset(Dataset):
         vocab: Vocabulary,
         folder: Path,
         transform: Transform,
-        features: np.ndarray | None = None,
-        row_of: dict[str, int] | None = None,
+        features: Features | None = None,
     ) -> None:
         self.images = table["image"].drop_duplicates().tolist()
         place = {image: i for i, image in enumerate(self.images)}
         self.image_of = table["image"].map(place).to_numpy()  # (captions,)
         self.tokens = [np.array(vocab.encode(caption), dtype=np.int64) for caption in table["caption"]]
         self.lengths = np.array([len(ids) for ids in self.tokens])
-        self.folder, self.transform = folder, transform
-        self.features = features
-        self.rows = np.array([row_of[image] for image in self.images]) if row_of else np.arange(len(self.images))
+        self.folder, self.transform, self.features = folder, transform, features
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -87,18 +82,12 @@ class Flickr8kDataset(Dataset):
             tokens[place, : self.lengths[index]] = self.tokens[index]
         return Batch(self.read(images), torch.from_numpy(tokens), torch.from_numpy(owner))
 
-    def with_features(self, features: np.ndarray) -> "Flickr8kDataset":
-        """Return this dataset reading `features`, one row per picture in the order of `images`."""
-        encoded = copy.copy(self)
-        encoded.features, encoded.rows = features, np.arange(len(self.images))
-        return encoded
-
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""
+        names = [self.images[image] for image in images]
         if self.features is not None:
-            return torch.from_numpy(self.features[self.rows[images]])
-        paths = [self.folder / self.images[image] for image in images]
-        return torch.stack([self.transform.resize(open_picture(path)) for path in paths])
+            return self.features.take(names)
+        return torch.stack([self.transform.resize(open_picture(self.folder / name)) for name in names])
 
 
 def batch_indices(

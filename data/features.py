@@ -7,11 +7,12 @@ kill, encoding goes on from there.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,111 +20,131 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from config import UserError
-from data.transforms import Transform, open_picture
-from models.encoder import EncoderCNN
+from data.transforms import open_picture
+from models.model import CaptionModel
 from utils import pick_precision, write_atomically
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
 SAVE_EVERY = 256  # pictures between two manifests: the most a kill can cost
 
 
 class Extractor:
-    """Encodes pictures at full speed with a frozen copy of `encoder`: the one way from pixels to features.
+    """Encodes pictures at full speed with a frozen copy of the model's encoder: the one way from pixels to features."""
 
-    Args:
-        precision: as `train.precision`.
-    """
-
-    def __init__(self, encoder: EncoderCNN, transform: Transform, device: torch.device, precision: str) -> None:
-        self.transform, self.device = transform, device
-        self.dtype = pick_precision(precision, device)
+    def __init__(self, model: CaptionModel, device: torch.device) -> None:
+        self.transform, self.device = model.transform, device
+        self.dtype = pick_precision(model.config.train.precision, device)
         self.batch = BATCH[device.type]
-        self._encoder = encoder.for_inference(self.dtype).to(device)
+        self._encoder = model.encoder.for_inference(self.dtype).to(device)
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode uint8 pictures (B, 3, S, S) as fp16 rows (B, D) or (B, L, D), on the CPU."""
-        images = self.transform.normalise(pixels.to(self.device, non_blocking=True))
-        rows = self._encoder(images.to(self.dtype, memory_format=torch.channels_last))
-        return rows.to(torch.float16).cpu()
+        """Encode uint8 pictures (B, 3, S, S), however many, as fp16 rows (B, D) or (B, L, D), on the CPU."""
+        rows = []
+        for part in pixels.split(self.batch):
+            images = self.transform.normalise(part.to(self.device, non_blocking=True))
+            encoded = self._encoder(images.to(self.dtype, memory_format=torch.channels_last))
+            rows.append(encoded.to(torch.float16).cpu())
+        return torch.cat(rows)
 
     def read(self, paths: Sequence[Path]) -> Iterator[torch.Tensor]:
-        """Yield the pictures as uint8 batches (b, 3, S, S), read by threads one batch ahead of the encoder."""
-        with ThreadPoolExecutor() as pool:
-            ahead = None
-            for first in range(0, len(paths), self.batch):
-                batch = [pool.submit(self.read_one, path) for path in paths[first : first + self.batch]]
-                if ahead:
-                    yield torch.stack([picture.result() for picture in ahead])
-                ahead = batch
-            if ahead:
-                yield torch.stack([picture.result() for picture in ahead])
-
-    def read_one(self, path: Path) -> torch.Tensor:
-        return self.transform.resize(open_picture(path))
+        """Yield the pictures as uint8 batches (b, 3, S, S)."""
+        for pictures in read_ahead(lambda path: self.transform.resize(open_picture(path)), paths, self.batch):
+            yield torch.stack(pictures)
 
 
-def load_features(
-    names: list[str],
-    folder: Path,
-    cache: Path,
-    encoder: EncoderCNN,
-    transform: Transform,
-    device: torch.device,
-    precision: str,
-) -> np.ndarray:
-    """Return the features of the pictures `names` in `folder`: a memory map (len(names), D) or (…, L, D), row by name.
+def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch: int) -> Iterator[list[Result]]:
+    """Yield `function` of the items in batches, computed by threads one batch ahead of the caller."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead: list[Future[Result]] = []
+        for first in range(0, len(items) + batch, batch):
+            ready, ahead = ahead, [pool.submit(function, item) for item in items[first : first + batch]]
+            if ready:
+                yield [future.result() for future in ready]
 
-    Rows that the cache has are used when encoder, transform, names and the pictures' sizes and mtimes are the same;
-    the others are encoded first, under a lock. Raises UserError for a picture that cannot be read.
+
+class Features:
+    """Encoded pictures: `rows` (P, D) or (P, L, D) in fp16, usually a memory map, in the order of `names`."""
+
+    def __init__(self, rows: np.ndarray, names: Sequence[str]) -> None:
+        self.rows = rows
+        self._row_of = {name: row for row, name in enumerate(names)}
+
+    def take(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the features of these pictures (B, D) or (B, L, D)."""
+        return torch.from_numpy(self.rows[[self._row_of[name] for name in names]])
+
+
+class FeatureCache:
+    """The features of the pictures `names` in `folder`, kept below `data.cache`.
+
+    Rows count when encoder, transform, precision and names are the same and the pictures' sizes and mtimes are too.
     """
-    identity = {
-        "encoder": encoder.identity,
-        "grid": encoder.grid,
-        "transform": asdict(transform),
-        "computed_in": str(pick_precision(precision, device)).removeprefix("torch."),
-        "folder": str(folder.resolve()),
-    }
-    key = hashlib.sha256(json.dumps([identity, names]).encode()).hexdigest()[:12]
-    place = cache / f"{encoder.config.name}-{key}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / "lock"):
-            manifest = matching_manifest(place, identity, names, folder, encoder.feature_shape)
-            if manifest["rows_done"] < len(names):
-                extractor = Extractor(encoder, transform, device, precision)
-                fill(place, manifest, [folder / name for name in names], extractor)
-        return np.load(place / "features.npy", mmap_mode="r")
-    except OSError as error:
-        raise UserError(
-            f"cannot keep encoded pictures in {place}: {error.strerror or error}; make room or set data.cache=FOLDER"
-        ) from None
 
+    def __init__(self, model: CaptionModel, names: list[str], folder: Path, device: torch.device) -> None:
+        self.model, self.names, self.folder, self.device = model, names, folder, device
+        self.identity = {
+            "encoder": model.encoder.identity,
+            "grid": model.encoder.grid,
+            "transform": asdict(model.transform),
+            "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
+            "folder": str(folder.resolve()),
+        }
+        key = hashlib.sha256(json.dumps([self.identity, names]).encode()).hexdigest()[:12]
+        self.place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
 
-def matching_manifest(
-    place: Path, identity: dict[str, Any], names: list[str], folder: Path, row_shape: tuple[int, ...]
-) -> dict[str, Any]:
-    """Return the manifest of what is asked for, with `rows_done` as far as what lies in `place` agrees with it."""
-    stats = [(folder / name).stat() for name in names]
-    pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
-    wanted = {"identity": identity, "shape": [len(names), *row_shape], "rows_done": 0, "pictures": pictures}
-    found = read_manifest(place)
-    if found is None:
+    def find(self) -> Features | None:
+        """Return the features when all of them are there, else None."""
+        return self.open() if self.manifest()["rows_done"] == len(self.names) else None
+
+    def open(self) -> Features:
+        return Features(np.load(self.place / "features.npy", mmap_mode="r"), self.names)
+
+    def fill(self) -> Features:
+        """Return the features, after encoding those that are missing; one process at a time does so.
+
+        Raises UserError for a picture that cannot be read and for a disk that cannot take the rows.
+        """
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.place / "lock"):
+                manifest = self.manifest()
+                if manifest["rows_done"] < len(self.names):
+                    paths = [self.folder / name for name in self.names]
+                    write_rows(self.place, manifest, paths, Extractor(self.model, self.device))
+            return self.open()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"cannot keep encoded pictures in {self.place}: {reason}; make room or set data.cache=FOLDER"
+            ) from None
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest asked for, with `rows_done` as far as the cache on disk agrees with it."""
+        stats = [(self.folder / name).stat() for name in self.names]
+        pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
+        shape = [len(self.names), *self.model.encoder.feature_shape]
+        wanted: dict[str, Any] = {"identity": self.identity, "shape": shape, "rows_done": 0, "pictures": pictures}
+        found = read_manifest(self.place)
+        if found is None:
+            return wanted
+        reason = None
+        if found["identity"] != json.loads(json.dumps(self.identity)) or found["shape"] != shape:
+            reason = "another encoder made them"
+        elif not has_rows(self.place / "features.npy", shape):
+            reason = "features.npy is missing or cut short"
+        else:
+            pairs = zip(found["pictures"], pictures, strict=True)
+            same = next((row for row, (old, new) in enumerate(pairs) if old != new), len(self.names))
+            wanted["rows_done"] = min(found["rows_done"], same)
+            if same < found["rows_done"]:
+                reason = f"{self.names[same]} has changed since"
+        if reason:
+            print(f"{self.place}: rows from {wanted['rows_done']:,} on are not used: {reason}")
         return wanted
-    reason = None
-    if found["identity"] != json.loads(json.dumps(identity)) or found["shape"] != wanted["shape"]:
-        reason = "it was made by another encoder"
-    elif not has_rows(place / "features.npy", wanted["shape"]):
-        reason = "its rows are missing or cut short"
-    else:
-        pairs = zip(found["pictures"], pictures, strict=True)
-        same = next((row for row, (old, new) in enumerate(pairs) if old != new), len(names))
-        wanted["rows_done"] = min(found["rows_done"], same)
-        if same < found["rows_done"]:
-            reason = f"{names[same]} has changed since"
-    if reason:
-        print(f"{place}: encoding again from row {wanted['rows_done']:,}: {reason}")
-    return wanted
 
 
 def read_manifest(place: Path) -> dict[str, Any] | None:
@@ -144,7 +165,7 @@ def has_rows(path: Path, shape: list[int]) -> bool:
     return rows.dtype == np.float16 and list(rows.shape) == shape
 
 
-def fill(place: Path, manifest: dict[str, Any], paths: list[Path], extractor: Extractor) -> None:
+def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extractor: Extractor) -> None:
     """Encode the rows from `rows_done` on. Plain writes, not stores to a map, so that a full disk is an error."""
     shape, done = tuple(manifest["shape"]), manifest["rows_done"]
     path = place / "features.npy"

@@ -16,20 +16,17 @@ from tqdm import tqdm
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
-COUNTS = {"train": 2000, "dev": 200, "test": 200}
+COUNTS = {"train": 2800, "dev": 120, "test": 120}
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
 COLOURS = {
     "red": (214, 40, 40),
-    "orange": (244, 132, 20),
     "yellow": (250, 212, 40),
     "green": (44, 150, 70),
     "blue": (35, 90, 200),
-    "purple": (125, 50, 160),
-    "pink": (250, 130, 180),
 }
-SCALES = {"small": 0.13, "large": 0.24}  # radius, as a share of the picture
-PLACES = {"left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73), "middle": (0.5, 0.5)}
+SCALES = {"small": 0.17, "large": 0.29}  # radius, as a share of the picture
+PLACES = {"top": 0.24, "middle": 0.5, "bottom": 0.76}
 BACKGROUNDS = ("white", "grey", "black", "striped", "dotted", "checkered")
 
 CAPTIONS = (
@@ -89,7 +86,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     shape, colour, size, place, background = scene
     side = 2 * SIZE
     picture = draw_background(background, side, rng)
-    x, y = (side * (share + rng.uniform(-0.035, 0.035)) for share in PLACES[place])
+    x = side * rng.uniform(0.28, 0.72)
+    y = side * (PLACES[place] + rng.uniform(-0.03, 0.03))
     radius = side * SCALES[size] * rng.uniform(0.88, 1.12)
     fill = tuple(int(np.clip(value + rng.integers(-12, 13), 0, 255)) for value in COLOURS[colour])
     pen = ImageDraw.Draw(picture)

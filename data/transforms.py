@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
@@ -52,8 +53,8 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
-        low, high = 0, 65535 if picture.getextrema()[1] > 255 else 255
-        picture = picture.convert("F").point(lambda value: value * (255 / (high - low))).convert("L")
+        values = np.asarray(picture, dtype=np.float32)
+        picture = Image.fromarray((values * (255 / 65535 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -13,9 +13,7 @@ SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
 PAD, SOS, EOS, UNK = range(4)
 
 # What pycocoevalcap's PTBTokenizer drops, and brackets.
-PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)
+PUNCTUATION = frozenset("'' ' `` ` ( ) [ ] { } . ? ! , : - -- ... ;".split())  # noqa: SIM905
 
 
 class EnglishTokeniser:

@@ -15,7 +15,7 @@ Memory = tuple[torch.Tensor, ...]
 
 
 class Decoder(nn.Module):
-    """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
+    """Writes captions for encoded pictures, whose features come standardised. B pictures, N captions or hypotheses, T steps, V words.
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D).
     """
@@ -67,14 +67,25 @@ class DecoderRNN(Decoder):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.output = nn.Linear(config.hidden_size, vocab_size)
-        nn.init.normal_(self.embedding.weight, std=0.1)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Let picture and words enter at the same scale, and let the LSTM remember from the start.
+
+        A forget bias of 1 (Jozefowicz et al. 2015) keeps the picture, read first, from fading before it is learned from.
+        """
+        nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)  # standardised features: variance 1
+        nn.init.zeros_(self.project.bias)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.ones_(bias.data[self.lstm.hidden_size : 2 * self.lstm.hidden_size])
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
         inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
-        hidden, _ = self.lstm(self.dropout(inputs))  # (N, 1 + T, H)
+        hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
         return self.output(self.dropout(hidden[:, 1:])), None  # (N, T, V)
 
     def prepare(self, features: torch.Tensor) -> Memory:

@@ -62,9 +62,9 @@ class EncoderCNN(nn.Module):
 
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
         """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
-        fast = copy.deepcopy(self).eval().requires_grad_(False)
+        fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)
         fold_batchnorm(fast.backbone)
-        return fast.to(dtype=dtype, memory_format=torch.channels_last)
+        return fast.to(dtype).to(memory_format=torch.channels_last)
 
 
 def transform_for(config: EncoderConfig) -> Transform:
@@ -78,7 +78,7 @@ def build_network(config: EncoderConfig) -> nn.Module:
     """Return the whole classification network with random weights."""
     if config.name == "efficientnet_lite0":
         network = pip_module("efficientnet_lite_pytorch", "efficientnet-lite-pytorch").EfficientNet.from_name(
-            "efficientnet-lite0", {"image_size": config.image_size}
+            "efficientnet-lite0", image_size=config.image_size
         )
     elif config.name in torchvision.models.list_models(torchvision.models) and "resne" in config.name:
         network = torchvision.models.get_model(config.name, weights=None)
@@ -92,7 +92,7 @@ def build_network(config: EncoderConfig) -> nn.Module:
 def move_stride(network: nn.Module, name: str) -> None:
     """Give the stride of each stage to its first 1x1 convolution, as in the original Caffe ResNets."""
     for stage in ("layer2", "layer3", "layer4"):
-        block = getattr(network, stage)[0] if hasattr(network, stage) else None
+        block: Any = getattr(network, stage)[0] if hasattr(network, stage) else None
         if not hasattr(block, "conv3"):
             raise UserError(f"encoder.stride_in_1x1 needs a ResNet with bottlenecks, not {name}; set it to false")
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
@@ -122,8 +122,8 @@ def load_weights(network: nn.Module, config: EncoderConfig) -> Path:
     differ += [k for k in own if k not in state and not k.startswith(optional) and "num_batches" not in k]
     if differ:
         raise UserError(
-            f"the weights in {path} do not fit {config.name}: {len(differ)} tensors differ, first {', '.join(differ[:3])}; "
-            "name the backbone they belong to in encoder.name, or other weights"
+            f"the weights in {path} do not fit {config.name}: {len(differ)} tensors differ, first "
+            f"{', '.join(differ[:3])}; name the backbone they belong to in encoder.name, or other weights"
         )
     network.load_state_dict(state, strict=False)
     return path
@@ -149,7 +149,8 @@ def find_weights(config: EncoderConfig) -> Path:
             weights.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"cannot download {weights.url} ({error}); put that file at {path}, or name one with encoder.weights=FILE"
+                f"cannot download {weights.url} ({error}); put that file at {path}, "
+                "or name one with encoder.weights=FILE"
             ) from None
     return path
 
@@ -179,25 +180,30 @@ def fold_batchnorm(backbone: nn.Module) -> None:
 
     Which norm follows which convolution is read off a forward pass, so this works for any backbone.
     """
-    made_by: dict[
-        int, tuple[str, torch.Tensor]
-    ] = {}  # id of a convolution's output -> its name; the tensor keeps the id
+    made_by: dict[int, str] = {}  # id of a convolution's output -> the convolution
+    kept: list[torch.Tensor] = []  # those outputs, alive so that no id is used twice
     pairs: list[tuple[str, str]] = []
+
+    def note_output(name: str, output: torch.Tensor) -> None:
+        made_by[id(output)] = name
+        kept.append(output)
+
+    def note_input(name: str, norm_input: torch.Tensor) -> None:
+        if id(norm_input) in made_by:
+            pairs.append((made_by[id(norm_input)], name))
+
     hooks = []
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda m, x, y, name=name: made_by.update({id(y): (name, y)})))
+            hooks.append(module.register_forward_hook(lambda m, x, y, name=name: note_output(name, y)))
         elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(
-                module.register_forward_pre_hook(
-                    lambda m, x, name=name: pairs.append((made_by[id(x[0])][0], name)) if id(x[0]) in made_by else None
-                )
-            )
+            hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: note_input(name, x[0])))
     with torch.no_grad():
         backbone(torch.zeros(1, 3, 64, 64))
     for hook in hooks:
         hook.remove()
     for conv_name, norm_name in pairs:
-        conv, norm = backbone.get_submodule(conv_name), backbone.get_submodule(norm_name)
+        conv: Any = backbone.get_submodule(conv_name)
+        norm: Any = backbone.get_submodule(norm_name)
         backbone.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
         backbone.set_submodule(norm_name, nn.Identity())

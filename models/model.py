@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from config import Config, UserError, restore_config
-from data.dataset import Batch
 from data.transforms import Transform
 from data.vocab import Vocabulary
 from models import search
 from models.decoder import DECODERS, Decoder
 from models.encoder import EncoderCNN, transform_for
 from utils import load_checkpoint
+
+STD_FLOOR = 0.05  # features that hardly vary are not blown up
 
 
 class CaptionModel(nn.Module):
@@ -30,6 +31,11 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
+        size = encoder.feature_shape[-1]
+        self.feature_mean: torch.Tensor
+        self.feature_std: torch.Tensor
+        self.register_buffer("feature_mean", torch.zeros(size))
+        self.register_buffer("feature_std", torch.ones(size))
 
     @classmethod
     def build(cls, config: Config, vocab: Vocabulary) -> "CaptionModel":
@@ -59,7 +65,9 @@ class CaptionModel(nn.Module):
             decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
         fit(decoder, saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
-        return cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
+        model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
+        model.feature_mean, model.feature_std = saved["feature_mean"], saved["feature_std"]
+        return model
 
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
@@ -73,21 +81,37 @@ class CaptionModel(nn.Module):
             "transform": asdict(self.transform),
             "encoder": self.encoder.identity,
             "backbone": self.encoder.backbone.state_dict() if inside else None,
+            "feature_mean": self.feature_mean,
+            "feature_std": self.feature_std,
             "decoder": self.decoder.state_dict(),
         }
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return teacher-forced logits (N, T, V) for `batch.targets`."""
-        if batch.pictures.dtype == torch.uint8:
-            features = self.encoder(self.transform.normalise(batch.pictures))
-        else:
-            features = batch.pictures.float()  # (B, D) or (B, L, D)
-        return self.decoder(features, batch.inputs, batch.owner)[0]
+    def standardise(self, features: torch.Tensor) -> torch.Tensor:
+        """Bring each feature (…, D) to mean 0 and variance 1 over the training pictures.
+
+        Backbones give positive features with a large common part, which an untrained decoder hears instead of the picture.
+        """
+        return (features.float() - self.feature_mean) / self.feature_std
+
+    def fit_statistics(self, features: torch.Tensor) -> None:
+        """Set what `standardise` needs from training features (P, D) or (P, L, D)."""
+        cells = features.float().flatten(0, -2)  # (P or P L, D)
+        self.feature_mean.copy_(cells.mean(0))
+        self.feature_std.copy_(cells.std(0, correction=0) + STD_FLOOR)
+
+    def forward(self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+        """Return teacher-forced logits (N, T, V) of each word after `tokens` (N, T).
+
+        `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
+        """
+        if pictures.dtype == torch.uint8:
+            pictures = self.encoder(self.transform.normalise(pictures))
+        return self.decoder(self.standardise(pictures), tokens, owner)[0]
 
     def caption(self, features: torch.Tensor) -> list[str]:
         """Return a caption for each row of encoded pictures (B, D) or (B, L, D)."""
         device = next(self.decoder.parameters()).device
-        ids = search.greedy(self.decoder, features.to(device).float(), self.config.search.max_length)
+        ids = search.greedy(self.decoder, self.standardise(features.to(device)), self.config.search.max_length)
         return [self.vocab.decode(row) for row in ids.tolist()]
 
 

@@ -1,0 +1,223 @@
+"""Caption pictures with a trained run: JPGs with their captions, a page to browse them, and predictions.json."""
+
+import argparse
+import glob
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from config import UserError
+from data import annotations
+from data.features import Extractor, FeatureCache, Features, read_ahead
+from data.transforms import open_picture
+from models.model import CaptionModel
+from render import LONGEST_SIDE, Gallery, draw_caption, fit
+from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
+
+BATCH = 64  # pictures captioned together
+PAGE = "captions_result.html"
+QUALITY = 88
+PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to caption: `image_id` names it in predictions.json, `references` are known captions."""
+
+    path: Path
+    name: str
+    image_id: str
+    references: tuple[str, ...] = ()
+
+
+Opened = tuple[Picture, Image.Image, torch.Tensor]  # small enough to keep for a while; pixels (3, S, S)
+
+
+def main() -> int | None:
+    args = parse_args()
+    began = time.monotonic()
+    checkpoint = choose_checkpoint(args)
+    model = CaptionModel.from_checkpoint(checkpoint, args.overrides)
+    device = pick_device()
+    model.to(device)
+    if args.images:
+        pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
+    else:
+        pictures, features = split_pictures(model, args.split, checkpoint.parent, device)
+        out = Path(args.out) if args.out else checkpoint.parent
+    pictures = pictures[: args.limit]
+    source = "cached features" if features else f"{model.config.encoder.name} on {device.type}"
+    print(f"captioning {len(pictures):,} pictures with {checkpoint} ({source})")
+
+    broken = caption_pictures(model, pictures, features, out, device)
+    done = len(pictures) - len(broken)
+    if broken:
+        print(f"skipped {len(broken):,}: " + "; ".join(broken[:5]) + ("; …" if len(broken) > 5 else ""))
+    if not done:
+        raise UserError("none of the pictures could be read; give others with --images")
+    print(f"wrote {done:,} captions in {time.monotonic() - began:.0f} s:")
+    print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
+    return None
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
+        epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions",
+    )
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
+    parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
+    parser.add_argument(
+        "--split", choices=["train", "val", "dev", "test"], help="default: test, or val where it is empty"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="caption the first N pictures only")
+    parser.add_argument("--out", metavar="FOLDER", help="default: the run's folder, or with --images this one")
+    return parse_command_line(parser)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def choose_checkpoint(args: argparse.Namespace) -> Path:
+    """Return the checkpoint named, or the newest run's; photographs are not given to the sample's shapes model."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    if args.run or not args.images:
+        return find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    try:
+        return find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"
+    except UserError:
+        raise UserError(
+            f"no run under {RUNS}/ has learned from photographs; train one (see README, Flickr8k) "
+            "or give --checkpoint FILE"
+        ) from None
+
+
+def knows_photographs(run: Path) -> bool:
+    config = run / "config.yaml"
+    return not config.is_file() or yaml.safe_load(config.read_text())["data"]["format"] != "sample"
+
+
+def split_pictures(
+    model: CaptionModel, split: str | None, run: Path, device: torch.device
+) -> tuple[list[Picture], Features | None]:
+    """Return the pictures of a split of the model's own dataset, and their features where all are in the cache."""
+    data = model.config.data
+    table = annotations.load(data, annotations.read_splits(run))
+    split = {"dev": "val"}.get(split or "", split) or ("test" if (table["split"] == "test").any() else "val")
+    chosen = table[table["split"] == split]
+    if chosen.empty:
+        raise UserError(f"{data.root} has no {split} pictures; take another --split")
+    folder = annotations.image_folder(data)
+    pictures = [
+        Picture(folder / image, image, image_id, tuple(captions))
+        for (image, image_id), captions in chosen.groupby(["image", "image_id"], sort=False)["caption"]
+    ]
+    features = None
+    if model.config.encoder.frozen:
+        features = FeatureCache(model, sorted(table["image"].unique()), folder, device).find()
+    return pictures, features
+
+
+def find_pictures(patterns: list[str]) -> list[Picture]:
+    """Return the picture files named by paths, folders (with all below them) and globs, each once.
+
+    Raises UserError for a pattern that matches nothing.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+        if not paths:
+            raise UserError(f"--images {pattern} matches no picture; check the path")
+        found |= dict.fromkeys(paths)
+    return [Picture(path, path.name, path.as_posix()) for path in found]
+
+
+def caption_pictures(
+    model: CaptionModel, pictures: list[Picture], features: Features | None, out: Path, device: torch.device
+) -> list[str]:
+    """Write outputs/*.jpg, the page and predictions.json into `out`; return what was wrong with the broken pictures.
+
+    A batch of pictures is read while the one before it is captioned, and no picture is kept.
+    """
+    encode = encoding(model, features, device)
+    broken: list[str] = []
+    predictions: list[dict[str, str]] = []
+    taken: set[str] = set()
+    (out / "outputs").mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
+    subtitle = f"{len(pictures):,} pictures, {model.config.encoder.name} and {model.config.decoder.name}"
+    with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in read_ahead(lambda picture: read(picture, model), pictures, BATCH):
+            good = [item for item in batch if not isinstance(item, UserError)]
+            broken += [str(item) for item in batch if isinstance(item, UserError)]
+            bar.update(len(batch))
+            if not good:
+                continue
+            captions = model.caption(encode(good))
+            files = [f"outputs/{unique_name(picture.path.stem, taken)}.jpg" for picture, _, _ in good]
+            list(pool.map(save_drawing, [shown for _, shown, _ in good], captions, [out / file for file in files]))
+            for (picture, shown, _), caption, file in zip(good, captions, files, strict=True):
+                gallery.add(file, caption, picture.references, size=fit(shown.size), name=picture.name)
+                predictions.append({"image_id": picture.image_id, "caption": caption})
+    write_atomically(out / "predictions.json", json.dumps(predictions, ensure_ascii=False, indent=1).encode())
+    return broken
+
+
+def encoding(
+    model: CaptionModel, features: Features | None, device: torch.device
+) -> Callable[[list[Opened]], torch.Tensor]:
+    """Return the function from opened pictures to features: looked up where they are known, else computed."""
+    if features is not None:
+        return lambda batch: features.take([picture.name for picture, _, _ in batch])
+    extractor = Extractor(model, device)
+    return lambda batch: extractor(torch.stack([pixels for _, _, pixels in batch]))
+
+
+def read(picture: Picture, model: CaptionModel) -> Opened | UserError:
+    """Open a picture; of a broken one return the error."""
+    try:
+        opened = open_picture(picture.path)
+    except UserError as error:
+        return error
+    pixels = model.transform.resize(opened)
+    opened.thumbnail((LONGEST_SIDE[1], LONGEST_SIDE[1]))
+    return picture, opened, pixels
+
+
+def save_drawing(picture: Image.Image, caption: str, path: Path) -> None:
+    draw_caption(picture, caption).save(path, quality=QUALITY)
+
+
+def unique_name(stem: str, taken: set[str]) -> str:
+    """Return `stem`, numbered when a file from another folder has it; file systems may not tell cases apart."""
+    numbered = (f"{stem}-{number}" for number in itertools.count(2))
+    name = next(name for name in itertools.chain([stem], numbered) if name.lower() not in taken)
+    taken.add(name.lower())
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

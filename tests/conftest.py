@@ -1,0 +1,109 @@
+"""What many tests share: a tiny dataset in Flickr8k's own form, a model to match, and how a refusal should read."""
+
+import csv
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import Config, UserError, load_config
+from data import sample
+from data.vocab import build_vocab
+from models.model import CaptionModel
+
+SCENES = [scene for _, scene in sample.choose_scenes()[:12]]
+TINY = (
+    *("encoder.name=resnet18", "encoder.weights=null", "encoder.image_size=32", "data.min_count=1"),
+    *("decoder.embed_size=16", "decoder.hidden_size=32", "train.batch_size=20", "train.precision=fp32"),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures with five captions each: eight for train, two for val, two for test."""
+    root = tmp_path_factory.mktemp("drawn")
+    (root / "images").mkdir()
+    rows = [("image", "caption")]
+    for number, scene in enumerate(SCENES):
+        sample.draw_scene(scene, np.random.default_rng(number)).resize((64, 64)).save(root / f"images/{number:02}.jpg")
+        rows += [(f"{number:02}.jpg", caption) for caption in sample.describe(scene)]
+    with open(root / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    for split, numbers in {"train": range(8), "dev": range(8, 10), "test": range(10, 12)}.items():
+        (root / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{number:02}.jpg\n" for number in numbers))
+    return root
+
+
+@pytest.fixture
+def archive(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the drawn dataset at `archive/`, where config.yaml looks for it, below an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(drawn, tmp_path / "archive"))
+
+
+def load_tiny_config(*overrides: str) -> Config:
+    return load_config(overrides=[*TINY, *overrides])
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Config]:
+    """Make a Config of the smallest sizes, with `key.sub=value` overrides."""
+    return load_tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> CaptionModel:
+    """An untrained model of the smallest sizes, in eval mode; to look at, not to change."""
+    captions = [caption for scene in SCENES for caption in sample.describe(scene)]
+    return CaptionModel.build(load_tiny_config(), build_vocab(captions, min_count=1)).eval()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout: real Flickr8k without its test pictures."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder shared/ beside the checkout, with real Flickr8k")
+    return folder
+
+
+@contextmanager
+def one_sentence_with(*words: str) -> Iterator[None]:
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert not re.search(r"\n|[.!?] [A-Z]", message), message
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., AbstractContextManager[None]]:
+    """`with refused("train.lr"):` expects a UserError of one sentence that holds these words."""
+    return one_sentence_with
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(n):` really lets no file grow beyond `n` bytes."""
+    resource = pytest.importorskip("resource", reason="file size limits exist on Linux and macOS only")
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -1,0 +1,128 @@
+"""Captions and pictures in batches: what is read, what is predicted, and in which order."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from data import annotations, dataset
+from data.dataset import Batch, Flickr8kDataset, batch_indices
+from data.features import Features
+from data.transforms import Transform
+from data.vocab import EOS, PAD, SOS, Vocabulary, build_vocab
+
+CAPTIONS = ["one", "one two", "one two three"] * 20 + ["one two three four five six"]
+
+
+@pytest.fixture(scope="module")
+def vocab() -> Vocabulary:
+    return build_vocab(CAPTIONS, 1)
+
+
+@pytest.fixture
+def captions(vocab: Vocabulary) -> Flickr8kDataset:
+    """61 captions of 21 pictures, whose feature is their number."""
+    names = [f"{number // 3}.jpg" for number in range(len(CAPTIONS))]
+    rows = np.arange(21, dtype=np.float16)[:, None]
+    features = Features(rows, [f"{number}.jpg" for number in range(21)])
+    table = pd.DataFrame({"image": names, "caption": CAPTIONS})
+    return Flickr8kDataset(table, vocab, Path(), Transform(32), features)
+
+
+def test_each_word_is_predicted_from_the_words_before_it(captions: Flickr8kDataset, vocab: Vocabulary) -> None:
+    batch = captions[2]
+    words = vocab.numericalize("one two three")
+    assert batch.inputs.tolist() == [[SOS, *words]]
+    assert batch.targets.tolist() == [[*words, EOS]]
+
+
+def test_sos_is_never_a_target(captions: Flickr8kDataset) -> None:
+    targets = captions.__getitems__(list(range(len(captions)))).targets
+    assert not (targets == SOS).any()
+    assert ((targets == EOS).sum(1) == 1).all()
+
+
+def test_padding_stands_only_at_the_end_and_is_no_word(captions: Flickr8kDataset) -> None:
+    batch = captions.__getitems__([60, 0, 1])
+    assert (batch.targets == PAD).tolist() == [[False] * 7, [False] * 2 + [True] * 5, [False] * 3 + [True] * 4]
+    assert batch.words == 7 + 2 + 3
+
+
+def test_owner_names_the_picture_of_each_caption(captions: Flickr8kDataset) -> None:
+    indices = [60, 0, 30, 2, 31, 1]
+    batch = captions.__getitems__(indices)
+    assert batch.pictures[batch.owner].flatten().tolist() == [20, 0, 10, 0, 10, 0]
+    assert len(batch.pictures) == 3
+
+
+def test_a_batch_moves_whole() -> None:
+    moved = Batch(torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)).to(
+        torch.device("meta")
+    )
+    assert {part.device.type for part in (moved.pictures, moved.tokens, moved.owner)} == {"meta"}
+
+
+def test_each_picture_of_a_batch_is_read_once(
+    archive: Path, vocab: Vocabulary, monkeypatch: pytest.MonkeyPatch, tiny_model: torch.nn.Module
+) -> None:
+    opened: list[str] = []
+
+    def note_and_open(path: Path) -> Image.Image:
+        opened.append(path.name)
+        return Image.open(path)
+
+    monkeypatch.setattr(dataset, "open_picture", note_and_open)
+    table = annotations.read_csv(archive / "captions.csv")
+    pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32))
+    batch = pixels.__getitems__([7, 0, 5, 1, 9, 12])
+    assert sorted(opened) == ["00.jpg", "01.jpg", "02.jpg"]
+    assert (batch.pictures.shape, batch.pictures.dtype) == ((3, 3, 32, 32), torch.uint8)
+    assert batch.owner.tolist() == [1, 0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
+@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)])
+def test_every_caption_comes_exactly_once(
+    captions: Flickr8kDataset, by_image: bool, batch_size: int, rng: np.random.Generator | None
+) -> None:
+    batches = batch_indices(captions, batch_size, by_image, rng)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(captions)))
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_the_order_is_drawn_from_the_generator_alone(captions: Flickr8kDataset, by_image: bool) -> None:
+    first, again, other = (batch_indices(captions, 8, by_image, np.random.default_rng([0, n])) for n in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_every_epoch_has_as_many_batches(captions: Flickr8kDataset, by_image: bool) -> None:
+    assert len({len(batch_indices(captions, 8, by_image, np.random.default_rng([0, n]))) for n in range(5)}) == 1
+
+
+def test_pictures_stay_whole_where_each_is_encoded_once_per_step(captions: Flickr8kDataset) -> None:
+    batches = batch_indices(captions, 8, True, np.random.default_rng(0))
+    homes = Counter(image for batch in batches for image in set(captions.image_of[batch]))
+    assert set(homes.values()) == {1}
+
+
+def test_batches_hold_about_as_many_captions_as_asked_for(captions: Flickr8kDataset) -> None:
+    sizes = [len(batch) for batch in batch_indices(captions, 12, True, np.random.default_rng(0))]
+    assert 9 <= np.mean(sizes) <= 13
+    assert {len(batch) for batch in batch_indices(captions, 20, False, None)} == {20, 1}
+
+
+def test_captions_of_one_length_stand_together(captions: Flickr8kDataset) -> None:
+    batches = batch_indices(captions, 10, False, np.random.default_rng(0))
+    assert max(np.ptp(captions.lengths[batch]) for batch in batches if len(batch) > 1) == 0
+
+
+def test_batches_of_different_lengths_are_mixed(captions: Flickr8kDataset) -> None:
+    lengths = [captions.lengths[batch].max() for batch in batch_indices(captions, 5, False, np.random.default_rng(0))]
+    assert lengths != sorted(lengths)

@@ -1,0 +1,91 @@
+"""The built-in scenes: the same every time, and nothing held out is ever trained on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from config import load_config
+from data import annotations, sample
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "COUNTS", {"train": 6, "dev": 2, "test": 3})
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_scenes_drawn_twice_are_the_same_bytes(tmp_path: Path) -> None:
+    sample.draw(tmp_path / "a")
+    sample.draw(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(set(contents(tmp_path / "a").values())) == 11 + 4
+
+
+def test_scenes_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample.draw(tmp_path / "a")
+    monkeypatch.delattr(sample, "draw_scene")
+    sample.draw(tmp_path / "a")
+
+
+def test_the_dataset_has_flickr8ks_form(tmp_path: Path) -> None:
+    overrides = ["data.format=sample", f"data.root={tmp_path / 'new' / 'sample'}"]
+    table = annotations.load(load_config(overrides=overrides).data)
+    assert table.groupby("split")["image"].nunique().to_dict() == {"train": 6, "val": 2, "test": 3}
+    assert (table.groupby("image").size() == 5).all()
+    assert sorted(path.name for path in (tmp_path / "new" / "sample").glob("*.txt")) == [
+        "Flickr_8k.devImages.txt",
+        "Flickr_8k.testImages.txt",
+        "Flickr_8k.trainImages.txt",
+    ]
+
+
+def test_held_out_scenes_never_occur_in_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    chosen = sample.choose_scenes()
+    of_split = {split: [scene for name, scene in chosen if name == split] for split in sample.COUNTS}
+    assert {split: len(scenes) for split, scenes in of_split.items()} == sample.COUNTS
+    train, dev, test = (set(of_split[split]) for split in ("train", "dev", "test"))
+    assert not train & (dev | test)
+    assert not dev & test
+    assert len(dev) + len(test) == 240
+
+
+def test_every_caption_of_a_scene_tells_all_of_it() -> None:
+    for _, scene in sample.choose_scenes():
+        captions = sample.describe(scene)
+        assert len(set(captions)) == 5
+        assert all(word in caption.lower() for caption in captions for word in scene)
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_an_interrupted_drawing_leaves_no_half_dataset(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, draw_scene = [], sample.draw_scene
+
+    def draw_or_stop(*scene: object) -> object:
+        if len(drawn) == number:
+            raise KeyboardInterrupt
+        drawn.append(scene)
+        return draw_scene(*scene)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "draw_scene", draw_or_stop)
+        sample.draw(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    sample.draw(tmp_path / "a")
+    sample.draw(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_folder_with_other_things_in_it_is_never_deleted(tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    with refused("photos"):
+        sample.draw(tmp_path / "photos")
+    assert (tmp_path / "photos" / "holiday.jpg").exists()

@@ -1,0 +1,131 @@
+"""Any picture file is seen as it is meant to be, or refused by name; never cropped, never black."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.transforms import Transform, open_picture
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def plain(mode: str, colour: object) -> Image.Image:
+    return Image.new(mode, (6, 4), colour)  # type: ignore[arg-type]
+
+
+PICTURES = {
+    "rgb.png": (plain("RGB", RED), RED),
+    "grey.png": (plain("L", 120), (120, 120, 120)),
+    "grey.jpg": (plain("L", 120), (120, 120, 120)),
+    "one-bit.png": (plain("1", 1), WHITE),
+    "palette.gif": (plain("RGB", BLUE).convert("P", palette=Image.Palette.ADAPTIVE), BLUE),
+    "opaque.png": (plain("RGBA", (*RED, 255)), RED),
+    "transparent.png": (plain("RGBA", (*BLACK, 0)), WHITE),
+    "half-transparent.png": (plain("RGBA", (*BLACK, 128)), (127, 127, 127)),
+    "transparent-grey.png": (plain("LA", (0, 0)), WHITE),
+    "opaque-grey.png": (plain("LA", (90, 255)), (90, 90, 90)),
+    "transparent.webp": (plain("RGBA", (*BLACK, 0)), WHITE),
+    "cmyk.jpg": (plain("CMYK", (255, 0, 0, 0)), (0, 255, 255)),
+    "cmyk.tif": (plain("CMYK", (0, 255, 255, 0)), RED),
+    "white-16-bit.png": (plain("I;16", 65535), WHITE),
+    "middle-16-bit.png": (plain("I;16", 32768), (127, 127, 127)),
+    "32-bit-float.tif": (plain("F", 40.0), (40, 40, 40)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_picture_is_seen_in_its_colours(name: str, tmp_path: Path) -> None:
+    picture, colour = PICTURES[name]
+    picture.save(tmp_path / name)
+    seen = open_picture(tmp_path / name)
+    assert (seen.mode, seen.size) == ("RGB", (6, 4))
+    assert np.abs(np.asarray(seen, dtype=int) - colour).max() <= 3
+
+
+def test_a_transparent_colour_of_a_palette_turns_white(tmp_path: Path) -> None:
+    plain("P", 0).save(tmp_path / "a.png", transparency=0)
+    assert open_picture(tmp_path / "a.png").getpixel((0, 0)) == WHITE
+
+
+def test_a_16_bit_picture_keeps_its_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    seen = np.asarray(open_picture(tmp_path / "ramp.png"))
+    assert (seen.min(), seen.max()) == (0, 255)
+    assert len(np.unique(seen)) == 256
+
+
+def test_a_picture_turned_by_exif_is_seen_upright(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 20), BLUE)
+    picture.paste(RED, (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn right by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    seen = open_picture(tmp_path / "turned.jpg")
+    assert seen.size == (20, 40)
+    assert np.abs(np.asarray(seen, dtype=int)[[5, 35], 10] - [RED, BLUE]).max() <= 5
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_the_first_picture_of_an_animation_is_seen(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"moving.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {}
+    plain("RGB", GREEN).save(path, save_all=True, append_images=[plain("RGB", RED)], duration=50, **options)
+    assert open_picture(path).getpixel((0, 0)) == GREEN
+
+
+def noisy() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tif"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_picture_cut_short_is_refused_by_name(suffix: str, share: float, tmp_path: Path, refused: Callable) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    noisy().save(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with refused(str(path)):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "odd.jpg").write_bytes(content)
+    with refused("odd.jpg"):
+        open_picture(tmp_path / "odd.jpg")
+
+
+@pytest.mark.parametrize("name", ["absent.jpg", "."])
+def test_a_picture_that_is_not_there_is_refused_by_name(name: str, tmp_path: Path, refused: Callable) -> None:
+    with refused(str(tmp_path / name)):
+        open_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(300, 80), (80, 300), (20, 20)])
+def test_the_whole_picture_is_resized_without_a_crop(size: tuple[int, int]) -> None:
+    width, height = size
+    picture = Image.new("RGB", size, WHITE)
+    for colour, x, y in ((RED, 0, 0), (GREEN, width - 8, 0), (BLUE, 0, height - 8), (BLACK, width - 8, height - 8)):
+        picture.paste(colour, (x, y, x + 8, y + 8))
+    pixels = Transform(40).resize(picture)
+    assert (pixels.shape, pixels.dtype) == ((3, 40, 40), torch.uint8)
+    corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].T.int()
+    assert (corners - torch.tensor([RED, GREEN, BLUE, BLACK])).abs().max() <= 12
+
+
+def test_pixels_are_normalised_with_the_mean_and_std_of_the_weights() -> None:
+    grey = Transform(32, mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.5))(Image.new("RGB", (9, 9), (255, 255, 0)))
+    assert grey.dtype == torch.float32
+    torch.testing.assert_close(grey[:, 0, 0], torch.tensor([5.0, 2.5, -1.0]))
+
+
+def test_a_transform_is_plain_values_and_comes_back_equal() -> None:
+    transform = Transform(224, mean=(0.1, 0.2, 0.3))
+    values = asdict(transform)
+    assert all(isinstance(value, int | tuple) for value in values.values())
+    assert Transform(**values) == transform

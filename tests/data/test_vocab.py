@@ -1,0 +1,155 @@
+"""One tokeniser for everything, ids always in range, and no downloaded data."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from config import load_config
+from data import annotations, vocab
+from data.vocab import EOS, PAD, SOS, SPECIALS, UNK, EnglishTokeniser, Vocabulary, build_vocab
+
+ROOT = Path(vocab.__file__).parents[1]
+TOKENISE = EnglishTokeniser()
+SENTENCES = [
+    "A dog's toy isn't in the child's hand .",
+    "Two men , one with a T-shirt , ride 3 horses .",
+    'A sign reads " no-parking " ; people can\'t park (here) !',
+    "They're at Joe's - the boys' room -- and it's 5:30 p.m.",
+]
+FAMILIAR = build_vocab(SENTENCES, min_count=1)
+
+
+def test_the_four_special_words_come_first() -> None:
+    assert tuple(FAMILIAR.words[:4]) == SPECIALS == ("<pad>", "<sos>", "<eos>", "<unk>")
+    assert (PAD, SOS, EOS, UNK) == (0, 1, 2, 3)
+
+
+def test_words_seen_too_rarely_are_left_out() -> None:
+    built = build_vocab(["a dog", "A dog runs", "a cat"], min_count=2)
+    assert built.words[4:] == ["a", "dog"]
+    assert built.numericalize("a cat") == [built.numericalize("a")[0], UNK]
+
+
+def test_no_word_frequent_enough_is_refused(refused: Callable) -> None:
+    with refused("5 times", "data.min_count"):
+        build_vocab(["a dog"], min_count=5)
+
+
+def test_the_vocabulary_does_not_depend_on_the_order_of_captions() -> None:
+    assert build_vocab(reversed(SENTENCES), 1).words == FAMILIAR.words
+
+
+def test_training_takes_words_from_train_captions_only(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = archive / "captions.csv"
+    captions.write_text(captions.read_text() + "00.jpg,trainword\n08.jpg,valword\n10.jpg,testword\n")
+    built: list[Vocabulary] = []
+    monkeypatch.setattr(train.Trainer, "fit", lambda self: built.append(self.model.vocab))
+    words = ["encoder.name=resnet18", "encoder.weights=null", "encoder.image_size=32", "data.min_count=1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    train.main()
+    assert {"trainword", "valword", "testword"} & set(built[0].words) == {"trainword"}
+
+
+@given(st.text())
+@settings(deadline=None, derandomize=True)
+def test_ids_are_never_out_of_range(text: str) -> None:
+    assert all(i == UNK or len(SPECIALS) <= i < len(FAMILIAR) for i in FAMILIAR.numericalize(text))
+
+
+@given(st.lists(st.sampled_from(["<pad>", "<sos>", "<eos>", "<unk>", "dog"]), min_size=1))
+@settings(deadline=None, derandomize=True)
+def test_special_words_in_a_caption_are_not_special(words: list[str]) -> None:
+    assert not {PAD, SOS, EOS} & set(FAMILIAR.numericalize(" ".join(words)))
+
+
+def test_a_caption_is_encoded_between_sos_and_eos() -> None:
+    a, dog = FAMILIAR.numericalize("a dog")
+    assert FAMILIAR.encode("A zebra dog .") == [SOS, a, UNK, dog, EOS]
+
+
+@pytest.mark.parametrize("caption", SENTENCES)
+def test_known_words_survive_encoding_and_decoding(caption: str) -> None:
+    ids = FAMILIAR.encode(caption)
+    assert UNK not in ids
+    assert FAMILIAR.encode(FAMILIAR.decode(ids[1:])) == ids
+
+
+def test_decoding_stops_at_eos_and_writes_no_special_word() -> None:
+    a, dog = FAMILIAR.numericalize("a dog")
+    assert FAMILIAR.decode([SOS, PAD, a, UNK, dog, EOS, a, a]) == "a dog"
+    assert FAMILIAR.decode([EOS]) == FAMILIAR.decode([]) == ""
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["a dog's toy isn't here", "they're at joe's", "the boys' room", "he can't", "we'll go and i've gone", "it's red"],
+)
+def test_contractions_and_possessives_join_back(sentence: str) -> None:
+    assert TOKENISE.join(TOKENISE(sentence)) == sentence
+
+
+def test_case_and_punctuation_are_dropped() -> None:
+    assert TOKENISE('A DOG , runs ; " fast " : ( now ) [ x ] - ... -- ? !') == ["a", "dog", "runs", "fast", "now", "x"]
+
+
+def test_no_nltk_data_is_needed(tmp_path: Path) -> None:
+    check = (
+        "import nltk, nltk.data\n"
+        "def refuse(*words, **options): raise LookupError('NLTK data was asked for')\n"
+        "nltk.data.find = nltk.data.load = nltk.download = refuse\n"
+        "from data.vocab import build_vocab\n"
+        "words = build_vocab([\"A dog isn't. Here! Mr. Smith's.\"], 1)\n"
+        "assert words.decode(words.numericalize('a dog')) == 'a dog'\n"
+    )
+    environment = os.environ | {"NLTK_DATA": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=environment, check=True)
+
+
+def test_a_vocabulary_comes_back_from_its_state() -> None:
+    again = Vocabulary(**FAMILIAR.state())
+    assert again.state() == FAMILIAR.state()
+    assert [again.encode(text) for text in SENTENCES] == [FAMILIAR.encode(text) for text in SENTENCES]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"words": []},
+        {"words": ["a", "dog"]},
+        {"words": ["<sos>", "<pad>", "<eos>", "<unk>", "a"]},
+        {"words": [*SPECIALS, "a", "dog", "a"]},
+        {"words": [*SPECIALS, "<pad>"]},
+        {"words": [*SPECIALS, "a"], "language": "klingon"},
+    ],
+)
+def test_a_damaged_word_list_is_refused(state: dict[str, Any], refused: Callable) -> None:
+    with refused("vocabulary"):
+        Vocabulary(**state)
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="java, which runs the PTBTokenizer, is not installed")
+def test_the_tokeniser_agrees_with_the_one_papers_score_with() -> None:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    theirs = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(SENTENCES[:3])})
+    assert [" ".join(TOKENISE(text)) for text in SENTENCES[:3]] == [theirs[i][0] for i in range(3)]
+
+
+def test_real_captions_survive_encoding_and_decoding(shared: Path) -> None:
+    captions = annotations.read_csv(shared / "flickr8k" / "captions.csv")["caption"].iloc[::70]
+    real = build_vocab(captions, min_count=1)
+    changed = [text for text in captions if real.encode(real.decode(real.numericalize(text))) != real.encode(text)]
+    assert len(changed) <= len(captions) / 500
+
+
+def test_every_setting_of_data_language_has_a_tokeniser() -> None:
+    assert all(load_config(overrides=[f"data.language={language}"]) for language in vocab.TOKENISERS)

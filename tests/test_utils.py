@@ -1,0 +1,258 @@
+"""Checkpoints survive full disks and strangers, scripts end in one line, and noise comes from (seed, step)."""
+
+import errno
+import os
+import pickle
+import signal
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from config import UserError
+from utils import (
+    StopRequest,
+    cli,
+    find_run,
+    load_checkpoint,
+    pick_precision,
+    save_checkpoint,
+    seed_step,
+    write_atomically,
+)
+
+CHECKPOINT = {"step": 3, "words": ["a", "dog"], "decoder": {"weight": torch.arange(50_000.0)}}
+CPU = torch.device("cpu")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "new" / "a.pth", CHECKPOINT)
+    loaded = load_checkpoint(tmp_path / "new" / "a.pth")
+    assert (loaded["step"], loaded["words"]) == (3, ["a", "dog"])
+    assert torch.equal(loaded["decoder"]["weight"], CHECKPOINT["decoder"]["weight"])
+    assert names(tmp_path / "new") == ["a.pth"]
+
+
+def test_a_checkpoint_is_plain_data(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pth", CHECKPOINT)
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["words"] == ["a", "dog"]
+
+
+def test_a_file_that_is_replaced_has_the_usual_permissions(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", b"1")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path: Path, full_disk: Callable, refused: Callable
+) -> None:
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"step": 1})
+    with full_disk(20_000), refused(str(path), "make room"):
+        save_checkpoint(path, CHECKPOINT)
+    assert load_checkpoint(path)["step"] == 1
+    assert names(tmp_path) == ["last.pth"]
+
+
+def test_a_disk_that_is_full_when_flushed_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
+) -> None:
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"step": 1})
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with refused(str(path), "No space left"):
+        save_checkpoint(path, CHECKPOINT)
+    assert load_checkpoint(path)["step"] == 1
+    assert names(tmp_path) == ["last.pth"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "runs").touch()
+    with refused("runs"):
+        save_checkpoint(tmp_path / "runs" / "a" / "last.pth", CHECKPOINT)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_refused(share: float, tmp_path: Path, refused: Callable) -> None:
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, CHECKPOINT)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with refused("last.pth", "cut short"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", pickle.dumps({"step": 1}), b"PK\x05\x06" + bytes(18)])
+def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "other.pth").write_bytes(content)
+    with refused("other.pth", "not a checkpoint"):
+        load_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("saved", [{"weight": torch.ones(2)}, [1, 2], {"format": "another/1"}, torch.ones(2)])
+def test_a_torch_file_of_another_project_is_refused(saved: Any, tmp_path: Path, refused: Callable) -> None:
+    torch.save(saved, tmp_path / "other.pth")
+    with refused("other.pth", "not a checkpoint"):
+        load_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_zip_of_other_things_is_refused(tmp_path: Path, refused: Callable) -> None:
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as file:
+        file.writestr("readme.txt", "hello")
+    with refused("other.pth", "not a checkpoint"):
+        load_checkpoint(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "."])
+def test_a_checkpoint_that_is_not_there_is_refused(name: str, tmp_path: Path, refused: Callable) -> None:
+    with refused(str(tmp_path / name), "no checkpoint"):
+        load_checkpoint(tmp_path / name)
+
+
+class Intruder:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("in_zip", [True, False])
+def test_code_in_a_checkpoint_is_never_run(in_zip: bool, tmp_path: Path, refused: Callable) -> None:
+    path, evil = tmp_path / "evil.pth", {"format": "image-captioning/1", "x": Intruder(tmp_path / "intruded")}
+    if in_zip:
+        torch.save(evil, path)
+    else:
+        path.write_bytes(pickle.dumps(evil))
+    with refused("evil.pth"):
+        load_checkpoint(path)
+    assert names(tmp_path) == ["evil.pth"]
+
+
+def make_run(name: str, mtime: int, file: str = "last.pth") -> Path:
+    path = Path("runs", name, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (mtime, mtime))
+    return path.parent
+
+
+def test_the_newest_run_that_holds_the_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new, other = make_run("b", 1000), make_run("a", 2000), make_run("c", 3000, "loss_log.txt")
+    assert find_run("last.pth") == new
+    assert find_run("loss_log.txt") == other
+    assert find_run("last.pth", accept=lambda run: run != new) == old
+
+
+def test_a_named_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run("mine", 1000)
+    make_run("newer", 2000)
+    assert find_run("last.pth", "mine") == run
+    assert find_run("last.pth", str(tmp_path / run)) == tmp_path / run
+
+
+@pytest.mark.parametrize("name", [None, "absent"])
+def test_no_run_is_one_sentence(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with refused("last.pth", "python train.py"):
+        find_run("last.pth", name)
+
+
+def fail_with(error: BaseException) -> Callable[[], int]:
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UserError("there is no dog; bring one"), "there is no dog; bring one"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "dogs.csv"), "dogs.csv: No such file"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(fail_with(error)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert words in lines[0]
+
+
+def test_an_interrupt_ends_with_code_130_and_a_clean_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(fail_with(KeyboardInterrupt())) == 130
+    assert cli(lambda: None) == 0
+    assert cli(lambda: 7) == 7
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli(fail_with(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_interrupt_acts_at_once() -> None:
+    with StopRequest():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_without_a_signal_the_handlers_come_back_at_the_end() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not stop.requested
+
+
+def noise(seed: int, step: int) -> torch.Tensor:
+    seed_step(seed, step)
+    return torch.rand(4)
+
+
+def test_noise_is_a_function_of_seed_and_step() -> None:
+    first = noise(3, 7)
+    torch.rand(100)
+    assert torch.equal(noise(3, 7), first)
+
+
+@pytest.mark.parametrize(("seed", "step"), [(3, 8), (4, 7), (7, 3), (4, 6)])
+def test_neighbouring_steps_and_seeds_have_other_noise(seed: int, step: int) -> None:
+    assert not torch.equal(noise(seed, step), noise(3, 7))
+
+
+def test_an_explicit_precision_is_honoured() -> None:
+    assert pick_precision("fp32", CPU) == torch.float32
+    assert pick_precision("bf16", CPU) == torch.bfloat16
+    assert pick_precision("auto", CPU) in (torch.float32, torch.bfloat16)
