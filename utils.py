@@ -25,6 +25,9 @@ CHECKPOINT_FORMAT = "image-captioning/1"
 
 def cli(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # a log file shows each line as it is printed
     try:
         return main() or 0
     except UserError as error:

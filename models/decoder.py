@@ -15,9 +15,10 @@ Memory = tuple[torch.Tensor, ...]
 
 
 class Decoder(nn.Module):
-    """Writes captions for encoded pictures, whose features come standardised. B pictures, N captions or hypotheses, T steps, V words.
+    """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
 
-    `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D).
+    `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
+    they come standardised.
     """
 
     grid: ClassVar[bool] = False
@@ -72,7 +73,7 @@ class DecoderRNN(Decoder):
     def init_weights(self) -> None:
         """Let picture and words enter at the same scale, and let the LSTM remember from the start.
 
-        A forget bias of 1 (Jozefowicz et al. 2015) keeps the picture, read first, from fading before it is learned from.
+        A forget bias of 1 (Jozefowicz et al. 2015) keeps the picture, which is read first, from fading.
         """
         nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)  # standardised features: variance 1
         nn.init.zeros_(self.project.bias)

@@ -89,7 +89,7 @@ class CaptionModel(nn.Module):
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
         """Bring each feature (…, D) to mean 0 and variance 1 over the training pictures.
 
-        Backbones give positive features with a large common part, which an untrained decoder hears instead of the picture.
+        Backbones give positive features with a large common part, which drowns what tells pictures apart.
         """
         return (features.float() - self.feature_mean) / self.feature_std
 

@@ -24,7 +24,7 @@ from utils import (
     write_atomically,
 )
 
-CHECKPOINT = {"step": 3, "words": ["a", "dog"], "decoder": {"weight": torch.arange(50_000.0)}}
+CHECKPOINT: dict[str, Any] = {"step": 3, "words": ["a", "dog"], "decoder": {"weight": torch.arange(50_000.0)}}
 CPU = torch.device("cpu")
 
 

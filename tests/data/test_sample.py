@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from config import load_config
 from data import annotations, sample
@@ -65,13 +67,14 @@ def test_every_caption_of_a_scene_tells_all_of_it() -> None:
 def test_an_interrupted_drawing_leaves_no_half_dataset(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn, draw_scene = [], sample.draw_scene
+    drawn: list[sample.Scene] = []
+    draw_scene = sample.draw_scene
 
-    def draw_or_stop(*scene: object) -> object:
+    def draw_or_stop(scene: sample.Scene, rng: np.random.Generator) -> Image.Image:
         if len(drawn) == number:
             raise KeyboardInterrupt
         drawn.append(scene)
-        return draw_scene(*scene)  # type: ignore[arg-type]
+        return draw_scene(scene, rng)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample, "draw_scene", draw_or_stop)

@@ -1,0 +1,125 @@
+"""The contract of every decoder in DECODERS."""
+
+import math
+
+import pytest
+import torch
+
+from config import load_config
+from data.vocab import EOS, PAD, SOS
+from models.decoder import DECODERS, Decoder
+from train import caption_loss
+
+V, D, L = 300, 24, 9
+TOKENS = torch.tensor([[SOS, 5, 6, 7, 8, EOS], [SOS, 9, 5, EOS, PAD, PAD], [SOS, 7, 7, 10, EOS, PAD]])
+OWNER = torch.tensor([0, 1, 0])
+
+
+@pytest.fixture(params=sorted(DECODERS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def build(name: str, *overrides: str) -> Decoder:
+    torch.manual_seed(0)
+    sizes = ["decoder.embed_size=16", "decoder.hidden_size=32", f"decoder.name={name}"]
+    return DECODERS[name](load_config(overrides=[*sizes, *overrides]).decoder, D, V)
+
+
+def features(name: str, pictures: int = 2) -> torch.Tensor:
+    shape = (pictures, L, D) if DECODERS[name].grid else (pictures, D)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_forward_scores_every_word_for_every_place(name: str) -> None:
+    logits, attention = build(name)(features(name), TOKENS, OWNER)
+    assert logits.shape == (3, 6, V)
+    assert attention is None or attention.shape == (3, 6, L)
+    assert (attention is not None) == DECODERS[name].grid
+
+
+def test_the_first_loss_is_close_to_the_log_of_the_vocabulary(name: str) -> None:
+    logits, _ = build(name)(features(name), TOKENS[:, :-1], OWNER)
+    loss = caption_loss(logits, TOKENS[:, 1:], 0)[1]
+    assert loss.item() == pytest.approx(math.log(V), rel=0.05)
+
+
+def test_one_batch_can_be_learned_by_heart(name: str) -> None:
+    decoder, seen = build(name, "decoder.dropout=0").train(), features(name)
+    optimiser = torch.optim.Adam(decoder.parameters(), lr=0.01)
+    for _ in range(150):
+        loss = caption_loss(decoder(seen, TOKENS[:, :-1], OWNER)[0], TOKENS[:, 1:], 0)[0]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    # The captions of picture 0 start with different words: that choice is all that cannot be learned.
+    assert loss.item() < 2 * math.log(2) / 12 + 0.05
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.inference_mode()
+def test_steps_give_the_logits_of_teacher_forcing(name: str, layers: int) -> None:
+    decoder, seen = build(name, f"decoder.num_layers={layers}").eval(), features(name, 3)
+    together, attention = decoder(seen, TOKENS, torch.arange(3))
+    memory = decoder.prepare(seen)
+    state = decoder.start(memory)
+    for t in range(TOKENS.shape[1]):
+        logits, state, looked = decoder.step(TOKENS[:, t], state, memory)
+        torch.testing.assert_close(logits, together[:, t], rtol=1e-4, atol=1e-5)
+        if attention is not None:
+            torch.testing.assert_close(looked, attention[:, t], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_hypotheses_of_one_picture_may_be_reordered_by_their_state(name: str) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    memory = decoder.prepare(seen)
+    twice = torch.tensor([0, 0, 1, 1])
+    state = tuple(part[twice] for part in decoder.start(memory))
+    _, state, _ = decoder.step(torch.tensor([5, 6, 7, 8]), state, memory)
+    order = torch.tensor([1, 0, 3, 3])
+    logits, _, _ = decoder.step(torch.tensor([9, 9, 9, 9]), tuple(part[order] for part in state), memory)
+    expected, _ = decoder(seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
+    torch.testing.assert_close(logits, expected[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_padding_and_other_captions_of_the_batch_do_not_matter(name: str) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    together, _ = decoder(seen, TOKENS, OWNER)
+    for caption, length in enumerate((6, 4, 5)):
+        alone, _ = decoder(seen, TOKENS[caption : caption + 1, :length], OWNER[caption : caption + 1])
+        torch.testing.assert_close(alone[0], together[caption, :length], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    order = torch.tensor([2, 0, 1])
+    shuffled, _ = decoder(seen, TOKENS[order], OWNER[order])
+    torch.testing.assert_close(shuffled, decoder(seen, TOKENS, OWNER)[0][order], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_captions_that_share_a_picture_are_scored_as_if_each_had_its_own(name: str) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    copied, _ = decoder(seen[OWNER], TOKENS, torch.arange(3))
+    torch.testing.assert_close(decoder(seen, TOKENS, OWNER)[0], copied, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_word_is_predicted_from_the_picture_and_earlier_words_only(name: str) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    later = TOKENS.clone()
+    later[:, 3:] = 11
+    logits, changed = decoder(seen, TOKENS, OWNER)[0], decoder(seen, later, OWNER)[0]
+    torch.testing.assert_close(logits[:, :3], changed[:, :3], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[:, 3:], changed[:, 3:])
+    assert not torch.allclose(logits, decoder(seen + 1.5 * torch.rand(D), TOKENS, OWNER)[0])
+
+
+def test_a_batch_of_one_can_be_trained(name: str) -> None:
+    decoder = build(name).train()
+    logits, _ = decoder(features(name, 1), TOKENS[:1, :-1], torch.tensor([0]))
+    caption_loss(logits, TOKENS[:1, 1:], 0)[0].backward()
+    assert all(parameter.grad is not None for parameter in decoder.parameters())

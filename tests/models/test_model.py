@@ -1,0 +1,177 @@
+"""A checkpoint is all it takes: it holds what cannot be found again, and whatever does not fit is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+
+from config import Config
+from data.vocab import SPECIALS, build_vocab
+from models.model import CaptionModel
+from utils import load_checkpoint, save_checkpoint
+
+VOCAB = build_vocab(["a brown dog runs through the tall grass", "two cats sit on a red mat"], 1)
+PICTURES = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def build(config: Config) -> CaptionModel:
+    model = CaptionModel.build(config, VOCAB).eval()
+    for parameter in model.decoder.parameters():
+        parameter.data.mul_(4)  # so that captions differ
+    return model
+
+
+def logits(model: CaptionModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(PICTURES, torch.tensor([VOCAB.encode("a brown dog runs")] * 3), torch.arange(3))
+
+
+def captions(model: CaptionModel) -> list[str]:
+    with torch.inference_mode():
+        return model.caption(model.encoder(model.transform.normalise(PICTURES)))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "weights" / "resnet18.pth"
+    path.parent.mkdir()
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def pretrained(weights: Path, tmp_path: Path, tiny_config: Callable) -> tuple[Path, list[str]]:
+    """The checkpoint of a model with a frozen backbone from a file, and its captions."""
+    model = build(tiny_config(f"encoder.weights={weights}"))
+    save_checkpoint(tmp_path / "a.pth", model.state())
+    return tmp_path / "a.pth", captions(model)
+
+
+@pytest.fixture
+def saved(tiny_config: Callable) -> dict[str, Any]:
+    return build(tiny_config()).state()
+
+
+def test_a_model_comes_back_from_its_checkpoint_alone(
+    tmp_path: Path, tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny_config())
+    save_checkpoint(tmp_path / "a.pth", model.state())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = CaptionModel.from_checkpoint(tmp_path / "a.pth")
+    assert not again.training
+    assert (again.config, again.transform, again.vocab.words) == (model.config, model.transform, model.vocab.words)
+    assert torch.equal(logits(again), logits(model))
+    assert captions(again) == captions(model)
+
+
+def test_a_checkpoint_is_plain_data(tmp_path: Path, saved: dict[str, Any]) -> None:
+    save_checkpoint(tmp_path / "a.pth", saved)
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["vocabulary"] == VOCAB.state()
+
+
+def test_a_model_is_drawn_from_the_seed(tiny_config: Callable) -> None:
+    first, same, other = (build(tiny_config(f"train.seed={seed}")) for seed in (3, 3, 4))
+    assert torch.equal(logits(first), logits(same))
+    assert not torch.equal(logits(first), logits(other))
+
+
+def test_pixels_and_their_features_give_the_same_logits(tiny_config: Callable) -> None:
+    model = build(tiny_config())
+    with torch.inference_mode():
+        features = model.encoder(model.transform.normalise(PICTURES))
+        tokens, owner = torch.tensor([VOCAB.encode("two cats sit")] * 2), torch.tensor([2, 0])
+        assert torch.equal(model(PICTURES, tokens, owner), model(features, tokens, owner))
+
+
+def test_captions_hold_words_of_the_vocabulary_only(tiny_config: Callable) -> None:
+    words = set(" ".join(captions(build(tiny_config()))).split())
+    assert words
+    assert words <= set(VOCAB.words) - set(SPECIALS)
+
+
+def test_a_frozen_pretrained_backbone_is_not_inside_and_found_again(pretrained: tuple[Path, list[str]]) -> None:
+    path, expected = pretrained
+    assert load_checkpoint(path)["backbone"] is None
+    assert path.stat().st_size < 1_000_000
+    assert captions(CaptionModel.from_checkpoint(path)) == expected
+
+
+def test_a_backbone_that_was_moved_can_be_named(pretrained: tuple[Path, list[str]], weights: Path) -> None:
+    path, expected = pretrained
+    moved = weights.rename(weights.with_name("moved.pth"))
+    assert captions(CaptionModel.from_checkpoint(path, [f"encoder.weights={moved}"])) == expected
+
+
+def test_a_backbone_that_is_gone_is_refused(
+    pretrained: tuple[Path, list[str]], weights: Path, refused: Callable
+) -> None:
+    weights.unlink()
+    with refused(str(weights), "encoder.weights"):
+        CaptionModel.from_checkpoint(pretrained[0])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_other_backbone_weights_are_refused(
+    named: bool, pretrained: tuple[Path, list[str]], weights: Path, refused: Callable
+) -> None:
+    other = weights.with_name("other.pth") if named else weights
+    torch.save(torchvision.models.resnet18().state_dict(), other)
+    with refused("sha256", str(other), "encoder.weights="):
+        CaptionModel.from_checkpoint(pretrained[0], [f"encoder.weights={other}"] if named else [])
+
+
+@pytest.mark.parametrize("frozen", ["true", "false"])
+def test_a_random_backbone_is_inside(frozen: str, tmp_path: Path, tiny_config: Callable) -> None:
+    model = build(tiny_config(f"encoder.frozen={frozen}"))
+    save_checkpoint(tmp_path / "a.pth", model.state())
+    assert load_checkpoint(tmp_path / "a.pth")["backbone"] is not None
+    assert captions(CaptionModel.from_checkpoint(tmp_path / "a.pth")) == captions(model)
+
+
+def test_a_fine_tuned_backbone_is_inside(tmp_path: Path, weights: Path, tiny_config: Callable) -> None:
+    model = build(tiny_config("encoder.frozen=false", f"encoder.weights={weights}"))
+    model.encoder.backbone.get_parameter("conv1.weight").data.mul_(1.1)
+    save_checkpoint(tmp_path / "a.pth", model.state())
+    weights.unlink()
+    again = CaptionModel.from_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(logits(again), logits(model))
+    assert all(parameter.requires_grad for parameter in again.encoder.parameters())
+
+
+@pytest.mark.parametrize("words", [[*VOCAB.words, "zebra"], VOCAB.words[:-1]])
+def test_a_vocabulary_that_does_not_fit_the_tensors_is_refused(
+    words: list[str], saved: dict[str, Any], refused: Callable
+) -> None:
+    saved["vocabulary"] = saved["vocabulary"] | {"words": words}
+    with refused("a.pth", "do not fit"):
+        CaptionModel.from_state(saved, "a.pth")
+
+
+@pytest.mark.parametrize("part", ["decoder", "backbone"])
+def test_missing_and_additional_tensors_are_refused(part: str, saved: dict[str, Any], refused: Callable) -> None:
+    name, tensor = next(iter(saved[part].items()))
+    with refused("a.pth", name):
+        CaptionModel.from_state(saved | {part: {k: v for k, v in saved[part].items() if k != name}}, "a.pth")
+    with refused("a.pth", "another"):
+        CaptionModel.from_state(saved | {part: {**saved[part], "another": tensor}}, "a.pth")
+
+
+@pytest.mark.parametrize("key", ["embed_size", "hidden_size"])
+@pytest.mark.parametrize("size", [10**8, 10**12])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(
+    key: str, size: int, saved: dict[str, Any], refused: Callable
+) -> None:
+    saved["config"]["decoder"][key] = size
+    with refused("a.pth"):
+        CaptionModel.from_state(saved, "a.pth")
+
+
+@pytest.mark.parametrize("part", ["config", "vocabulary", "transform", "encoder", "backbone", "decoder"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(part: str, saved: dict[str, Any], refused: Callable) -> None:
+    with refused("a.pth"):
+        CaptionModel.from_state({key: value for key, value in saved.items() if key != part}, "a.pth")

@@ -1,0 +1,207 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY
+
+import train
+import utils
+from config import load_config
+from data.vocab import build_vocab
+from models.model import CaptionModel
+from train import Progress
+from utils import load_checkpoint
+
+SCRIPT = Path(train.__file__)
+FAST = [*TINY, "train.epochs=3", "train.warmup_steps=2", "train.log_every=1", "decoder.dropout=0.3"]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run train.py's `main` with these words on the command line and return its exit code."""
+
+    def command(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        return utils.cli(train.main)
+
+    return command
+
+
+def log_of(name: str) -> str:
+    return Path("runs", name, "loss_log.txt").read_text()
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", str(SCRIPT), *FAST, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout
+    assert any(line in printed for printed in process.stdout), process.stderr and process.stderr.read()
+
+
+def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAST, "run=first") == 0
+    log = pd.read_csv("runs/first/loss_log.txt", sep="\t")
+    assert log["epoch"].tolist() == [1, 2, 3]
+    assert log.columns.tolist() == list(train.LOG_COLUMNS)
+    files = {path.name for path in Path("runs/first").iterdir()}
+    assert files == {"config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
+    printed = capsys.readouterr().out
+    assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
+    assert "next: python inference_visualize.py" in printed
+
+
+def test_the_log_tells_teacher_forced_from_generated(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*FAST, "train.epochs=1")
+    assert re.search(r"teacher-forced val: loss .* greedy val captions: BLEU-4", capsys.readouterr().out)
+
+
+def test_the_best_epoch_is_the_one_with_the_best_generated_captions() -> None:
+    rows = [{"epoch": 1, "val_loss": 2.0, "val_cider": 10.0}, {"epoch": 2, "val_loss": 2.5, "val_cider": 30.0}]
+    assert Progress(history=rows).best["epoch"] == 2
+
+
+def test_a_killed_run_goes_on_digit_for_digit(archive: Path, run: Run) -> None:
+    assert run(*FAST, "run=whole") == 0
+    process = start("run=killed", "train.checkpoint_every=1")
+    wait_for(process, "Epoch [2/3] Step [1/2]")
+    process.kill()
+    process.wait()
+    assert run("--resume", "--run", "killed") == 0
+    assert log_of("killed") == log_of("whole")
+    whole, killed = (load_checkpoint(f"runs/{name}/last.pth")["decoder"] for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(archive: Path, run: Run) -> None:
+    assert run(*FAST, "run=whole") == 0
+    process = start("run=stopped")
+    wait_for(process, "Epoch [2/3] Step [1/2]")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "python train.py --resume --run stopped" in output
+    assert "Traceback" not in errors
+    assert run("--resume", "run=stopped") == 0
+    assert log_of("stopped") == log_of("whole")
+
+
+def test_an_existing_run_is_kept(archive: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*FAST, "run=mine", "train.epochs=1")
+    before = log_of("mine")
+    assert run(*FAST, "run=mine") == 2
+    assert re.search("error: .*--resume.*run=.*--overwrite", capsys.readouterr().err)
+    assert log_of("mine") == before
+    assert run(*FAST, "run=mine", "train.epochs=2", "--overwrite") == 0
+    assert len(log_of("mine").splitlines()) == 3
+
+
+def test_a_bad_dataset_does_not_cost_the_run_that_was_to_be_overwritten(archive: Path, run: Run) -> None:
+    run(*FAST, "run=mine", "train.epochs=1")
+    (archive / "images" / "00.jpg").unlink()
+    assert run(*FAST, "run=mine", "--overwrite") == 2
+    assert load_checkpoint("runs/mine/checkpoints.pth")
+
+
+def test_training_stops_early_when_captions_get_no_better(archive: Path, run: Run) -> None:
+    assert run(*FAST, "run=patient", "train.epochs=50", "train.patience=2", "train.lr=1e-9") == 0
+    assert len(log_of("patient").splitlines()) == 1 + 3
+
+
+def test_with_no_dataset_and_nothing_asked_the_sample_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "train.seed=3"])
+    config = train.choose_config(train.parse_args())
+    assert (config.run, config.data.format, config.train.seed) == ("sample", "sample", 3)
+    assert "no dataset at archive/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["data.root=elsewhere"], ["--config", str(SCRIPT.with_name("config.yaml"))]])
+def test_a_dataset_asked_for_and_missing_is_an_error(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 2
+    assert "there is no captions file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda root: (root / "images/03.jpg").write_bytes(b"\xff\xd8\xff half a picture"), ["03.jpg", "cannot read"]),
+        (lambda root: (root / "images/03.jpg").unlink(), ["names 1 of 12 pictures", "03.jpg"]),
+        (lambda root: (root / "captions.csv").write_text("picture;text\n"), ["captions.csv", "image,caption"]),
+        (lambda root: (root / "Flickr_8k.devImages.txt").unlink(), ["no val pictures"]),
+    ],
+)
+def test_bad_data_ends_in_one_sentence(
+    break_it: Callable[[Path], object], words: list[str], archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_it(archive)
+    assert run(*FAST) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
+    assert all(word in errors[-1] for word in words)
+    assert not Path("runs").exists()
+
+
+def test_the_vocabulary_knows_training_captions_only(archive: Path, run: Run) -> None:
+    captions = archive / "captions.csv"
+    captions.write_text(captions.read_text() + "08.jpg,zebra zebra zebra\n00.jpg,giraffe\n")
+    assert run(*FAST, "train.epochs=1") == 0
+    words = load_checkpoint("runs/flickr8k/last.pth")["vocabulary"]["words"]
+    assert "giraffe" in words
+    assert "zebra" not in words
+
+
+def test_an_unfrozen_backbone_is_trained_but_not_its_batchnorm_statistics(archive: Path, run: Run) -> None:
+    assert run(*FAST, "encoder.frozen=false", "train.epochs=1", "train.num_workers=0", "train.lr=0.1") == 0
+    trained = load_checkpoint("runs/flickr8k/last.pth")["backbone"]
+    config = load_config(overrides=[*TINY, "encoder.frozen=false"])
+    untouched = CaptionModel.build(config, build_vocab(["a b"], 1)).encoder.backbone.state_dict()
+    moved = {name for name in trained if not torch.equal(trained[name], untouched[name])}
+    assert moved
+    assert not any("running" in name or "num_batches" in name for name in moved)
+
+
+def test_a_seeded_split_is_kept_with_the_run(archive: Path, run: Run) -> None:
+    for path in archive.glob("Flickr_8k.*"):
+        path.unlink()
+    assert run(*FAST, "train.epochs=1") == 0
+    splits = json.loads(Path("runs/flickr8k/splits.json").read_text())
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [10, 1, 1]
+
+
+def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoints(
+    archive: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "learning_rate", lambda *_: float("nan"))
+    assert run(*FAST) == 2
+    assert "the loss became nan" in capsys.readouterr().err
+    assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())
+
+
+def test_resuming_without_a_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--resume") == 2
+    assert "no run under runs/ holds a last.pth" in capsys.readouterr().err
