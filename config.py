@@ -187,7 +187,8 @@ def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
     sections = sorted({k.split(".")[0] for k in known if "." in k})
     if name in sections:
         return f"{where} sets '{name}' to a plain value, but it is a section; set '{name}.…' as in config.yaml"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = [known_name for known_name in known if known_name.split(".")[-1] == name]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "config.yaml lists every setting"
     return f"unknown setting '{name}' in {where}; {hint}"
 

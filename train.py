@@ -101,6 +101,8 @@ def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
     args.overrides = [word for word in args.overrides if not word.startswith("run=")]
     run = find_run("last.pth", args.run or next(iter(names), None))
+    if run.resolve().parent != RUNS.resolve():
+        raise UserError(f"{run} is not below {RUNS}/; move it there to go on with it")
     saved = load_checkpoint(run / "last.pth")
     return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
 
@@ -127,9 +129,10 @@ def report_data(table: pd.DataFrame, config: Config) -> None:
     parts = []
     for split in annotations.SPLITS:
         rows = table[table["split"] == split]
-        parts.append(f"{split} {rows['image'].nunique():,} pictures with {len(rows):,} captions")
         if rows.empty and split != "test":
             raise UserError(f"{config.data.root} has no {split} pictures; mend its split lists or add captions")
+        if not rows.empty:
+            parts.append(f"{split} {rows['image'].nunique():,} pictures with {len(rows):,} captions")
     print(f"data: {annotations.captions_file(config.data)}: {', '.join(parts)}")
 
 
@@ -230,12 +233,14 @@ class Trainer:
         self.nll.fill_(saved["nll"])
 
     def save_last(self) -> None:
+        self.refuse_poison()
         state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": float(self.nll)}
         save_checkpoint(self.run / "last.pth", self.model.state() | state)
 
     def fit(self) -> int:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
         self.save_last()
+        write_log(self.run / "loss_log.txt", self.progress.history)
         with StopRequest() as stop:
             while self.progress.epoch < self.config.epochs and not self.has_stalled():
                 self.train_epoch(stop)
@@ -268,7 +273,7 @@ class Trainer:
         loader = DataLoader(
             self.train_set,
             batch_sampler=batches[done:],
-            collate_fn=lambda batch: batch,
+            collate_fn=as_it_is,
             num_workers=config.num_workers if self.train_set.features is None else 0,
         )
         self.model.train()
@@ -304,13 +309,17 @@ class Trainer:
         self.nll += loss * batch.words
         return loss
 
+    def refuse_poison(self) -> None:
+        """Stop before a checkpoint is written by a model whose loss has become NaN or infinite."""
+        if not math.isfinite(float(self.nll)):
+            raise UserError(
+                f"the loss became {float(self.nll)} before step {self.progress.step} of {self.run}; "
+                "train a new run with a lower train.lr (the checkpoints there are from before)"
+            )
+
     def log_step(self, bar: tqdm, place: int, places: int, loss: float) -> None:
         """Show the loss of this step on the bar, or as a line where there is no terminal."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} near step {self.progress.step} of {self.run}; "
-                "go on from the last checkpoint with a lower train.lr in a new run"
-            )
+        self.refuse_poison()
         perplexity = math.exp(min(loss, 700))
         if bar.disable:
             epoch = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}]"
@@ -319,7 +328,7 @@ class Trainer:
             bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity:.1f}")
 
     def finish_epoch(self) -> None:
-        """Validate, write the log and the checkpoints; last.pth comes last, as only it says that the epoch is over."""
+        """Validate, then write the checkpoints and the log; only last.pth says that the epoch is over."""
         progress = self.progress
         self.model.eval()
         val_set = self.encoded_val_set()
@@ -387,6 +396,10 @@ class Trainer:
             total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
             words += batch.words
         return total / words
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def caption_all(model: CaptionModel, dataset: Flickr8kDataset) -> dict[str, str]:

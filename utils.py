@@ -37,7 +37,7 @@ def cli(main: Callable[[], int | None]) -> int:
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
         )
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
         return 130
     print(f"error: {message}", file=sys.stderr)
     return 2
@@ -108,11 +108,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     damaged = f"{path} is not a checkpoint of this project, or was cut short; take another one, or train again"
-    if not zipfile.is_zipfile(path):
-        raise UserError(damaged)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
         raise UserError(damaged) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(damaged)

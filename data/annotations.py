@@ -40,7 +40,8 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     table = FORMATS[pick_format(config)](path)
     if table.empty:
         raise UserError(f"{path} holds no captions; it should have the columns image and caption")
-    table["split"] = table["image"].map(official_splits(path.parent) or saved_or_seeded(table, saved_splits))
+    official = official_splits(path.parent)
+    table["split"] = table["image"].map(saved_or_seeded(table, saved_splits) if official is None else official)
     table = table[table["split"].notna()].reset_index(drop=True)
     if table.empty:
         raise UserError(f"the split lists in {path.parent} name none of the pictures in {path.name}; check the lists")
@@ -116,15 +117,22 @@ def split_row(row: list[str], header: list[str], where: str) -> tuple[str, str]:
     return name.as_posix(), caption
 
 
-def official_splits(folder: Path) -> dict[str, str]:
-    """Read the official split lists in `folder` (none: empty); raises UserError when a picture is on two of them."""
+def official_splits(folder: Path) -> dict[str, str] | None:
+    """Return each picture's split by the official lists in `folder`; None where there are no lists.
+
+    Raises UserError for a list that cannot be read and for a picture on two of them.
+    """
+    paths = [(split, path) for split, pattern in SPLIT_LISTS.items() for path in sorted(folder.glob(pattern))]
     split_of: dict[str, str] = {}
-    for split, pattern in SPLIT_LISTS.items():
-        for path in sorted(folder.glob(pattern)):
-            for name in path.read_text(encoding="utf-8-sig").split():
-                if split_of.setdefault(name, split) != split:
-                    raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
-    return split_of
+    for split, path in paths:
+        try:
+            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
+        for name in filter(None, names):
+            if split_of.setdefault(name, split) != split:
+                raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
+    return split_of if paths else None
 
 
 def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:

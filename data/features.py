@@ -124,7 +124,10 @@ class FeatureCache:
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest asked for, with `rows_done` as far as the cache on disk agrees with it."""
-        stats = [(self.folder / name).stat() for name in self.names]
+        try:
+            stats = [(self.folder / name).stat() for name in self.names]
+        except OSError as error:
+            raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
         pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
         shape = [len(self.names), *self.model.encoder.feature_shape]
         wanted: dict[str, Any] = {"identity": self.identity, "shape": shape, "rows_done": 0, "pictures": pictures}
@@ -137,11 +140,11 @@ class FeatureCache:
         elif not has_rows(self.place / "features.npy", shape):
             reason = "features.npy is missing or cut short"
         else:
-            pairs = zip(found["pictures"], pictures, strict=True)
-            same = next((row for row, (old, new) in enumerate(pairs) if old != new), len(self.names))
-            wanted["rows_done"] = min(found["rows_done"], same)
-            if same < found["rows_done"]:
-                reason = f"{self.names[same]} has changed since"
+            done = found["pictures"][: found["rows_done"]]
+            changed = [row for row, (old, new) in enumerate(zip(done, pictures, strict=False)) if old != new]
+            wanted["rows_done"] = changed[0] if changed else len(done)
+            if changed:
+                reason = f"{self.names[changed[0]]} has changed since"
         if reason:
             print(f"{self.place}: rows from {wanted['rows_done']:,} on are not used: {reason}")
         return wanted
@@ -153,8 +156,9 @@ def read_manifest(place: Path) -> dict[str, Any] | None:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    complete = isinstance(manifest, dict) and manifest.keys() >= {"identity", "shape", "rows_done", "pictures"}
-    return manifest if complete else None
+    kinds = {"identity": dict, "shape": list, "rows_done": int, "pictures": list}
+    whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
+    return manifest if whole else None
 
 
 def has_rows(path: Path, shape: list[int]) -> bool:

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from config import UserError
+
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
 COUNTS = {"train": 2800, "dev": 120, "test": 120}
@@ -41,9 +43,15 @@ Scene = tuple[str, str, str, str, str]  # shape, colour, size, place, background
 
 
 def draw(root: Path) -> None:
-    """Write captions.csv, images/ and the split lists into `root`, unless they are there already."""
+    """Write captions.csv, images/ and the split lists into `root`, unless they are there already.
+
+    Raises UserError when `root` holds something else.
+    """
+    root = root.resolve()
     if (root / "captions.csv").is_file():
         return
+    if root.exists() and any(root.iterdir()):
+        raise UserError(f"{root} is not empty, so no scenes are drawn there; name another folder with data.root=FOLDER")
     unfinished = root.with_name(f".{root.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "images").mkdir(parents=True)
@@ -59,7 +67,8 @@ def draw(root: Path) -> None:
         (unfinished / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names) + "\n")
     with open(unfinished / "captions.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
-    shutil.rmtree(root, ignore_errors=True)
+    if root.exists():
+        root.rmdir()
     unfinished.rename(root)
 
 

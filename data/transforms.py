@@ -11,6 +11,8 @@ from torchvision.transforms.v2 import functional as F
 
 from config import UserError
 
+# What Pillow raises for damaged files, by format.
+UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -47,7 +49,7 @@ def open_picture(path: str | Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; check the path") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read the picture {path} ({error}); replace or remove it") from None
 
 

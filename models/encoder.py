@@ -117,7 +117,11 @@ def load_weights(network: nn.Module, config: EncoderConfig) -> Path:
         raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
     own = network.state_dict()
     optional = tuple(f"{name}." for name, module in network.named_children() if isinstance(module, nn.Linear))
-    state = {k: v for k, v in state.items() if not k.startswith(optional)} if isinstance(state, dict) else {}
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(
+            f"{path} does not hold a network's state_dict; save one with torch.save(net.state_dict(), FILE)"
+        )
+    state = {str(name): tensor for name, tensor in state.items() if not str(name).startswith(optional)}
     differ = [k for k in state if k not in own or own[k].shape != state[k].shape]
     differ += [k for k in own if k not in state and not k.startswith(optional) and "num_batches" not in k]
     if differ:

@@ -15,6 +15,7 @@ from models.decoder import DECODERS, Decoder
 from models.encoder import EncoderCNN, transform_for
 from utils import load_checkpoint
 
+PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_std", "decoder"}
 STD_FLOOR = 0.05  # features that hardly vary are not blown up
 
 
@@ -57,16 +58,25 @@ class CaptionModel(nn.Module):
     @classmethod
     def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
         """Return the model whose `state()` was `saved`; `where` names its file in errors."""
+        missing = PARTS - saved.keys()
+        if missing:
+            raise UserError(f"{where} lacks its {sorted(missing)[0]}, so it is not a trained model; take another one")
         config = restore_config(saved["config"], overrides)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = DECODERS[config.decoder.name]
         encoder = restore_encoder(config, saved, kind.grid, where)
-        with torch.device("meta"):
-            decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
-        fit(decoder, saved["decoder"], where)
+        size = encoder.feature_shape[-1]
+        try:
+            with torch.device("meta"):
+                decoder = kind(config.decoder, size, len(vocab))
+        except RuntimeError:  # sizes beyond 64 bits
+            raise UserError(f"the sizes in {where} are absurd; take another checkpoint") from None
+        fit(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
-        model.feature_mean, model.feature_std = saved["feature_mean"], saved["feature_std"]
+        statistics = {name: saved[name] for name in ("feature_mean", "feature_std")}
+        fit({name: getattr(model, name) for name in statistics}, statistics, where)
+        model.feature_mean, model.feature_std = statistics.values()
         return model
 
     def state(self) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
     identity = saved["encoder"]
     if saved["backbone"] is not None:
         encoder = EncoderCNN(config.encoder, grid, load=False)
-        fit(encoder.backbone, saved["backbone"], where)
+        fit(encoder.backbone.state_dict(), saved["backbone"], where)
         encoder.backbone.load_state_dict(saved["backbone"])
         encoder.identity = identity
         return encoder
@@ -135,12 +145,11 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
     return encoder
 
 
-def fit(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Raise UserError unless `tensors` are those of `module`, by name and shape."""
-    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if own != found:
-        names = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+def fit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+    """Raise UserError unless the tensors `found` in the file `where` are those of `own`, by name and shape."""
+    shapes, found_shapes = ({name: tensor.shape for name, tensor in part.items()} for part in (own, found))
+    if shapes != found_shapes:
+        names = sorted(name for name in own.keys() | found.keys() if shapes.get(name) != found_shapes.get(name))
         raise UserError(
             f"the tensors in {where} do not fit its own config (first: {names[0]}); take another checkpoint"
         )

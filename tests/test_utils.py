@@ -1,5 +1,6 @@
 """Checkpoints survive full disks and strangers, scripts end in one line, and noise comes from (seed, step)."""
 
+import contextlib
 import errno
 import os
 import pickle
@@ -91,6 +92,15 @@ def test_a_checkpoint_cut_short_is_refused(share: float, tmp_path: Path, refused
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with refused("last.pth", "cut short"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_with_a_wrong_byte_is_read_or_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a.pth", {"words": ["a", "dog"], "weight": torch.ones(2)})
+    content = (tmp_path / "a.pth").read_bytes()
+    for place in range(len(content)):
+        (tmp_path / "wrong.pth").write_bytes(content[:place] + b"\xe5" + content[place + 1 :])
+        with contextlib.suppress(UserError):
+            assert isinstance(load_checkpoint(tmp_path / "wrong.pth"), dict)
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint", pickle.dumps({"step": 1}), b"PK\x05\x06" + bytes(18)])

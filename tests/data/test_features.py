@@ -73,7 +73,7 @@ def test_a_second_use_encodes_nothing(cache: FeatureCache, encoded: list[int]) -
 
 def test_nothing_is_found_until_every_row_is_there(cache: FeatureCache, encoded: list[int]) -> None:
     assert cache.find() is None
-    interrupt_after_six(cache)
+    interrupt_after(3, cache)
     assert cache.find() is None
     cache.fill()
     found = cache.find()
@@ -81,12 +81,12 @@ def test_nothing_is_found_until_every_row_is_there(cache: FeatureCache, encoded:
     assert len(found.take(NAMES)) == 12
 
 
-def interrupt_after_six(cache: FeatureCache) -> None:
+def interrupt_after(batches: int, cache: FeatureCache) -> None:
     encode, calls = Extractor.__call__, []
 
     def encode_or_stop(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
         calls.append(pixels)
-        if len(calls) > 3:
+        if len(calls) > batches:
             raise KeyboardInterrupt
         return encode(self, pixels)
 
@@ -95,13 +95,14 @@ def interrupt_after_six(cache: FeatureCache) -> None:
         cache.fill()
 
 
+@pytest.mark.parametrize(("batches", "rows_kept"), [(0, 0), (1, 0), (3, 4), (5, 8)])
 def test_encoding_goes_on_where_it_was_interrupted(
-    cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel
+    batches: int, rows_kept: int, cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel
 ) -> None:
-    interrupt_after_six(cache)
+    interrupt_after(batches, cache)
     encoded.clear()
     rows = cache.fill().take(NAMES)
-    assert sum(encoded) == 12 - 4
+    assert sum(encoded) == 12 - rows_kept
     torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
 
 
@@ -223,7 +224,7 @@ def test_a_full_disk_is_one_sentence_and_encoding_goes_on_later(
     already_begun: bool, cache: FeatureCache, encoded: list[int], full_disk: Callable, refused: Callable
 ) -> None:
     if already_begun:
-        interrupt_after_six(cache)
+        interrupt_after(3, cache)
     with full_disk(7000), refused(str(cache.place), "data.cache"):
         cache.fill()
     assert cache.find() is None

@@ -1,5 +1,6 @@
 """Any picture file is seen as it is meant to be, or refused by name; never cropped, never black."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from config import UserError
 from data.transforms import Transform, open_picture
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -90,6 +92,18 @@ def test_a_picture_cut_short_is_refused_by_name(suffix: str, share: float, tmp_p
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with refused(str(path)):
         open_picture(path)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "avif", "bmp", "tif"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_with_a_wrong_byte_is_read_or_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"wrong.{suffix}"
+    noisy().resize((16, 16)).save(path)
+    content = path.read_bytes()
+    for place in range(min(len(content), 200)):
+        path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        with contextlib.suppress(UserError):
+            assert open_picture(path).mode == "RGB"
 
 
 @pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])

@@ -19,8 +19,10 @@ PICTURES = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch
 
 def build(config: Config) -> CaptionModel:
     model = CaptionModel.build(config, VOCAB).eval()
-    for parameter in model.decoder.parameters():
-        parameter.data.mul_(4)  # so that captions differ
+    with torch.inference_mode():
+        model.fit_statistics(model.encoder(model.transform.normalise(PICTURES)))
+        for parameter in model.decoder.parameters():
+            parameter.mul_(4)  # so that captions differ
     return model
 
 
@@ -78,6 +80,18 @@ def test_a_model_is_drawn_from_the_seed(tiny_config: Callable) -> None:
     first, same, other = (build(tiny_config(f"train.seed={seed}")) for seed in (3, 3, 4))
     assert torch.equal(logits(first), logits(same))
     assert not torch.equal(logits(first), logits(other))
+
+
+@pytest.mark.parametrize("shape", [(50, 512), (20, 4, 512)])
+def test_training_features_are_brought_to_mean_0_and_variance_1(shape: tuple[int, ...], tiny_config: Callable) -> None:
+    model = build(tiny_config())
+    features = 30 + 5 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    features[..., 7] = 3.0  # a feature that never changes
+    model.fit_statistics(features)
+    standard = model.standardise(features).flatten(0, -2)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(512), rtol=0, atol=1e-3)
+    assert standard[:, 7].abs().max() < 1e-3
+    torch.testing.assert_close(standard[:, :7].std(0, correction=0), torch.ones(7), rtol=0, atol=0.05)
 
 
 def test_pixels_and_their_features_give_the_same_logits(tiny_config: Callable) -> None:
@@ -161,6 +175,12 @@ def test_missing_and_additional_tensors_are_refused(part: str, saved: dict[str, 
         CaptionModel.from_state(saved | {part: {**saved[part], "another": tensor}}, "a.pth")
 
 
+@pytest.mark.parametrize("part", ["feature_mean", "feature_std"])
+def test_feature_statistics_of_another_size_are_refused(part: str, saved: dict[str, Any], refused: Callable) -> None:
+    with refused("a.pth"):
+        CaptionModel.from_state(saved | {part: torch.ones(511)}, "a.pth")
+
+
 @pytest.mark.parametrize("key", ["embed_size", "hidden_size"])
 @pytest.mark.parametrize("size", [10**8, 10**12])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(
@@ -171,7 +191,9 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(
         CaptionModel.from_state(saved, "a.pth")
 
 
-@pytest.mark.parametrize("part", ["config", "vocabulary", "transform", "encoder", "backbone", "decoder"])
+@pytest.mark.parametrize(
+    "part", ["config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "decoder"]
+)
 def test_a_checkpoint_that_lacks_a_part_is_refused(part: str, saved: dict[str, Any], refused: Callable) -> None:
     with refused("a.pth"):
         CaptionModel.from_state({key: value for key, value in saved.items() if key != part}, "a.pth")
