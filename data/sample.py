@@ -18,7 +18,7 @@ from config import UserError
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
-COUNTS = {"train": 2800, "dev": 120, "test": 120}
+COUNTS = {"train": 3600, "dev": 120, "test": 120}
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
 COLOURS = {
@@ -28,7 +28,7 @@ COLOURS = {
     "blue": (35, 90, 200),
 }
 SCALES = {"small": 0.17, "large": 0.29}  # radius, as a share of the picture
-PLACES = {"top": 0.24, "middle": 0.5, "bottom": 0.76}
+PLACES = {"top": 0.22, "middle": 0.5, "bottom": 0.78}
 BACKGROUNDS = ("white", "grey", "black", "striped", "dotted", "checkered")
 
 CAPTIONS = (
@@ -96,8 +96,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     side = 2 * SIZE
     picture = draw_background(background, side, rng)
     x = side * rng.uniform(0.28, 0.72)
-    y = side * (PLACES[place] + rng.uniform(-0.03, 0.03))
-    radius = side * SCALES[size] * rng.uniform(0.88, 1.12)
+    y = side * (PLACES[place] + rng.uniform(-0.02, 0.02))
+    radius = side * SCALES[size] * rng.uniform(0.9, 1.1)
     fill = tuple(int(np.clip(value + rng.integers(-12, 13), 0, 255)) for value in COLOURS[colour])
     pen = ImageDraw.Draw(picture)
     if shape == "circle":

@@ -10,8 +10,6 @@ from torch import nn
 
 from config import DecoderConfig
 
-PICTURE_SCALE = 2.5
-
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
 
@@ -73,11 +71,11 @@ class DecoderRNN(Decoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Let the picture, which is read once and first, be heard to the end of the sentence from the start.
+        """Let the picture, which is read first and only once, be heard to the end of the sentence from the start.
 
-        It enters PICTURE_SCALE times as loud as a word, and a forget bias of 1 (Jozefowicz et al. 2015) keeps it.
+        It enters with variance 1, as words do, and a forget bias of 1 (Jozefowicz et al. 2015) keeps it.
         """
-        nn.init.normal_(self.project.weight, std=PICTURE_SCALE * self.project.in_features**-0.5)
+        nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)
         nn.init.zeros_(self.project.bias)
         for name, bias in self.lstm.named_parameters():
             if name.startswith("bias_ih"):

@@ -15,8 +15,7 @@ from models.decoder import DECODERS, Decoder
 from models.encoder import EncoderCNN, transform_for
 from utils import load_checkpoint
 
-PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_std", "decoder"}
-STD_FLOOR = 0.05  # features that hardly vary are not blown up
+PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder"}
 
 
 class CaptionModel(nn.Module):
@@ -34,9 +33,9 @@ class CaptionModel(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         size = encoder.feature_shape[-1]
         self.feature_mean: torch.Tensor
-        self.feature_std: torch.Tensor
+        self.feature_scale: torch.Tensor
         self.register_buffer("feature_mean", torch.zeros(size))
-        self.register_buffer("feature_std", torch.ones(size))
+        self.register_buffer("feature_scale", torch.ones(1))
 
     @classmethod
     def build(cls, config: Config, vocab: Vocabulary) -> "CaptionModel":
@@ -74,9 +73,9 @@ class CaptionModel(nn.Module):
         fit(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
-        statistics = {name: saved[name] for name in ("feature_mean", "feature_std")}
+        statistics = {name: saved[name] for name in ("feature_mean", "feature_scale")}
         fit({name: getattr(model, name) for name in statistics}, statistics, where)
-        model.feature_mean, model.feature_std = statistics.values()
+        model.feature_mean, model.feature_scale = statistics.values()
         return model
 
     def state(self) -> dict[str, Any]:
@@ -92,22 +91,23 @@ class CaptionModel(nn.Module):
             "encoder": self.encoder.identity,
             "backbone": self.encoder.backbone.state_dict() if inside else None,
             "feature_mean": self.feature_mean,
-            "feature_std": self.feature_std,
+            "feature_scale": self.feature_scale,
             "decoder": self.decoder.state_dict(),
         }
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
-        """Bring each feature (…, D) to mean 0 and variance 1 over the training pictures.
+        """Centre features (…, D) on their mean over training pictures and scale them to variance 1 on average.
 
-        Backbones give positive features with a large common part, which drowns what tells pictures apart.
+        Backbones give positive features with a large common part, which drowns what tells pictures apart. One scale for
+        all keeps the strong features strong; a scale for each would blow up the noise of the weak ones.
         """
-        return (features.float() - self.feature_mean) / self.feature_std
+        return (features.float() - self.feature_mean) / self.feature_scale
 
     def fit_statistics(self, features: torch.Tensor) -> None:
         """Set what `standardise` needs from training features (P, D) or (P, L, D)."""
         cells = features.float().flatten(0, -2)  # (P or P L, D)
         self.feature_mean.copy_(cells.mean(0))
-        self.feature_std.copy_(cells.std(0, correction=0) + STD_FLOOR)
+        self.feature_scale.copy_((cells - cells.mean(0)).square().mean().sqrt().clamp(min=1e-6))
 
     def forward(self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         """Return teacher-forced logits (N, T, V) of each word after `tokens` (N, T).
