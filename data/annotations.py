@@ -36,8 +36,10 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder, and
     pictures that are missing.
     """
+    if config.format == "sample":
+        sample.draw(Path(config.root))
     path = captions_file(config)
-    table = FORMATS[pick_format(config)](path)
+    table = FORMATS[config.format](path)
     if table.empty:
         raise UserError(f"{path} holds no captions; it should have the columns image and caption")
     official = official_splits(path.parent)
@@ -50,8 +52,6 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
 
 
 def captions_file(config: DataConfig) -> Path:
-    if pick_format(config) == "sample":
-        sample.draw(Path(config.root))
     path = find_captions(config)
     if path is None:
         wanted = config.captions or f"{config.root}/captions.csv"
@@ -73,10 +73,6 @@ def image_folder(config: DataConfig) -> Path:
     raise UserError(f"there is no picture folder at {names[0]}; put it there or say where it is: data.images=FOLDER")
 
 
-def pick_format(config: DataConfig) -> str:
-    return "csv" if config.format == "auto" else config.format
-
-
 def read_csv(path: Path) -> pd.DataFrame:
     """Read `image,caption` rows: Flickr8k's captions.csv and Kaggle's captions.txt, unquoted commas included."""
     images, captions = [], []
@@ -96,7 +92,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.DataFrame({"image": images, "image_id": images, "caption": captions}, dtype=str)
 
 
-FORMATS: dict[str, Callable[[Path], pd.DataFrame]] = {"csv": read_csv, "sample": read_csv}
+FORMATS: dict[str, Callable[[Path], pd.DataFrame]] = {"auto": read_csv, "csv": read_csv, "sample": read_csv}
 CAPTION_FILES = ("captions.csv", "captions.txt")
 
 
