@@ -85,7 +85,7 @@ class DecoderRNN(Decoder):
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
-        inputs = torch.cat([picture, self.dropout(self.embedding(tokens))], dim=1)  # (N, 1 + T, E)
+        inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
         hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
         return self.output(self.dropout(hidden[:, 1:])), None  # (N, T, V)
 
