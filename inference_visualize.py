@@ -28,6 +28,7 @@ from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_at
 BATCH = 64  # pictures captioned together
 PAGE = "captions_result.html"
 QUALITY = 88
+SKIPS_SHOWN = 20
 PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -62,8 +63,11 @@ def main() -> int | None:
 
     broken = caption_pictures(model, pictures, features, out, device)
     done = len(pictures) - len(broken)
-    if broken:
-        print(f"skipped {len(broken):,}: " + "; ".join(broken[:5]) + ("; …" if len(broken) > 5 else ""))
+    for number, reason in enumerate(broken):
+        if number == SKIPS_SHOWN:
+            print(f"… and {len(broken) - SKIPS_SHOWN:,} more")
+            break
+        print(f"skipped: {reason}")
     if not done:
         raise UserError("none of the pictures could be read; give others with --images")
     print(f"wrote {done:,} captions in {time.monotonic() - began:.0f} s:")
@@ -77,7 +81,11 @@ def parse_args() -> argparse.Namespace:
         epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions",
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
-    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs)",
+    )
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
     parser.add_argument(
         "--split", choices=["train", "val", "dev", "test"], help="default: test, or val where it is empty"
@@ -150,7 +158,8 @@ def find_pictures(patterns: list[str]) -> list[Picture]:
         else:
             paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
         if not paths:
-            raise UserError(f"--images {pattern} matches no picture; check the path")
+            what = "holds no picture files" if path.is_dir() else "matches no picture"
+            raise UserError(f"--images {pattern} {what}; check the path")
         found |= dict.fromkeys(paths)
     return [Picture(path, path.name, path.as_posix()) for path in found]
 

@@ -40,6 +40,10 @@ from utils import (
 )
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
+WRITTEN = (
+    *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
+    *("captions_result.html", "predictions.json", "loss_curve.png"),
+)
 BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
 EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -108,8 +112,11 @@ def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
 
 
 def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None:
-    """Raise UserError rather than write over a run; the built-in sample alone may be run again and again."""
-    if args.resume or args.overwrite or config.data.format == "sample" or not run.exists():
+    """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
+    if args.resume or args.overwrite or not run.exists():
+        return
+    if config.run == "sample" and config.data.format == "sample":
+        print(f"{run} is started again (name another run with run=NAME to keep it)")
         return
     raise UserError(
         f"{run} exists already; go on with it: --resume --run {run.name}, "
@@ -118,9 +125,10 @@ def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None
 
 
 def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
-    """Make the run's folder anew, with the resolved config and the split of every picture."""
-    if run.exists():
-        shutil.rmtree(run)
+    """Clear the run's folder of what an earlier run wrote; write the resolved config and every picture's split."""
+    for name in WRITTEN:
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "outputs", ignore_errors=True)
     write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     write_atomically(run / annotations.SAVED_SPLITS, json.dumps(annotations.splits_of(table)).encode())
 
@@ -253,7 +261,7 @@ class Trainer:
         print(
             f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
         )
-        print(f"wrote {self.run}/: checkpoints.pth (best), last.pth, loss_log.txt, config.yaml")
+        print(f"wrote {self.run}/: checkpoints.pth (the best epoch), last.pth (to resume), loss_log.txt, config.yaml")
         print("next: python inference_visualize.py and python visualize_loss.py")
         return 0
 

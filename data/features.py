@@ -114,6 +114,7 @@ class FeatureCache:
                 manifest = self.manifest()
                 if manifest["rows_done"] < len(self.names):
                     paths = [self.folder / name for name in self.names]
+                    print(f"encoding {len(paths) - manifest['rows_done']:,} pictures, once, into {self.place}/")
                     write_rows(self.place, manifest, paths, Extractor(self.model, self.device))
             return self.open()
         except OSError as error:
@@ -179,7 +180,10 @@ def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extract
     else:
         start = np.load(path, mmap_mode="r").offset
     row_bytes = 2 * int(np.prod(shape[1:]))
-    with open(path, "r+b") as file, tqdm(total=len(paths), initial=done, desc="encoding", unit="img") as bar:
+    with (
+        open(path, "r+b") as file,
+        tqdm(total=len(paths), initial=done, desc="encoding", unit="img", disable=None) as bar,
+    ):
         file.seek(start + done * row_bytes)
         for pixels in extractor.read(paths[done:]):
             file.write(extractor(pixels).numpy().tobytes())

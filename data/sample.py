@@ -57,7 +57,7 @@ def draw(root: Path) -> None:
     (unfinished / "images").mkdir(parents=True)
     rows = []
     lists: dict[str, list[str]] = {split: [] for split in COUNTS}
-    for number, (split, scene) in enumerate(tqdm(choose_scenes(), desc="drawing", unit="img")):
+    for number, (split, scene) in enumerate(tqdm(choose_scenes(), desc="drawing", unit="img", disable=None)):
         rng = np.random.default_rng([SEED, number])
         name = f"scene{number:05d}.jpg"
         draw_scene(scene, rng).save(unfinished / "images" / name, quality=92)

@@ -112,6 +112,22 @@ def test_an_existing_run_is_kept(archive: Path, run: Run, capsys: pytest.Capture
     assert len(log_of("mine").splitlines()) == 3
 
 
+def test_overwriting_leaves_alone_what_the_scripts_did_not_write(archive: Path, run: Run) -> None:
+    run(*FAST, "run=mine", "train.epochs=1")
+    Path("runs/mine/notes.txt").write_text("keep me")
+    Path("runs/mine/loss_curve.png").write_text("of the old run")
+    run(*FAST, "run=mine", "train.epochs=1", "--overwrite")
+    assert Path("runs/mine/notes.txt").is_file()
+    assert not Path("runs/mine/loss_curve.png").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", "mine"])
+def test_only_the_samples_own_run_starts_again_unasked(name: str, archive: Path, run: Run) -> None:
+    words = [*FAST, f"run={name}", "train.epochs=1", "data.format=sample", "encoder.image_size=32"]
+    assert run(*words) == 0
+    assert run(*words) == (0 if name == "sample" else 2)
+
+
 def test_a_bad_dataset_does_not_cost_the_run_that_was_to_be_overwritten(archive: Path, run: Run) -> None:
     run(*FAST, "run=mine", "train.epochs=1")
     (archive / "images" / "00.jpg").unlink()
