@@ -19,12 +19,11 @@ from config import UserError
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
-COUNTS = {"train": 3600, "dev": 100, "test": 100}
+COUNTS = {"train": 3200, "dev": 80, "test": 80}
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
 COLOURS = {
     "red": (214, 40, 40),
-    "yellow": (250, 212, 40),
     "green": (44, 150, 70),
     "blue": (35, 90, 200),
 }
