@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with a run from its last step")
     parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
-    parser.add_argument("--overwrite", action="store_true", help="delete the existing run of this name and start again")
+    parser.add_argument("--overwrite", action="store_true", help="lose what an existing run of this name wrote")
     return parse_command_line(parser)
 
 
