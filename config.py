@@ -24,7 +24,7 @@ from pydantic import (
 CONFIG_YAML = Path(__file__).parent / "config.yaml"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
+Size = Annotated[int, Field(ge=1, le=8192)]
 
 # What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
 FREE_AFTER_TRAINING = {
@@ -61,9 +61,9 @@ class EncoderConfig(Section):
 
 class DecoderConfig(Section):
     name: Literal["lstm"]
-    embed_size: PositiveInt
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
+    embed_size: Size
+    hidden_size: Size
+    num_layers: Annotated[int, Field(ge=1, le=64)]
     dropout: Fraction
 
 

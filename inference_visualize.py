@@ -20,7 +20,7 @@ from tqdm import tqdm
 from config import UserError
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
-from data.transforms import open_picture
+from data.transforms import Transform, open_picture
 from models.model import CaptionModel
 from render import LONGEST_SIDE, Gallery, draw_caption, fit
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
@@ -42,7 +42,7 @@ class Picture:
     references: tuple[str, ...] = ()
 
 
-Opened = tuple[Picture, Image.Image, torch.Tensor]  # small enough to keep for a while; pixels (3, S, S)
+Opened = tuple[Picture, Image.Image, torch.Tensor | None]  # small enough to keep; pixels (3, S, S) to be encoded
 
 
 def main() -> int | None:
@@ -179,7 +179,8 @@ def caption_pictures(
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
     subtitle = f"{len(pictures):,} pictures, {model.config.encoder.name} and {model.config.decoder.name}"
     with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in read_ahead(lambda picture: read(picture, model), pictures, BATCH):
+        transform = None if features else model.transform
+        for batch in read_ahead(lambda picture: read(picture, transform), pictures, BATCH):
             good = [item for item in batch if not isinstance(item, UserError)]
             broken += [str(item) for item in batch if isinstance(item, UserError)]
             bar.update(len(batch))
@@ -202,16 +203,16 @@ def encoding(
     if features is not None:
         return lambda batch: features.take([picture.name for picture, _, _ in batch])
     extractor = Extractor(model, device)
-    return lambda batch: extractor(torch.stack([pixels for _, _, pixels in batch]))
+    return lambda batch: extractor(torch.stack([pixels for _, _, pixels in batch if pixels is not None]))
 
 
-def read(picture: Picture, model: CaptionModel) -> Opened | UserError:
-    """Open a picture; of a broken one return the error."""
+def read(picture: Picture, transform: Transform | None) -> Opened | UserError:
+    """Open a picture, and transform it where it is to be encoded; of a broken one return the error."""
     try:
         opened = open_picture(picture.path)
     except UserError as error:
         return error
-    pixels = model.transform.resize(opened)
+    pixels = transform.resize(opened) if transform else None
     opened.thumbnail((LONGEST_SIDE[1], LONGEST_SIDE[1]))
     return picture, opened, pixels
 

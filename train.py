@@ -44,6 +44,7 @@ WRITTEN = (
     *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
     *("captions_result.html", "predictions.json", "loss_curve.png"),
 )
+RESUMED = ("optimiser", "progress", "nll")  # what last.pth holds beside the model
 BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
 EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -108,6 +109,9 @@ def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     if run.resolve().parent != RUNS.resolve():
         raise UserError(f"{run} is not below {RUNS}/; move it there to go on with it")
     saved = load_checkpoint(run / "last.pth")
+    missing = {"config", *RESUMED} - saved.keys()
+    if missing:
+        raise UserError(f"{run / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; train again")
     return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
 
 

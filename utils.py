@@ -32,6 +32,9 @@ def cli(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # whoever read the output, such as `| head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as error:
         message = (
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,3 +222,12 @@ def test_resuming_without_a_run_says_so(
     monkeypatch.chdir(tmp_path)
     assert run("--resume") == 2
     assert "no run under runs/ holds a last.pth" in capsys.readouterr().err
+
+
+def test_a_last_pth_that_was_not_left_by_training_is_refused(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*FAST, "train.epochs=1")
+    shutil.copy("runs/flickr8k/checkpoints.pth", "runs/flickr8k/last.pth")
+    assert run("--resume") == 2
+    assert "lacks its nll" in capsys.readouterr().err

@@ -5,6 +5,8 @@ import errno
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +216,16 @@ def test_an_interrupt_ends_with_code_130_and_a_clean_end_with_0(capsys: pytest.C
     assert cli(lambda: None) == 0
     assert cli(lambda: 7) == 7
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_whoever_reads_the_output_may_leave_early() -> None:
+    script = "import sys, utils; sys.exit(utils.cli(lambda: [print(n) for n in range(99_999)] and None))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
