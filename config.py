@@ -75,6 +75,7 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt
     clip_norm: PositiveFloat
     label_smoothing: Fraction
+    ema: Fraction
     patience: PositiveInt | None
     seed: NonNegativeInt
     precision: Literal["auto", "fp32", "bf16"]
@@ -84,7 +85,19 @@ class TrainConfig(Section):
 
 
 class SearchConfig(Section):
-    max_length: PositiveInt
+    beam: Annotated[int, Field(ge=1, le=100)]
+    length_penalty: Annotated[float, Field(ge=0, le=10)]
+    max_length: Annotated[int, Field(ge=1, le=1000)]
+    min_length: NonNegativeInt
+    no_repeat_ngram: NonNegativeInt
+    forbidden: list[str]
+    temperature: Annotated[float, Field(ge=0, le=100)]
+    top_k: NonNegativeInt
+    top_p: Annotated[float, Field(gt=0, le=1)]
+
+    def greedy(self) -> "SearchConfig":
+        """Return the same search with a beam of 1, as training validates."""
+        return self.model_copy(update={"beam": 1, "temperature": 0.0})
 
 
 class Config(Section):
@@ -126,7 +139,7 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | None = 
     return validate(values, origin)
 
 
-def restore_config(saved: dict[str, Any], overrides: list[str] | None = None) -> Config:
+def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, where: str = "the checkpoint") -> Config:
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
     Raises UserError for overrides of what the checkpoint fixes: only where things lie and how captions are searched
@@ -139,7 +152,7 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None) ->
             raise UserError(unknown_setting(name, "the command line", values))
         if name not in FREE_AFTER_TRAINING and not name.startswith("search."):
             raise UserError(f"{name} is fixed in the checkpoint; train a new run to change it")
-    return validate(values | layer, dict.fromkeys(layer, "the command line"))
+    return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -208,6 +221,6 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         name = ".".join(map(str, first["loc"]))
         expected = re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
         raise UserError(
-            f"{name} = {first['input']!r} (from {origin.get(name, 'checkpoint')}) cannot be used: {expected}; "
+            f"{name} = {first['input']!r} (from {origin.get(name, 'config.yaml')}) cannot be used: {expected}; "
             "config.yaml says what it means"
         ) from None

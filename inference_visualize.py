@@ -4,24 +4,28 @@ import argparse
 import glob
 import itertools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
 
+import metrics
 from config import UserError
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
-from models.model import CaptionModel
+from models.model import Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, draw_caption, fit
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
 
@@ -59,9 +63,9 @@ def main() -> int | None:
         out = Path(args.out) if args.out else checkpoint.parent
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {device.type}"
-    print(f"captioning {len(pictures):,} pictures with {checkpoint} ({source})")
+    print(f"captioning {count(len(pictures))} with {checkpoint} ({source})")
 
-    broken = caption_pictures(model, pictures, features, out, device)
+    broken = caption_pictures(model, pictures, features, args.num_captions, out, device)
     done = len(pictures) - len(broken)
     for number, reason in enumerate(broken):
         if number == SKIPS_SHOWN:
@@ -70,7 +74,7 @@ def main() -> int | None:
         print(f"skipped: {reason}")
     if not done:
         raise UserError("none of the pictures could be read; give others with --images")
-    print(f"wrote {done:,} captions in {time.monotonic() - began:.0f} s:")
+    print(f"wrote captions of {count(done)} in {time.monotonic() - began:.0f} s:")
     print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
     return None
 
@@ -78,7 +82,9 @@ def main() -> int | None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
-        epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions",
+        epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions. "
+        "How captions are searched may be said anew: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
+        "search.top_p=0.9 to draw them, the same ones each time; config.yaml lists all of search.*",
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
     parser.add_argument(
@@ -91,8 +97,19 @@ def parse_args() -> argparse.Namespace:
         "--split", choices=["train", "val", "dev", "test"], help="default: test, or val where it is empty"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="caption the first N pictures only")
+    parser.add_argument(
+        "--num-captions",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="the best N captions of each picture, by a beam of at least N (default: 1)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="default: the run's folder, or with --images this one")
     return parse_command_line(parser)
+
+
+def count(pictures: int) -> str:
+    return f"{pictures:,} picture{'' if pictures == 1 else 's'}"
 
 
 def positive(text: str) -> int:
@@ -128,10 +145,7 @@ def split_pictures(
     """Return the pictures of a split of the model's own dataset, and their features where all are in the cache."""
     data = model.config.data
     table = annotations.load(data, annotations.read_splits(run))
-    split = {"dev": "val"}.get(split or "", split) or ("test" if (table["split"] == "test").any() else "val")
-    chosen = table[table["split"] == split]
-    if chosen.empty:
-        raise UserError(f"{data.root} has no {split} pictures; take another --split")
+    _, chosen = annotations.choose_split(table, split, data.root)
     folder = annotations.image_folder(data)
     pictures = [
         Picture(folder / image, image, image_id, tuple(captions))
@@ -165,19 +179,25 @@ def find_pictures(patterns: list[str]) -> list[Picture]:
 
 
 def caption_pictures(
-    model: CaptionModel, pictures: list[Picture], features: Features | None, out: Path, device: torch.device
+    model: CaptionModel,
+    pictures: list[Picture],
+    features: Features | None,
+    num_captions: int,
+    out: Path,
+    device: torch.device,
 ) -> list[str]:
     """Write outputs/*.jpg, the page and predictions.json into `out`; return what was wrong with the broken pictures.
 
     A batch of pictures is read while the one before it is captioned, and no picture is kept.
     """
+    torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
     encode = encoding(model, features, device)
     broken: list[str] = []
-    predictions: list[dict[str, str]] = []
+    captioned: list[tuple[Picture, list[Caption]]] = []
     taken: set[str] = set()
     (out / "outputs").mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
-    subtitle = f"{len(pictures):,} pictures, {model.config.encoder.name} and {model.config.decoder.name}"
+    subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
     with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
         transform = None if features else model.transform
         for batch in read_ahead(lambda picture: read(picture, transform), pictures, BATCH):
@@ -186,13 +206,16 @@ def caption_pictures(
             bar.update(len(batch))
             if not good:
                 continue
-            captions = model.caption(encode(good))
+            found = model.describe(encode(good), num_captions=num_captions)
+            best = [captions[0].text for captions in found]
             files = [f"outputs/{unique_name(picture.path.stem, taken)}.jpg" for picture, _, _ in good]
-            list(pool.map(save_drawing, [shown for _, shown, _ in good], captions, [out / file for file in files]))
-            for (picture, shown, _), caption, file in zip(good, captions, files, strict=True):
-                gallery.add(file, caption, picture.references, size=fit(shown.size), name=picture.name)
-                predictions.append({"image_id": picture.image_id, "caption": caption})
-    write_atomically(out / "predictions.json", json.dumps(predictions, ensure_ascii=False, indent=1).encode())
+            list(pool.map(save_drawing, [shown for _, shown, _ in good], best, [out / file for file in files]))
+            for (picture, shown, _), captions, file in zip(good, found, files, strict=True):
+                show(gallery, file, picture, fit(shown.size), captions, model.config.search.max_length)
+                captioned.append((picture, captions))
+        gallery.score(rate(captioned, model))
+    rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
+    write_atomically(out / "predictions.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
     return broken
 
 
@@ -215,6 +238,38 @@ def read(picture: Picture, transform: Transform | None) -> Opened | UserError:
     pixels = transform.resize(opened) if transform else None
     opened.thumbnail((LONGEST_SIDE[1], LONGEST_SIDE[1]))
     return picture, opened, pixels
+
+
+def show(
+    gallery: Gallery, file: str, picture: Picture, size: tuple[int, int], captions: list[Caption], max_length: int
+) -> None:
+    """Add a picture to the page; where there are several captions, each with how sure the model is of its words."""
+    texts = [caption.text for caption in captions]
+    sure = [per_word(caption, max_length) for caption in captions] if len(captions) > 1 else []
+    gallery.add(file, texts, picture.references, size=size, name=picture.name, probabilities=sure)
+
+
+def per_word(caption: Caption, max_length: int) -> float:
+    """Return the geometric mean of the probabilities of a caption's words and of its end, where it has one."""
+    return math.exp(caption.log_prob / min(len(caption.words) + 1, max_length))
+
+
+def rate(captioned: list[tuple[Picture, list[Caption]]], model: CaptionModel) -> list[float | None]:
+    """Return the CIDEr-D x100 of each picture's best caption; none where there are not two pictures with references."""
+    references = {picture.name: picture.references for picture, _ in captioned if picture.references}
+    if len(references) < 2:
+        return []
+    best = {picture.name: captions[0].text for picture, captions in captioned}
+    tokenise = partial(metrics.by_words, model.vocab.tokenise)
+    return metrics.score(best, references, tokenise).cider.tolist()
+
+
+def prediction(picture: Picture, captions: list[Caption], num_captions: int) -> dict[str, Any]:
+    """Return a row of COCO's results form, with all captions where more than one was asked for."""
+    row: dict[str, Any] = {"image_id": picture.image_id, "caption": captions[0].text}
+    if num_captions > 1:
+        row["captions"] = [{"caption": caption.text, "log_prob": round(caption.log_prob, 4)} for caption in captions]
+    return row
 
 
 def save_drawing(picture: Image.Image, caption: str, path: Path) -> None:

@@ -26,7 +26,7 @@ PAPER = (250, 250, 249)
 INK = (31, 35, 40)
 
 PAGE = Path(__file__).with_name("render.html")
-ROWS = "/* rows */"  # where the page's template takes its data
+ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes its data
 
 # Control characters, marks that turn the direction of the text after them, and halves of characters.
 UNPRINTABLE = re.compile(
@@ -136,6 +136,7 @@ class Gallery:
         head, self._tail = page.split(ROWS)
         texts = {"{{title}}": title, "{{subtitle}}": subtitle}
         self._head = re.sub("{{title}}|{{subtitle}}", lambda found: html.escape(plain(texts[found[0]])), head)
+        self._scores: list[float | None] = []
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
 
     def __enter__(self) -> Self:
@@ -145,16 +146,34 @@ class Gallery:
         return self
 
     def add(
-        self, image: str, caption: str, references: Sequence[str] = (), *, size: tuple[int, int], name: str
+        self,
+        image: str,
+        captions: Sequence[str],
+        references: Sequence[str] = (),
+        *,
+        size: tuple[int, int],
+        name: str,
+        probabilities: Sequence[float] = (),
     ) -> None:
-        """Add a picture: `image` is its path relative to the page, with forward slashes; `name` is shown below it.
+        """Add a picture and its captions, the best first.
 
         The page shows the top of the picture, `size` (width, height) in proportion, and so leaves out a strip drawn
         below it: give `fit(picture.size)` for what `draw_caption` made.
+
+        Args:
+            image: its path relative to the page, with forward slashes.
+            name: is shown below it.
+            probabilities: how probable each caption is per word, between 0 and 1, where that is to be shown.
         """
         url = "./" + quote(image, errors="surrogateescape")  # "./": never taken for a scheme or a host
-        row = [url, plain(caption), [plain(reference) for reference in references], *size, plain(name)]
+        texts = [[plain(text) for text in group] for group in (captions, references)]
+        rounded = [float(f"{probability:.3g}") for probability in probabilities]
+        row = [url, texts[0], rounded, texts[1], *size, plain(name)]
         self._file.write(script_safe(json.dumps(row, ensure_ascii=False, separators=(",", ":"))) + ",\n")
+
+    def score(self, scores: Sequence[float | None]) -> None:
+        """Give each picture added its score, x100, or None, in their order; the page can then be sorted by it."""
+        self._scores = [None if score is None else round(score, 1) for score in scores]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,7 +181,7 @@ class Gallery:
         try:
             with self._file as file:
                 if kind is None:
-                    file.write(self._tail)
+                    file.write(self._tail.replace(SCORES, json.dumps(self._scores, separators=(",", ":"))))
                     file.flush()
                     os.fsync(file.fileno())
             if kind is None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from tqdm import tqdm
 import metrics
 from config import Config, UserError, load_config, restore_config
 from data import annotations
-from data.dataset import Batch, Flickr8kDataset, batch_indices
-from data.features import Extractor, FeatureCache, Features
+from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
+from data.features import encode_pictures
 from data.vocab import PAD, build_vocab
 from models.model import CaptionModel
+from optim import WeightAverage, learning_rate, make_optimiser
 from utils import (
     RUNS,
     StopRequest,
@@ -44,8 +46,7 @@ WRITTEN = (
     *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
     *("captions_result.html", "predictions.json", "loss_curve.png"),
 )
-RESUMED = ("optimiser", "progress", "nll")  # what last.pth holds beside the model
-BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
+RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
 EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
 SHOWN = 5  # validation captions printed after each epoch
@@ -68,7 +69,7 @@ def main() -> int | None:
     model.to(device)
     train_set, val_set = make_datasets(model, table, device)
 
-    trainer = Trainer(model, train_set, val_set, references(table[table["split"] == "val"]), run, device)
+    trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
         trainer.restore(saved)
     else:
@@ -153,16 +154,11 @@ def make_datasets(model: CaptionModel, table: pd.DataFrame, device: torch.device
     folder = annotations.image_folder(model.config.data)
     features = None
     if model.config.encoder.frozen:
-        features = FeatureCache(model, sorted(table["image"].unique()), folder, device).fill()
+        features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
     return tuple(
         Flickr8kDataset(table[table["split"] == split], model.vocab, folder, model.transform, features)
         for split in ("train", "val")
     )
-
-
-def references(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return each picture's raw captions."""
-    return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
 
 
 def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,24 +173,6 @@ def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) 
     if smoothing == 0:
         return nll, nll.detach()
     return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
-
-
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then a cosine down to 0 (Loshchilov and Hutter 2017)."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices alone and a smaller step for an unfrozen backbone."""
-    decay = model.config.train.weight_decay
-    groups = []
-    for part, scale in ((model.decoder, 1.0), (model.encoder, BACKBONE_LR)):
-        trained = [p for p in part.parameters() if p.requires_grad]
-        groups.append({"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "scale": scale})
-        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale})
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=model.config.train.lr, fused=True)
 
 
 @dataclass
@@ -234,20 +212,23 @@ class Trainer:
         self.train_set, self.val_set, self.val_references = train_set, val_set, val_references
         self.config = model.config.train
         self.optimiser = make_optimiser(model)
+        self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
         self.by_image = train_set.features is None or model.decoder.grid
         self.progress = Progress()
+        self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.progress = Progress(**saved["progress"])
         self.nll.fill_(saved["nll"])
+        self.average.restore(saved["averaged"])
 
     def save_last(self) -> None:
         self.refuse_poison()
         state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": float(self.nll)}
-        save_checkpoint(self.run / "last.pth", self.model.state() | state)
+        save_checkpoint(self.run / "last.pth", self.model.state() | state | {"averaged": self.average.weights})
 
     def fit(self) -> int:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
@@ -316,6 +297,7 @@ class Trainer:
         objective.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimiser.step()
+        self.average.update(progress.step)
         progress.step += 1
         progress.words += batch.words
         self.nll += loss * batch.words
@@ -341,12 +323,20 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Validate, then write the checkpoints and the log; only last.pth says that the epoch is over."""
-        progress = self.progress
         self.model.eval()
-        val_set = self.encoded_val_set()
+        with self.average.lent():
+            self.validate()
+        self.save_last()
+        write_log(self.run / "loss_log.txt", self.progress.history)
+
+    def validate(self) -> None:
+        """Score the validation captions, and keep the weights as checkpoints.pth when they are the best so far."""
+        progress = self.progress
+        val_set = copy.copy(self.val_set)
+        val_set.features = self.encoded(val_set, val_set.images)
         loss = self.validation_loss(val_set)
-        captions = caption_all(self.model, val_set)
-        scores = metrics.score(captions, self.val_references, self.model.vocab.tokenise)
+        captions = self.model.caption_all(val_set.features, val_set.images, self.model.config.search.greedy())
+        scores = metrics.score(captions, self.val_references, self.tokenise).corpus
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -363,8 +353,6 @@ class Trainer:
         self.report_epoch(row, captions)
         if row is progress.best:
             save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
-        self.save_last()
-        write_log(self.run / "loss_log.txt", progress.history)
 
     def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
         print(
@@ -379,22 +367,13 @@ class Trainer:
     def sample_features(self) -> torch.Tensor:
         """Return features of training pictures, evenly spread, at most STATISTICS of them."""
         images = self.train_set.images[:: -(-len(self.train_set.images) // STATISTICS)]
-        if self.train_set.features is not None:
-            return self.train_set.features.take(images)
-        return self.encode([self.train_set.folder / image for image in images])
+        return self.encoded(self.train_set, images).take(images)
 
-    def encode(self, paths: list[Path]) -> torch.Tensor:
-        extractor = Extractor(self.model, self.device)
-        return torch.cat([extractor(pixels) for pixels in extractor.read(paths)])
-
-    def encoded_val_set(self) -> Flickr8kDataset:
-        """Return the val set with features: those of the cache, or, while the backbone is trained, fresh ones."""
-        if self.val_set.features is not None:
-            return self.val_set
-        encoded = copy.copy(self.val_set)
-        rows = self.encode([encoded.folder / image for image in encoded.images])
-        encoded.features = Features(rows.numpy(), encoded.images)
-        return encoded
+    def encoded(self, dataset: Flickr8kDataset, images: list[str]) -> Features:
+        """Return features of these pictures: those at hand, or, where the backbone is trained, fresh ones."""
+        if dataset.features is not None:
+            return dataset.features
+        return encode_pictures(self.model, images, dataset.folder, self.device)
 
     @torch.inference_mode()
     def validation_loss(self, val_set: Flickr8kDataset) -> float:
@@ -412,14 +391,6 @@ class Trainer:
 
 def as_it_is(batch: Any) -> Any:
     return batch
-
-
-def caption_all(model: CaptionModel, dataset: Flickr8kDataset) -> dict[str, str]:
-    """Return a generated caption for each picture of a dataset that has features."""
-    captions: list[str] = []
-    for first in range(0, len(dataset.images), EVAL_BATCH):
-        captions += model.caption(dataset.read(np.arange(first, min(first + EVAL_BATCH, len(dataset.images)))))
-    return dict(zip(dataset.images, captions, strict=True))
 
 
 def write_log(path: Path, history: list[dict[str, float]]) -> None:

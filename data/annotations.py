@@ -131,6 +131,25 @@ def official_splits(folder: Path) -> dict[str, str] | None:
     return split_of if paths else None
 
 
+def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
+    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
+
+    Raises UserError, naming the `source` of the table, for a split without pictures.
+    """
+    if split is None:
+        split = "test" if (table["split"] == "test").any() else "val"
+    split = "val" if split == "dev" else split
+    rows = table[table["split"] == split]
+    if rows.empty:
+        raise UserError(f"{source} has no {split} pictures; take another --split")
+    return split, rows
+
+
+def references(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return each picture's raw captions, pictures in the table's order."""
+    return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
+
+
 def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:
     if saved is not None:
         return {image: split for split, images in saved.items() for image in images}

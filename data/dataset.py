@@ -1,5 +1,6 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from data.features import Features
 from data.transforms import Transform, open_picture
 from data.vocab import PAD, Vocabulary
+
+
+class Features:
+    """Encoded pictures: `rows` (P, D) or (P, L, D) in fp16, usually a memory map, in the order of `names`."""
+
+    def __init__(self, rows: np.ndarray, names: Sequence[str]) -> None:
+        self.rows = rows
+        self._row_of = {name: row for row, name in enumerate(names)}
+
+    def take(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the features of these pictures (B, D) or (B, L, D)."""
+        return torch.from_numpy(self.rows[[self._row_of[name] for name in names]])
 
 
 @dataclass

@@ -20,6 +20,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from config import UserError
+from data.dataset import Features
 from data.transforms import open_picture
 from models.model import CaptionModel
 from utils import pick_precision, write_atomically
@@ -66,16 +67,13 @@ def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch:
                 yield [future.result() for future in ready]
 
 
-class Features:
-    """Encoded pictures: `rows` (P, D) or (P, L, D) in fp16, usually a memory map, in the order of `names`."""
-
-    def __init__(self, rows: np.ndarray, names: Sequence[str]) -> None:
-        self.rows = rows
-        self._row_of = {name: row for row, name in enumerate(names)}
-
-    def take(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the features of these pictures (B, D) or (B, L, D)."""
-        return torch.from_numpy(self.rows[[self._row_of[name] for name in names]])
+def encode_pictures(model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device) -> Features:
+    """Return the features of these pictures in `folder`: from the cache, filled, where the encoder is frozen."""
+    if model.config.encoder.frozen:
+        return FeatureCache(model, sorted(names), folder, device).fill()
+    extractor = Extractor(model, device)
+    rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
+    return Features(rows.numpy(), names)
 
 
 class FeatureCache:

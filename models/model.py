@@ -1,21 +1,36 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing, and the file it is kept in."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from config import Config, UserError, restore_config
+from config import Config, SearchConfig, UserError, restore_config
+from data.dataset import Features
 from data.transforms import Transform
 from data.vocab import Vocabulary
-from models import search
 from models.decoder import DECODERS, Decoder
 from models.encoder import EncoderCNN, transform_for
+from models.search import Hypothesis, search
 from utils import load_checkpoint
 
 PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder"}
+CAPTION_BATCH = 256  # pictures searched together
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption for people, with what the search knows of it; see `models.search.Hypothesis`."""
+
+    text: str
+    words: tuple[str, ...]
+    log_prob: float
+    score: float
+    attention: torch.Tensor | None = None
 
 
 class CaptionModel(nn.Module):
@@ -60,16 +75,13 @@ class CaptionModel(nn.Module):
         missing = PARTS - saved.keys()
         if missing:
             raise UserError(f"{where} lacks its {sorted(missing)[0]}, so it is not a trained model; take another one")
-        config = restore_config(saved["config"], overrides)
+        config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = DECODERS[config.decoder.name]
         encoder = restore_encoder(config, saved, kind.grid, where)
         size = encoder.feature_shape[-1]
-        try:
-            with torch.device("meta"):
-                decoder = kind(config.decoder, size, len(vocab))
-        except RuntimeError:  # sizes beyond 64 bits
-            raise UserError(f"the sizes in {where} are absurd; take another checkpoint") from None
+        with torch.device("meta"):
+            decoder = kind(config.decoder, size, len(vocab))
         fit(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
@@ -118,11 +130,42 @@ class CaptionModel(nn.Module):
             pictures = self.encoder(self.transform.normalise(pictures))
         return self.decoder(self.standardise(pictures), tokens, owner)[0]
 
-    def caption(self, features: torch.Tensor) -> list[str]:
-        """Return a caption for each row of encoded pictures (B, D) or (B, L, D)."""
+    def describe(
+        self,
+        features: torch.Tensor,
+        options: SearchConfig | None = None,
+        num_captions: int = 1,
+        keep_attention: bool = False,
+    ) -> list[list[Caption]]:
+        """Return the best captions for each row of encoded pictures (B, D) or (B, L, D), the best first.
+
+        `options` default to the checkpoint's own; see `models.search.search`.
+        """
+        options = options or self.config.search
         device = next(self.decoder.parameters()).device
-        ids = search.greedy(self.decoder, self.standardise(features.to(device)), self.config.search.max_length)
-        return [self.vocab.decode(row) for row in ids.tolist()]
+        standardised = self.standardise(features.to(device))
+        forbidden = tuple(i for word in options.forbidden for i in self.vocab.numericalize(word))
+        found = search(self.decoder, standardised, options, num_captions, forbidden, keep_attention)
+        return [[self.read_out(hypothesis) for hypothesis in each] for each in found]
+
+    def read_out(self, hypothesis: Hypothesis) -> Caption:
+        words = tuple(self.vocab.words[i] for i in hypothesis.ids)
+        return Caption(
+            self.vocab.decode(hypothesis.ids), words, hypothesis.log_prob, hypothesis.score, hypothesis.attention
+        )
+
+    def caption_all(
+        self, features: Features, names: Sequence[str], options: SearchConfig | None = None
+    ) -> dict[str, str]:
+        """Return a caption for each of the pictures `names` among `features`."""
+        captions: dict[str, str] = {}
+        with tqdm(total=len(names), desc="captioning", unit="img", disable=None) as bar:
+            for first in range(0, len(names), CAPTION_BATCH):
+                batch = names[first : first + CAPTION_BATCH]
+                best = self.describe(features.take(batch), options)
+                captions |= {name: each[0].text for name, each in zip(batch, best, strict=True)}
+                bar.update(len(batch))
+        return captions
 
 
 def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:

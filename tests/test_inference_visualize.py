@@ -1,18 +1,26 @@
 import json
+import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
 
 import inference_visualize
+import metrics
 import train
 import utils
+from data.vocab import TOKENISERS
+from models.model import Caption
 
 Run = Callable[..., int]
 
@@ -42,8 +50,22 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return command
 
 
+def read_rows(path: str = "predictions.json") -> list[dict[str, Any]]:
+    return json.loads(Path(path).read_text())
+
+
 def predictions(path: str = "predictions.json") -> dict[str, str]:
-    return {row["image_id"]: row["caption"] for row in json.loads(Path(path).read_text())}
+    return {row["image_id"]: row["caption"] for row in read_rows(path)}
+
+
+def page_rows(page: str = "runs/flickr8k/captions_result.html") -> list[list[Any]]:
+    return [json.loads(line.rstrip(",")) for line in Path(page).read_text().splitlines() if line.startswith('["./')]
+
+
+def page_scores(page: str = "runs/flickr8k/captions_result.html") -> list[float | None]:
+    found = re.search(r"const scores = (.*?);", Path(page).read_text())
+    assert found
+    return json.loads(found[1])
 
 
 def test_alone_it_captions_the_test_pictures_of_the_newest_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +126,9 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
     assert "skipped: cannot read the picture mine/broken.jpg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--images", "nowhere.jpg"], ["--images", "broken.jpg"], ["--limit", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--images", "nowhere.jpg"], ["--images", "broken.jpg"], ["--limit", "0"], ["--num-captions", "0"]]
+)
 def test_what_cannot_be_done_ends_in_code_2(words: list[str], run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("broken.jpg").write_bytes(b"")
     try:
@@ -140,3 +164,72 @@ def test_captions_hold_no_special_words(run: Run) -> None:
     run("--images", "archive/images")
     assert not any("<" in caption for caption in predictions().values())
     assert torch.get_num_threads() == 1
+
+
+def test_one_caption_each_is_all_that_predictions_hold_by_default(run: Run) -> None:
+    run()
+    assert all(row.keys() == {"image_id", "caption"} for row in read_rows("runs/flickr8k/predictions.json"))
+    assert all(len(captions) == 1 and not sure for _, captions, sure, *_ in page_rows())
+
+
+def test_several_captions_come_best_first_and_the_best_is_the_caption(run: Run) -> None:
+    run("--num-captions", "3", "search.length_penalty=0")
+    rows = read_rows("runs/flickr8k/predictions.json")
+    for row, (_, captions, sure, *_) in zip(rows, page_rows(), strict=True):
+        assert [each["caption"] for each in row["captions"]] == captions
+        assert len(set(captions)) == len(sure) == 3
+        assert row["caption"] == captions[0]
+        log_probs = [each["log_prob"] for each in row["captions"]]
+        assert log_probs == sorted(log_probs, reverse=True)
+
+
+def test_the_drawing_shows_the_best_of_several_captions_alone(run: Run) -> None:
+    run("--images", "archive/images/00.jpg", "search.beam=3", "--out", "one")
+    run("--images", "archive/images/00.jpg", "search.beam=3", "--num-captions", "3", "--out", "three")
+    assert Path("one/outputs/00.jpg").read_bytes() == Path("three/outputs/00.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(("max_length", "tokens"), [(25, 3), (3, 3), (2, 2)])
+def test_the_probability_per_word_counts_the_end_where_one_was_written(max_length: int, tokens: int) -> None:
+    caption = Caption("a dog", ("a", "dog"), log_prob=tokens * math.log(0.5), score=0.0)
+    assert inference_visualize.per_word(caption, max_length) == pytest.approx(0.5)
+
+
+def test_drawn_captions_are_the_same_each_time(run: Run) -> None:
+    drawn = []
+    for folder in ("first", "second"):
+        torch.seed()
+        run("--images", "archive/images", "search.temperature=2", "--out", folder)
+        drawn.append(predictions(f"{folder}/predictions.json"))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0].values())) == 12
+
+
+def test_search_settings_are_those_of_the_command_line(run: Run) -> None:
+    run("--images", "archive/images", "search.beam=1", "search.min_length=4", "search.max_length=4")
+    assert {len(caption.split()) for caption in predictions().values()} == {4}
+
+
+def test_each_picture_of_a_split_has_its_own_cider_also_where_one_is_broken(run: Run) -> None:
+    Path("archive/images/02.jpg").write_bytes(b"")
+    assert run("--split", "train") == 0
+    captions = predictions("runs/flickr8k/predictions.json")
+    references = pd.read_csv("archive/captions.csv").groupby("image")["caption"].agg(list).to_dict()
+    expected = metrics.score(captions, references, partial(metrics.by_words, TOKENISERS["en"]())).cider
+    assert [row[-1] for row in page_rows()] == list(captions) and len(captions) == 7
+    assert page_scores() == pytest.approx(expected, abs=0.06)
+    assert len(set(page_scores())) > 3
+
+
+@pytest.mark.parametrize("words", [["--split", "train", "--limit", "1"], ["--images", "archive/images"]])
+def test_one_picture_and_pictures_without_references_have_no_scores(words: list[str], run: Run) -> None:
+    assert run(*words, "--out", "there") == 0
+    assert page_scores("there/captions_result.html") == []
+
+
+def test_one_picture_is_not_called_pictures(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--limit", "1")
+    page = Path("runs/flickr8k/captions_result.html").read_text()
+    assert "<p>1 picture, resnet18 and lstm</p>" in page
+    printed = capsys.readouterr().out
+    assert "captioning 1 picture with" in printed and "captions of 1 picture in" in printed

@@ -1,4 +1,4 @@
-"""What is scored, and how the learning rate moves."""
+"""What is scored."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.vocab import PAD
-from train import caption_loss, learning_rate
+from train import caption_loss
 
 TARGETS = torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
 
@@ -58,19 +58,3 @@ def test_evenly_spread_logits_cost_the_log_of_the_vocabulary() -> None:
 def test_the_loss_of_bf16_logits_is_computed_in_fp32(logits: torch.Tensor) -> None:
     objective, loss = caption_loss(logits.bfloat16(), TARGETS, 0.1)
     assert objective.dtype == loss.dtype == torch.float32
-
-
-def test_the_learning_rate_warms_up_in_equal_steps() -> None:
-    assert [learning_rate(step, 100, 4, peak=8.0) for step in range(5)] == [2, 4, 6, 8, 8]
-
-
-def test_the_learning_rate_then_falls_along_a_cosine_to_nearly_nothing() -> None:
-    rates = [learning_rate(step, 100, 10, peak=1.0) for step in range(10, 101)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[45] == pytest.approx(0.5)
-    assert rates[-1] == pytest.approx(0)
-
-
-@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (5, 5), (3, 100), (10, 0)])
-def test_a_run_shorter_than_its_warm_up_has_a_learning_rate_too(total: int, warmup: int) -> None:
-    assert all(0 < learning_rate(step, total, warmup, peak=1.0) <= 1 for step in range(total))

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,16 @@ def test_control_and_direction_characters_become_spaces() -> None:
     assert strip((224, 224), "a\ndog\u202e").tobytes() == strip((224, 224), "a dog").tobytes()
 
 
-def write(path: Path, rows: list[tuple[str, str, list[str]]]) -> Path:
+Row = tuple[str, list[str], list[str]]  # image, captions, references
+
+
+def write(path: Path, rows: list[Row], scores: Sequence[float | None] = ()) -> Path:
     with render.Gallery(path, "Flickr8k <test>", "run & score") as gallery:
-        for image, caption, references in rows:
-            gallery.add(image, caption, references, size=(448, 448), name=image.rpartition("/")[2])
+        for image, texts, references in rows:
+            sure = [0.5, 0.123456, 0.00456][: len(texts)] if len(texts) > 1 else []
+            name = image.rpartition("/")[2]
+            gallery.add(image, texts, references, size=(448, 448), name=name, probabilities=sure)
+        gallery.score(scores)
     return path
 
 
@@ -93,7 +100,7 @@ def test_an_exception_leaves_the_old_page_and_nothing_else(tmp_path: Path) -> No
     page = tmp_path / "page.html"
     page.write_text("old")
     with pytest.raises(RuntimeError), render.Gallery(page, "t") as gallery:
-        gallery.add("a.jpg", "a dog", size=(4, 3), name="a.jpg")
+        gallery.add("a.jpg", ["a dog"], size=(4, 3), name="a.jpg")
         raise RuntimeError
     assert page.read_text() == "old"
     assert list(tmp_path.iterdir()) == [page]
@@ -102,11 +109,18 @@ def test_an_exception_leaves_the_old_page_and_nothing_else(tmp_path: Path) -> No
 def test_a_finished_page_replaces_the_old_one_and_needs_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text("old")
-    text = write(page, [("outputs/a.jpg", "a dog", ["dog <b>"])]).read_text(encoding="utf-8")
+    text = write(page, [("outputs/a.jpg", ["a dog"], ["dog <b>"])]).read_text(encoding="utf-8")
     assert "<h1>Flickr8k &lt;test&gt;</h1><p>run &amp; score</p>" in text
-    assert '["./outputs/a.jpg","a dog",["dog \\u003cb\\u003e"],448,448,"a.jpg"],\n' in text
-    assert not re.search(r"https?:|\bon\w+=|<link|\{\{|@import", text)
+    assert '["./outputs/a.jpg",["a dog"],[],["dog \\u003cb\\u003e"],448,448,"a.jpg"],\n' in text
+    assert not re.search(r"https?:|\bon\w+=|<link|\{\{|/\* (rows|scores)|@import", text)
     assert list(tmp_path.iterdir()) == [page]
+
+
+def test_captions_and_scores_are_written_in_the_order_given(tmp_path: Path) -> None:
+    rows: list[Row] = [("a.jpg", ["a dog", "a cat"], []), ("b.jpg", ["a bird"], [])]
+    text = write(tmp_path / "page.html", rows, [12.345, None]).read_text(encoding="utf-8")
+    assert '["./a.jpg",["a dog","a cat"],[0.5,0.123],[],448,448,"a.jpg"],\n["./b.jpg",["a bird"],[],[],' in text
+    assert "const scores = [12.3,null];" in text
 
 
 @pytest.mark.parametrize(
@@ -119,7 +133,7 @@ def test_a_finished_page_replaces_the_old_one_and_needs_nothing_else(tmp_path: P
     ],
 )
 def test_any_file_name_becomes_a_relative_address(tmp_path: Path, image: str, url: str) -> None:
-    assert f'["{url}","a dog"' in write(tmp_path / "page.html", [(image, "a dog", [])]).read_text(encoding="utf-8")
+    assert f'["{url}",["a dog"]' in write(tmp_path / "page.html", [(image, ["a dog"], [])]).read_text(encoding="utf-8")
 
 
 def browse(page: Path, hash_: str = "", script: str = "") -> str:
@@ -133,8 +147,17 @@ def browse(page: Path, hash_: str = "", script: str = "") -> str:
     return subprocess.run(command, capture_output=True, check=True, timeout=120, encoding="utf-8").stdout
 
 
-def captions(dom: str) -> list[str]:
-    return [html.unescape(text) for text in re.findall(r'<p class="caption"[^>]*>(.*?)</p>', dom, re.S)]
+def captions(dom: str, kind: str = "caption") -> list[str]:
+    """Return the best caption of each card, or the others with the kind `other`."""
+    return [html.unescape(text) for text in re.findall(rf'<p class="{kind}"[^>]*>(.*?)</p>', dom, re.S)]
+
+
+def badges(dom: str) -> list[str]:
+    return re.findall(r'<span class="badge"[^>]*>([^<]+)</span>', dom)  # not the template's, which is empty
+
+
+def order_shown(dom: str) -> bool:
+    return "hidden" not in re.findall(r"<select[^>]*>", dom)[0]
 
 
 HOSTILE = [
@@ -147,25 +170,27 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def big_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [(f"{text}.jpg", text, [text]) for text in [*HOSTILE, "\u202efdp.exe"]]
-    rows += [(f"{n}.jpg", f"a {'dog' if n % 1000 == 0 else 'cat'} number {n}", ["a pet"] * 5) for n in range(19_995)]
-    return write(tmp_path_factory.mktemp("gallery") / "page.html", rows)
+    rows: list[Row] = [(f"{text}.jpg", [text, text], [text]) for text in [*HOSTILE, "\u202efdp.exe"]]
+    rows += [(f"{n}.jpg", [f"a {'dog' if n % 1000 == 0 else 'cat'} number {n}"], ["a pet"] * 5) for n in range(19_995)]
+    scores = [row * 7919 % 20_000 for row in range(20_000)]  # each once, shuffled
+    return write(tmp_path_factory.mktemp("gallery") / "page.html", rows, scores)
 
 
 @needs_chromium
 def test_20000_hostile_rows_open_as_60_harmless_cards(big_page: Path) -> None:
     dom = browse(big_page)
-    assert dom.count("<article") - 1 == len(captions(dom)) - 1 == 60  # one is the template
+    assert dom.count("<article") - 1 == len(captions(dom)) == 60  # one is the template
     assert ">20,000 pictures<" in dom
     assert "<title>Flickr8k &lt;test&gt;</title>" in dom
-    assert [text for text in captions(dom) if text][:5] == [*map(render.plain, HOSTILE), "fdp.exe"]
+    harmless = [*map(render.plain, HOSTILE), "fdp.exe"]
+    assert captions(dom)[:5] == captions(dom, "other") == harmless
 
 
 @needs_chromium
 def test_an_address_with_a_search_shows_what_matches_all_its_words(big_page: Path) -> None:
     dom = browse(big_page, "#q=DOG+pet+9000")
     assert ">2 of 20,000 pictures<" in dom
-    assert [text for text in captions(dom) if text] == ["a dog number 9000", "a dog number 19000"]
+    assert captions(dom) == ["a dog number 9000", "a dog number 19000"]
 
 
 @needs_chromium
@@ -173,3 +198,64 @@ def test_typing_searches_and_the_address_follows(big_page: Path) -> None:
     typed = "input.value = 'dog'; input.dispatchEvent(new Event('input'));"
     dom = browse(big_page, script=typed + "setTimeout(() => document.title = location.hash, 1000);")
     assert ">20 of 20,000 pictures<" in dom and "<title>#q=dog</title>" in dom
+
+
+@needs_chromium
+def test_choosing_an_order_sorts_what_was_searched_and_the_address_follows(big_page: Path) -> None:
+    chosen = "sorting.value = 'worst'; sorting.dispatchEvent(new Event('change')); document.title = location.hash;"
+    dom = browse(big_page, "#q=dog", script=chosen)
+    assert "<title>#q=dog&amp;sort=worst</title>" in dom
+    scores = {f"a dog number {n}": (n + 5) * 7919 % 20_000 for n in range(0, 19_995, 1000)}
+    assert captions(dom) == sorted(scores, key=lambda text: scores[text])
+    assert badges(dom) == [f"CIDEr {score}" for score in sorted(scores.values())]
+
+
+@needs_chromium
+def test_the_cards_that_come_with_scrolling_go_on_in_the_order(big_page: Path) -> None:
+    dom = browse(big_page, "#sort=best", script="showMore(); showMore();")
+    assert badges(dom) == [f"CIDEr {score}" for score in range(19_999, 19_819, -1)]
+
+
+@pytest.fixture(scope="module")
+def small_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows: list[Row] = [(f"{n}.jpg", [str(n), f"{n} again", f"{n} at last"], []) for n in range(6)]
+    return write(tmp_path_factory.mktemp("gallery") / "page.html", rows, [None, 30, 7.5, 0, None, 7.5])
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("address", "order"),
+    [("#sort=worst", "325104"), ("#sort=best", "125304"), ("#sort=__proto__", "012345")],
+)
+def test_equal_scores_stay_as_given_and_pictures_without_come_last(small_page: Path, address: str, order: str) -> None:
+    dom = browse(small_page, address, script="document.title = sorting.selectedOptions[0].text;")
+    assert captions(dom) == list(order)
+    assert order_shown(dom)
+    wanted = {"#sort=worst": "worst first", "#sort=best": "best first"}.get(address, "as given")
+    assert f"<title>{wanted}</title>" in dom
+
+
+@needs_chromium
+def test_an_order_can_be_taken_back(small_page: Path) -> None:
+    taken_back = "sorting.value = ''; sorting.dispatchEvent(new Event('change'));"
+    dom = browse(small_page, "#sort=worst", script=taken_back + "document.title = `[${location.hash}]`;")
+    assert captions(dom) == list("012345")
+    assert "<title>[]</title>" in dom
+
+
+@needs_chromium
+def test_other_captions_stand_below_the_best_each_with_its_probability_per_word(small_page: Path) -> None:
+    dom = browse(small_page, "#q=4+last")
+    assert captions(dom) == ["4"]
+    assert captions(dom, "other") == ["4 again", "4 at last"]
+    sure = re.findall(r'<span class="sure" title="Probability per word[^"]*">(.*?)</span>', dom)
+    assert sure == ["50%", "12%", "0.46%"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("scores", [[], [None, None]])
+def test_without_scores_there_are_no_badges_and_no_order_to_choose(tmp_path: Path, scores: list[None]) -> None:
+    page = write(tmp_path / "page.html", [("a.jpg", ["a"], []), ("b.jpg", ["b"], [])], scores)
+    dom = browse(page, "#sort=best")
+    assert captions(dom) == ["a", "b"]
+    assert not badges(dom) and not order_shown(dom)

@@ -230,4 +230,4 @@ def test_a_last_pth_that_was_not_left_by_training_is_refused(
     run(*FAST, "train.epochs=1")
     shutil.copy("runs/flickr8k/checkpoints.pth", "runs/flickr8k/last.pth")
     assert run("--resume") == 2
-    assert "lacks its nll" in capsys.readouterr().err
+    assert "lacks its averaged" in capsys.readouterr().err

@@ -15,7 +15,8 @@ from config import EncoderConfig, load_config
 from data.vocab import build_vocab
 from models.encoder import EncoderCNN, build_network, cut_classifier, transform_for
 from models.model import CaptionModel
-from train import caption_loss, make_optimiser
+from optim import make_optimiser
+from train import caption_loss
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

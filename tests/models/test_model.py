@@ -33,7 +33,8 @@ def logits(model: CaptionModel) -> torch.Tensor:
 
 def captions(model: CaptionModel) -> list[str]:
     with torch.inference_mode():
-        return model.caption(model.encoder(model.transform.normalise(PICTURES)))
+        found = model.describe(model.encoder(model.transform.normalise(PICTURES)))
+        return [captions[0].text for captions in found]
 
 
 @pytest.fixture

@@ -1,0 +1,124 @@
+"""Train a recipe of configs/ with several seeds, score it, and keep the figures as JSON.
+
+    python -m benchmarks.recipes lstm --seeds 0 1 2 data.root=archive
+
+Writes benchmarks/results/flickr8k/<recipe>-seed<k>.json. A seed whose file exists is left out; one whose training was
+stopped goes on. Captions are those of the dev split: the test split is for the figures one publishes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from config import FREE_AFTER_TRAINING, flatten
+from utils import RUNS, cli, load_checkpoint, parse_command_line, write_atomically
+
+RESULTS = Path(__file__).parent / "results" / "flickr8k"
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the name of a file in configs/, without .yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K")
+    args = parse_command_line(parser)
+    for seed in args.seeds:
+        path = RESULTS / f"{args.recipe}-seed{seed}.json"
+        if path.is_file():
+            print(f"{path} is there already")
+            continue
+        result = measure(args.recipe, seed, args.overrides)
+        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+        print(f"wrote {path}")
+
+
+def measure(recipe: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train and score one seed; returns what its results file holds."""
+    run = RUNS / f"{recipe}-seed{seed}"
+    minutes, memory = train(recipe, seed, run, overrides)
+    python("evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word)))
+    scores = json.loads((run / "scores-val.json").read_text())
+    settings = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "split": "val",
+        "scores": {name: value for name, value in scores.items() if isinstance(value, float) or value is None},
+        "signature": scores["signature"],
+        "intervals": scores["intervals"],
+        "captions": scores["captions"],
+        "train_minutes": round(minutes, 1),
+        "peak_memory_gb": round(memory, 2),
+        "config": {name: value for name, value in settings.items() if name not in FREE_AFTER_TRAINING},
+        "encoder": {name: load_checkpoint(run / "checkpoints.pth")["encoder"][name] for name in ("name", "sha256")},
+        "environment": environment(),
+    }
+
+
+def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[float, float]:
+    """Train to the end; returns minutes, also of sittings before this one, and the peak memory in GB."""
+    told = run / "sittings.json"
+    sittings = json.loads(told.read_text()) if told.is_file() else []
+    if (run / "last.pth").is_file():
+        words = ["--resume", "--run", run.name, *(word for word in overrides if is_free(word))]
+    else:
+        words = [
+            "--config",
+            str(ROOT / "configs" / f"{recipe}.yaml"),
+            f"run={run.name}",
+            f"train.seed={seed}",
+            *overrides,
+        ]
+    began = time.monotonic()
+    try:
+        memory = python("train.py", *words)
+    finally:
+        if run.is_dir():
+            sittings.append({"minutes": (time.monotonic() - began) / 60})
+            write_atomically(told, json.dumps(sittings).encode())
+    return sum(sitting["minutes"] for sitting in sittings), memory
+
+
+def is_free(word: str) -> bool:
+    return word.partition("=")[0] in FREE_AFTER_TRAINING
+
+
+def python(script: str, *words: str) -> float:
+    """Run one of the scripts and return its peak memory in GB; ends this one when it fails."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def environment() -> dict[str, Any]:
+    """Return what the minutes depend on."""
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.processor()
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

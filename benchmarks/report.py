@@ -1,0 +1,71 @@
+"""Write the README's tables from benchmarks/results/: `python -m benchmarks.report`.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each function in TABLES.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+from evaluate import NAMES
+from utils import cli, write_atomically
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+SHOWN = [name for name in NAMES if name != "spice"]
+
+
+def main() -> None:
+    page = README.read_text(encoding="utf-8")
+    write_atomically(README, fill(page).encode())
+    print(f"wrote the tables of {README}")
+
+
+def fill(page: str) -> str:
+    """Return the page with its tables written anew."""
+    for name, table in TABLES.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        found = re.findall(f"{start}.*?{end}", page, flags=re.DOTALL)
+        if len(found) != 1:
+            raise UserError(f"{README} has {len(found)} places for {start} … {end}; it should have one")
+        page = page.replace(found[0], f"{start}\n{table()}\n{end}")
+    return page
+
+
+def dev_scores() -> str:
+    """Return the mean and standard deviation over seeds of each recipe, on Flickr8k's dev split."""
+    lines = [
+        f"| recipe | seeds | {' | '.join(NAMES[name] for name in SHOWN)} | training |",
+        "|---" * (3 + len(SHOWN)) + "|",
+    ]
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((HERE / "results" / "flickr8k").glob("*-seed*.json")):
+        result = json.loads(path.read_text())
+        by_recipe.setdefault(result["recipe"], []).append(result)
+    for recipe, results in sorted(by_recipe.items(), key=lambda item: mean(r["scores"]["cider"] for r in item[1])):
+        cells = [spread([result["scores"][name] for result in results]) for name in SHOWN]
+        minutes = mean(result["train_minutes"] for result in results)
+        lines.append(f"| `configs/{recipe}.yaml` | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
+    signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
+    return "\n".join([*lines, "", *(f"`{signature}`  " for signature in signatures)])
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def spread(values: list[float]) -> str:
+    if None in values:
+        return "–"
+    return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+TABLES: dict[str, Callable[[], str]] = {"dev-scores": dev_scores}
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,310 @@
+"""Score a run: its captions against the references, by the scorer that papers use, with intervals and a signature."""
+
+import argparse
+import csv
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import metrics
+from config import Config, UserError, load_config
+from data import annotations
+from data.features import FeatureCache, encode_pictures
+from data.vocab import TOKENISERS
+from models.model import CaptionModel
+from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
+
+NAMES = {
+    **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
+    **{"meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr-D", "spice": "SPICE"},
+}
+TESTED = ("bleu4", "cider")  # the metrics with intervals and p-values
+SHOWN = 5  # picture names in a message
+
+
+@dataclass
+class References:
+    """The pictures of a split: `rows` of the table, their raw captions, and how captions are tokenised."""
+
+    split: str
+    rows: pd.DataFrame
+    captions: dict[str, list[str]]
+    training: list[str]
+    language: str
+    tokeniser: str
+    tokenise: Callable[[list[str]], list[str]]
+
+    @property
+    def own_tokeniser(self) -> Callable[[str], list[str]]:
+        return TOKENISERS[self.language]()
+
+    @property
+    def signature(self) -> str:
+        """Everything that the scores depend on, but for the captions."""
+        counts = sorted({len(captions) for captions in self.captions.values()})
+        per_picture = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        return (
+            f"scorer:{metrics.SCORER}|tok:{self.tokeniser}|refs:raw-{per_picture}|split:{self.split}"
+            f"|n:{len(self.captions)}"
+        )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.compare:
+        compare(args)
+    elif args.predictions:
+        score_predictions(args)
+    else:
+        score_run(args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Score the captions of a run, or of another system, against the references of a split.",
+        epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
+    what.add_argument("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
+    parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint, or its references")
+    parser.add_argument(
+        "--split", choices=["train", "val", "dev", "test"], help="default: test, or val where it is empty"
+    )
+    parser.add_argument(
+        "--tokeniser",
+        choices=["auto", "ptb", "words"],
+        default="auto",
+        help="ptb needs Java, words does without; auto takes ptb where it can",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="default: beside the checkpoint or the predictions")
+    return parse_command_line(parser)
+
+
+def score_run(args: argparse.Namespace) -> None:
+    """Caption a split with a checkpoint and score the captions."""
+    if args.checkpoint and args.run:
+        raise UserError("--checkpoint and --run both say which model; give one of them")
+    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    model = CaptionModel.from_checkpoint(path, args.overrides)
+    device = pick_device()
+    model.to(device)
+    table = annotations.load(model.config.data, annotations.read_splits(path.parent))
+    references = choose_references(table, model.config, args)
+    print(f"captioning {len(references.captions):,} {references.split} pictures with {path}")
+
+    folder = annotations.image_folder(model.config.data)
+    names = list(references.captions)
+    features = None
+    if model.config.encoder.frozen:
+        features = FeatureCache(model, sorted(table["image"].unique()), folder, device).find()
+    features = features or encode_pictures(model, names, folder, device)
+    torch.manual_seed(model.config.train.seed)  # where captions are drawn
+    began = time.perf_counter()
+    captions = model.caption_all(features, names)
+    rate = len(captions) / (time.perf_counter() - began)
+
+    out = Path(args.out) if args.out else path.parent
+    write_predictions(out / f"predictions-{references.split}.json", captions, references)
+    signature = f"{references.signature}|{describe_search(model.config)}"
+    scores = score(captions, references, signature) | {"images_per_second": round(rate, 1), "checkpoint": path.name}
+    report(scores, out / f"scores-{references.split}.json")
+
+
+def score_predictions(args: argparse.Namespace) -> None:
+    """Score a file in COCO's results form, whoever wrote it."""
+    path = Path(args.predictions)
+    references = read_references(path, args)
+    captions = read_predictions(path, references)
+    scores = score(captions, references, f"{references.signature}|search:{path.name}")
+    report(scores, (Path(args.out) if args.out else path.parent) / f"scores-{references.split}.json")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Score several runs' captions in the same way, and say which differences to the first may be chance."""
+    runs = {name: find_predictions(name, args.split) for name in args.compare}
+    references = read_references(next(iter(runs.values())), args)
+    runs = {name: find_predictions(name, references.split) for name in args.compare}
+    rows: list[dict[str, Any]] = []
+    baseline: metrics.Scores | None = None
+    for name, folder in runs.items():
+        captions = read_predictions(folder, references)
+        scores = metrics.score(captions, references.captions, references.tokenise, rouge=True)
+        by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
+        chance = metrics.p_values(baseline, scores) if baseline else dict.fromkeys(TESTED)
+        row = {"run": name} | {key: (scores.corpus | by_java)[key] for key in NAMES}
+        rows.append(row | {f"p_{key}": chance[key] for key in TESTED})
+        baseline = baseline or scores
+    write_comparison(rows, references, Path(args.out) if args.out else RUNS, notes)
+
+
+def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
+    split, rows = annotations.choose_split(table, args.split, config.data.root)
+    tokeniser, tokenise = metrics.pick_tokeniser(args.tokeniser, TOKENISERS[config.data.language]())
+    return References(
+        split=split,
+        rows=rows,
+        captions=annotations.references(rows),
+        training=table["caption"][table["split"] == "train"].tolist(),
+        language=config.data.language,
+        tokeniser=tokeniser,
+        tokenise=tokenise,
+    )
+
+
+def read_references(predictions: Path, args: argparse.Namespace) -> References:
+    """Return what --run was trained with, or the run that the predictions lie in, or what the command line names."""
+    searched = [word for word in args.overrides if word.startswith("search.")]
+    if searched:
+        raise UserError(f"{searched[0]} changes nothing about captions that are written already; leave it out")
+    run = predictions.parent if (predictions.parent / "config.yaml").is_file() else None
+    if args.run:
+        run = find_run("config.yaml", args.run)
+    config = load_config(run / "config.yaml" if run else None, args.overrides)
+    table = annotations.load(config.data, annotations.read_splits(run) if run else None)
+    return choose_references(table, config, args)
+
+
+def find_predictions(name: str, split: str | None) -> Path:
+    """Return the predictions of a run, or the file of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    split = "val" if split == "dev" else split
+    for candidate in [split] if split else ["test", "val"]:
+        for folder in (RUNS / name, Path(name)):
+            if (folder / f"predictions-{candidate}.json").is_file():
+                return folder / f"predictions-{candidate}.json"
+    again = f"python evaluate.py --run {name}" + (f" --split {split}" if split else "")
+    raise UserError(f"{name} has no predictions to compare; score it first with: {again}")
+
+
+def read_predictions(path: Path, references: References) -> dict[str, str]:
+    """Return a caption for each picture of the split; what is said of other pictures is not used.
+
+    Raises UserError for a file of another form, a picture twice, and pictures of the split without caption.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        # Half an emoji, which JSON can hold, can neither be printed nor be given to Java.
+        found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        form = '[{"image_id": …, "caption": "…"}, …]'
+        raise UserError(f"{path} is not in COCO's results form; it should read {form}") from None
+    refuse_twice([name for name, _ in found], f"{path} has more than one caption for")
+    captions = dict(found)
+    pictures = annotations.pictures(references.rows)
+    ids = pictures["image_id"].astype(str)
+    refuse_twice(ids.tolist(), "the references have more than one picture with the id")
+    missing = [name for name in ids if name not in captions]
+    if missing:
+        raise UserError(
+            f"{path} has no caption for {len(missing):,} of {len(ids):,} {references.split} pictures "
+            f"({shorten(missing)}); caption them, or take another --split"
+        )
+    if len(captions) > len(ids):
+        print(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
+    return {image: captions[name] for image, name in zip(pictures["image"], ids, strict=True)}
+
+
+def refuse_twice(names: list[str], what: str) -> None:
+    twice = pd.Series(names, dtype=str)[lambda series: series.duplicated()].unique().tolist()
+    if twice:
+        raise UserError(f"{what} {shorten(twice)}; keep one")
+
+
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def score(captions: dict[str, str], references: References, signature: str) -> dict[str, Any]:
+    """Return what scores-<split>.json holds."""
+    if len(captions) == 1:
+        print("warning: one picture alone has a CIDEr of 0, since every n-gram is in all documents there are")
+    scores = metrics.score(captions, references.captions, references.tokenise, rouge=True)
+    by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
+    for note in notes:
+        print(note)
+    rounded = {name: None if value is None else round(value, 2) for name, value in (scores.corpus | by_java).items()}
+    return {
+        **{name: rounded[name] for name in NAMES},
+        "split": references.split,
+        "signature": signature,
+        "intervals": metrics.intervals(scores),
+        "captions": metrics.describe(list(captions.values()), references.training, references.own_tokeniser),
+    }
+
+
+def describe_search(config: Config) -> str:
+    """Return the search as a part of a signature; what is as by default is not named."""
+    search = config.search
+    if search.temperature:
+        parts = [f"search:draw|temperature:{search.temperature:g}|top_k:{search.top_k}|top_p:{search.top_p:g}"]
+        parts.append(f"seed:{config.train.seed}")
+    else:
+        parts = [f"search:{'greedy' if search.beam == 1 else f'beam-{search.beam}'}|lp:{search.length_penalty:g}"]
+    parts.append(f"max:{search.max_length}")
+    for name in ("min_length", "no_repeat_ngram", "forbidden"):
+        value = getattr(search, name)
+        if value:
+            parts.append(f"{name}:{','.join(value) if isinstance(value, list) else value}")
+    return "|".join(parts)
+
+
+def write_predictions(path: Path, captions: dict[str, str], references: References) -> None:
+    pictures = annotations.pictures(references.rows)
+    rows = [
+        {"image_id": image_id, "caption": captions[image]}
+        for image, image_id in pictures[["image", "image_id"]].to_numpy().tolist()
+    ]
+    write_atomically(path, json.dumps(rows, ensure_ascii=False, indent=1).encode())
+
+
+def report(scores: dict[str, Any], path: Path) -> None:
+    """Print the scores and write them to `path`."""
+    write_atomically(path, json.dumps(scores, ensure_ascii=False, indent=1).encode())
+    print("  ".join(f"{NAMES[name]} {scores[name]:.1f}" for name in NAMES if scores[name] is not None))
+    bounds = ", ".join(f"{NAMES[name]} {low:.1f} to {high:.1f}" for name, (low, high) in scores["intervals"].items())
+    print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
+    about = scores["captions"]
+    print(
+        f"captions: {about['length']:.1f} words on average, {about['vocabulary']:,} different words, "
+        f"{about['distinct_captions']:.0%} distinct, {about['novelty']:.0%} not in the training set, "
+        f"{about['bad_endings']:.1%} with a bad ending, {about['repetition']:.1%} with repetitions"
+    )
+    if "images_per_second" in scores:
+        print(f"{scores['images_per_second']:,.0f} pictures captioned a second")
+    print(scores["signature"])
+    print(f"wrote {path}")
+
+
+def write_comparison(rows: list[dict[str, Any]], references: References, out: Path, notes: list[str]) -> None:
+    """Print the table and write it as Markdown and CSV."""
+    columns = {key: name for key, name in NAMES.items() if any(row[key] is not None for row in rows)}
+    columns |= {f"p_{key}": f"p ({NAMES[key]})" for key in TESTED}
+    lines = [f"| run | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for row in rows:
+        cells = ["–" if row[key] is None else f"{row[key]:.{3 if key[:2] == 'p_' else 1}f}" for key in columns]
+        lines.append(f"| {row['run']} | {' | '.join(cells)} |")
+    lines += ["", f"p: paired bootstrap against {rows[0]['run']}, two-sided.", f"`{references.signature}`"]
+    page = "\n".join(lines) + "\n"
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["run", *columns], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = out / f"comparison-{references.split}"
+    write_atomically(path.with_suffix(".md"), page.encode())
+    write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
+    print(page + "\n".join(notes))
+    print(f"wrote {path}.md and {path}.csv")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,68 @@
+"""How weights move: the optimiser, the learning rate's schedule, and the average of the weights on their way."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from models.model import CaptionModel
+
+BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
+
+
+def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices alone and a smaller step for an unfrozen backbone."""
+    decay = model.config.train.weight_decay
+    groups = []
+    for part, scale in ((model.decoder, 1.0), (model.encoder, BACKBONE_LR)):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        groups.append({"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "scale": scale})
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=model.config.train.lr, fused=True)
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then a cosine down to 0 (Loshchilov and Hutter 2017)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class WeightAverage:
+    """The exponential moving average of a model's trained weights (Polyak and Juditsky 1992), kept beside them.
+
+    Args:
+        decay: the share of the average that stays at each step; 0 keeps no average, and the weights serve as they are.
+    """
+
+    def __init__(self, model: CaptionModel, decay: float) -> None:
+        self.decay = decay
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.weights = [parameter.detach().clone() for parameter in self.trained] if decay else []
+
+    def update(self, step: int) -> None:
+        """Move the average towards the weights after a step; faster at first, lest it remember the random start."""
+        if self.weights:
+            get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(self.weights, self.trained, None)
+
+    @contextmanager
+    @torch.no_grad()
+    def lent(self) -> Iterator[None]:
+        """Give the model the average for a while."""
+        own = [parameter.clone() for parameter in self.trained]
+        copy_all(self.weights or own, self.trained)
+        try:
+            yield
+        finally:
+            copy_all(own, self.trained)
+
+    @torch.no_grad()
+    def restore(self, weights: Sequence[torch.Tensor]) -> None:
+        copy_all(weights, self.weights)
+
+
+def copy_all(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    for value, target in zip(values, targets, strict=True):
+        target.copy_(value)

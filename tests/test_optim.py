@@ -1,0 +1,67 @@
+"""How the learning rate moves, and the average that follows the weights."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.model import CaptionModel
+from optim import WeightAverage, learning_rate
+
+
+def test_the_learning_rate_warms_up_in_equal_steps() -> None:
+    assert [learning_rate(step, 100, 4, peak=8.0) for step in range(5)] == [2, 4, 6, 8, 8]
+
+
+def test_the_learning_rate_then_falls_along_a_cosine_to_nearly_nothing() -> None:
+    rates = [learning_rate(step, 100, 10, peak=1.0) for step in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[45] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (5, 5), (3, 100), (10, 0)])
+def test_a_run_shorter_than_its_warm_up_has_a_learning_rate_too(total: int, warmup: int) -> None:
+    assert all(0 < learning_rate(step, total, warmup, peak=1.0) <= 1 for step in range(total))
+
+
+@pytest.fixture
+def model(tiny_config: Callable, tiny_model: CaptionModel) -> CaptionModel:
+    return CaptionModel.build(tiny_config(), tiny_model.vocab)
+
+
+def shift(model: CaptionModel, by: float) -> None:
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter += by
+
+
+def test_the_average_follows_the_weights_with_the_decay_asked_for(model: CaptionModel) -> None:
+    average = WeightAverage(model, decay=0.9)
+    before = average.weights[0].clone()
+    shift(model, 1.0)
+    average.update(step=10_000)
+    assert torch.allclose(average.weights[0], before + 0.1, atol=1e-6)
+
+
+def test_the_average_forgets_the_random_start_quickly(model: CaptionModel) -> None:
+    average = WeightAverage(model, decay=0.999)
+    shift(model, 1.0)
+    for step in range(100):
+        average.update(step)
+    assert torch.allclose(average.weights[0], average.trained[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_average_is_lent_and_the_weights_come_back_exactly(decay: float, model: CaptionModel) -> None:
+    average = WeightAverage(model, decay)
+    shift(model, 1.0)
+    own = [parameter.clone() for parameter in average.trained]
+    expected = average.weights or own
+    with average.lent():
+        assert all(map(torch.equal, average.trained, expected))
+    assert all(map(torch.equal, average.trained, own))
+
+
+def test_a_frozen_backbone_is_not_averaged(model: CaptionModel) -> None:
+    assert len(WeightAverage(model, 0.9).weights) == len(list(model.decoder.parameters()))
