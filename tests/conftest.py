@@ -16,6 +16,7 @@ from data import sample
 from data.vocab import build_vocab
 from models.model import CaptionModel
 
+pytest_plugins = ["evaluation"]
 SCENES = [scene for _, scene in sample.choose_scenes()[:12]]
 TINY = (
     *("encoder.name=resnet18", "encoder.weights=null", "encoder.image_size=32", "data.min_count=1"),

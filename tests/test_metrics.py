@@ -293,6 +293,11 @@ def test_meteor_survives_odd_captions(odd: str, meteor: Callable[..., float]) ->
 
 
 @needs_java
+def test_bars_do_not_make_two_references_of_one(meteor: Callable[..., float]) -> None:
+    assert meteor({"1": ["a dog runs"]}, {"1": ["a dog ||| runs"]}) == pytest.approx(100)
+
+
+@needs_java
 def test_an_empty_caption_has_a_meteor_of_0(meteor: Callable[..., float]) -> None:
     assert meteor({"1": [""]}, {"1": ["a dog runs"]}) == 0
 

@@ -33,7 +33,7 @@ def model(tiny_config: Callable, tiny_model: CaptionModel) -> CaptionModel:
 def shift(model: CaptionModel, by: float) -> None:
     with torch.no_grad():
         for parameter in model.decoder.parameters():
-            parameter += by
+            parameter.add_(by)
 
 
 def test_the_average_follows_the_weights_with_the_decay_asked_for(model: CaptionModel) -> None:
