@@ -1,0 +1,49 @@
+"""The README's tables are those of the committed results."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+
+def test_the_readmes_tables_are_generated_from_the_results() -> None:
+    page = report.README.read_text(encoding="utf-8")
+    assert report.fill(page) == page, "run: python -m benchmarks.report"
+
+
+def test_every_result_says_how_it_was_made() -> None:
+    for path in (report.HERE / "results").rglob("*.json"):
+        result = json.loads(path.read_text())
+        assert path.name == f"{result['recipe']}-seed{result['seed']}.json"
+        assert result["split"] == "val"
+        assert "tok:ptb-java" in result["signature"]
+        assert {"config", "environment", "train_minutes", "peak_memory_gb"} <= result.keys()
+        assert "/" not in json.dumps(result["config"])
+
+
+def result(seed: int, cider: float, meteor: float | None = 19.0) -> dict[str, Any]:
+    scores = dict.fromkeys(report.SHOWN, 20.0) | {"cider": cider, "meteor": meteor}
+    return {"recipe": "lstm", "seed": seed, "scores": scores, "train_minutes": 12.4, "signature": "scorer:x"}
+
+
+def test_a_row_is_the_mean_and_the_spread_of_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    folder = tmp_path / "results" / "flickr8k"
+    folder.mkdir(parents=True)
+    for seed, cider in enumerate([44.0, 45.0, 46.0]):
+        made = result(seed, cider, meteor=None if seed else 19.0)
+        (folder / f"lstm-seed{seed}.json").write_text(json.dumps(made))
+    _, _, row, *_ = report.dev_scores().splitlines()
+    cells = [*["20.0 ± 0.0"] * 4, "–", "20.0 ± 0.0", "45.0 ± 1.0", "12 min"]
+    assert row == f"| `configs/lstm.yaml` | 3 | {' | '.join(cells)} |"
+        "| 3 | 20.0 ± 0.0 | 20.0 ± 0.0 | 20.0 ± 0.0 | 20.0 ± 0.0 | – | 20.0 ± 0.0 | 45.0 ± 1.0 | 12 min |"
+    )
+
+
+def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
+    with refused("dev-scores"):
+        report.fill("no place")
