@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from config import FREE_AFTER_TRAINING, flatten
+from config import FREE_AFTER_TRAINING, flatten, restore_config
 from utils import RUNS, cli, load_checkpoint, parse_command_line, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k"
@@ -46,9 +45,14 @@ def measure(recipe: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Train and score one seed; returns what its results file holds."""
     run = RUNS / f"{recipe}-seed{seed}"
     minutes, memory = train(recipe, seed, run, overrides)
-    python("evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word)))
+    status, _ = run_script(
+        "evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word))
+    )
+    end_on_failure(status)
     scores = json.loads((run / "scores-val.json").read_text())
-    settings = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    checkpoint = load_checkpoint(run / "checkpoints.pth")
+    searched = [word for word in overrides if word.startswith("search.")]
+    settings = flatten(restore_config(checkpoint["config"], searched).model_dump())
     return {
         "recipe": recipe,
         "seed": seed,
@@ -60,13 +64,13 @@ def measure(recipe: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         "train_minutes": round(minutes, 1),
         "peak_memory_gb": round(memory, 2),
         "config": {name: value for name, value in settings.items() if name not in FREE_AFTER_TRAINING},
-        "encoder": {name: load_checkpoint(run / "checkpoints.pth")["encoder"][name] for name in ("name", "sha256")},
+        "encoder": {name: checkpoint["encoder"][name] for name in ("name", "sha256")},
         "environment": environment(),
     }
 
 
 def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[float, float]:
-    """Train to the end; returns minutes, also of sittings before this one, and the peak memory in GB."""
+    """Train to the end; returns minutes and peak memory in GB, those of sittings before this one included."""
     told = run / "sittings.json"
     sittings = json.loads(told.read_text()) if told.is_file() else []
     if (run / "last.pth").is_file():
@@ -80,26 +84,30 @@ def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[
             *overrides,
         ]
     began = time.monotonic()
-    try:
-        memory = python("train.py", *words)
-    finally:
-        if run.is_dir():
-            sittings.append({"minutes": (time.monotonic() - began) / 60})
-            write_atomically(told, json.dumps(sittings).encode())
-    return sum(sitting["minutes"] for sitting in sittings), memory
+    status, memory = run_script("train.py", *words)
+    sittings.append({"minutes": (time.monotonic() - began) / 60, "memory": memory})
+    if run.is_dir():
+        write_atomically(told, json.dumps(sittings).encode())
+    end_on_failure(status)
+    return sum(sitting["minutes"] for sitting in sittings), max(sitting["memory"] for sitting in sittings)
 
 
 def is_free(word: str) -> bool:
-    return word.partition("=")[0] in FREE_AFTER_TRAINING
+    name = word.partition("=")[0]
+    return name in FREE_AFTER_TRAINING or name.startswith("search.")
 
 
-def python(script: str, *words: str) -> float:
-    """Run one of the scripts and return its peak memory in GB; ends this one when it fails."""
+def run_script(script: str, *words: str) -> tuple[int, float]:
+    """Run one of the scripts; returns its exit status and its peak memory in GB."""
     process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
     _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def end_on_failure(status: int) -> None:
+    """What went wrong has been printed by the script itself."""
     if status:
-        raise SystemExit(os.waitstatus_to_exitcode(status))
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        raise SystemExit(status)
 
 
 def environment() -> dict[str, Any]:
