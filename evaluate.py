@@ -135,15 +135,23 @@ def compare(args: argparse.Namespace) -> None:
     runs = {name: find_predictions(name, references.split) for name in args.compare}
     rows: list[dict[str, Any]] = []
     baseline: metrics.Scores | None = None
-    for name, folder in runs.items():
-        captions = read_predictions(folder, references)
+    for name, path in runs.items():
+        captions = read_predictions(path, references)
         scores = metrics.score(captions, references.captions, references.tokenise, rouge=True)
         by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
         chance = metrics.p_values(baseline, scores) if baseline else dict.fromkeys(TESTED)
-        row = {"run": name} | {key: (scores.corpus | by_java)[key] for key in NAMES}
+        row = {"run": name, "search": search_of(path, references)} | scores.corpus | by_java
         rows.append(row | {f"p_{key}": chance[key] for key in TESTED})
         baseline = baseline or scores
     write_comparison(rows, references, Path(args.out) if args.out else RUNS, notes)
+
+
+def search_of(predictions: Path, references: References) -> str:
+    """Return how a run's captions were searched, as its scores say; of other systems nothing is known."""
+    scores = predictions.with_name(f"scores-{references.split}.json")
+    if predictions.name != f"predictions-{references.split}.json" or not scores.is_file():
+        return "unknown"
+    return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
 
 
 def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
@@ -182,8 +190,9 @@ def find_predictions(name: str, split: str | None) -> Path:
         for folder in (RUNS / name, Path(name)):
             if (folder / f"predictions-{candidate}.json").is_file():
                 return folder / f"predictions-{candidate}.json"
-    again = f"python evaluate.py --run {name}" + (f" --split {split}" if split else "")
-    raise UserError(f"{name} has no predictions to compare; score it first with: {again}")
+    split = split or "val"
+    again = f"python evaluate.py --run {name} --split {split}"
+    raise UserError(f"{name} has no predictions-{split}.json to compare; score it first with: {again}")
 
 
 def read_predictions(path: Path, references: References) -> dict[str, str]:
@@ -289,14 +298,14 @@ def write_comparison(rows: list[dict[str, Any]], references: References, out: Pa
     """Print the table and write it as Markdown and CSV."""
     columns = {key: name for key, name in NAMES.items() if any(row[key] is not None for row in rows)}
     columns |= {f"p_{key}": f"p ({NAMES[key]})" for key in TESTED}
-    lines = [f"| run | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [f"| run | {' | '.join(columns.values())} | search |", "|---" * (2 + len(columns)) + "|"]
     for row in rows:
         cells = ["–" if row[key] is None else f"{row[key]:.{3 if key[:2] == 'p_' else 1}f}" for key in columns]
-        lines.append(f"| {row['run']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['run']} | {' | '.join(cells)} | {row['search'].replace('|', ' ')} |")
     lines += ["", f"p: paired bootstrap against {rows[0]['run']}, two-sided.", f"`{references.signature}`"]
     page = "\n".join(lines) + "\n"
     table = io.StringIO()
-    writer = csv.DictWriter(table, ["run", *columns], extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(table, ["run", *columns, "search"], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     path = out / f"comparison-{references.split}"

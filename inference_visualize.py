@@ -72,8 +72,6 @@ def main() -> int | None:
             print(f"… and {len(broken) - SKIPS_SHOWN:,} more")
             break
         print(f"skipped: {reason}")
-    if not done:
-        raise UserError("none of the pictures could be read; give others with --images")
     print(f"wrote captions of {count(done)} in {time.monotonic() - began:.0f} s:")
     print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
     return None
@@ -195,7 +193,6 @@ def caption_pictures(
     broken: list[str] = []
     captioned: list[tuple[Picture, list[Caption]]] = []
     taken: set[str] = set()
-    (out / "outputs").mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
     subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
     with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -208,11 +205,14 @@ def caption_pictures(
                 continue
             found = model.describe(encode(good), num_captions=num_captions)
             best = [captions[0].text for captions in found]
+            (out / "outputs").mkdir(parents=True, exist_ok=True)
             files = [f"outputs/{unique_name(picture.path.stem, taken)}.jpg" for picture, _, _ in good]
             list(pool.map(save_drawing, [shown for _, shown, _ in good], best, [out / file for file in files]))
             for (picture, shown, _), captions, file in zip(good, found, files, strict=True):
                 show(gallery, file, picture, fit(shown.size), captions, model.config.search.max_length)
                 captioned.append((picture, captions))
+        if not captioned:
+            raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
         gallery.score(rate(captioned, model))
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
     write_atomically(out / "predictions.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())

@@ -247,7 +247,7 @@ class Trainer:
             f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
         )
         print(f"wrote {self.run}/: checkpoints.pth (the best epoch), last.pth (to resume), loss_log.txt, config.yaml")
-        print("next: python inference_visualize.py and python visualize_loss.py")
+        print("next: python inference_visualize.py, python evaluate.py --split val, python visualize_loss.py")
         return 0
 
     def has_stalled(self) -> bool:

@@ -165,12 +165,14 @@ def test_runs_are_compared_in_one_table_in_markdown_and_csv(run: Run, capsys: py
     assert page in capsys.readouterr().out
     header, _, *lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     assert header == [
-        *("run", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "p (BLEU-4)", "p (CIDEr-D)")
+        *("run", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "p (BLEU-4)", "p (CIDEr-D)"),
+        "search",
     ]
     scores = read_scores()
     assert lines[0][:2] == ["flickr8k", f"{scores['bleu1']:.1f}"]
-    assert lines[0][-2:] == ["–", "–"]
-    assert lines[1] == ["same", *lines[0][1:-2], "1.000", "1.000"]
+    assert lines[0][-3:] == ["–", "–", "beam-5 lp:0.7 max:25"]
+    assert lines[1] == ["same", *lines[0][1:-3], "1.000", "1.000", lines[0][-1]]
+    assert lines[2][-1] == "unknown"
     assert lines[2][:5] == ["best.json", "100.0", "100.0", "100.0", "100.0"]
     with open("runs/comparison-test.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -212,7 +214,11 @@ def test_the_split_to_compare_can_be_chosen(run: Run) -> None:
 
 
 def test_a_run_never_scored_is_refused_with_what_to_do(refuses: Refusal) -> None:
-    refuses("--compare flickr8k unscored", "unscored has no predictions", "python evaluate.py --run unscored")
+    refuses(
+        "--compare flickr8k unscored",
+        "unscored has no predictions-val.json",
+        "python evaluate.py --run unscored --split val",
+    )
 
 
 def test_a_run_scored_on_another_split_is_refused_with_what_to_do(refuses: Refusal) -> None:
