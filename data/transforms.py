@@ -50,7 +50,7 @@ def open_picture(path: str | Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; check the path") from None
     except UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}); replace it or remove it, captions and all") from None
+        raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
