@@ -29,7 +29,7 @@ from models.model import Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, draw_caption, fit
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
 
-BATCH = 64  # pictures captioned together
+BATCH = 256  # pictures captioned together
 PAGE = "captions_result.html"
 QUALITY = 88
 SKIPS_SHOWN = 20
