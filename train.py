@@ -45,9 +45,10 @@ LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity"
 WRITTEN = (
     *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
     *("captions_result.html", "predictions.json", "loss_curve.png"),
+    *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in annotations.SPLITS),
 )
 RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
-EVAL_BATCH = 256  # captions or pictures at once where no gradients are kept
+EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
 SHOWN = 5  # validation captions printed after each epoch
 

@@ -116,10 +116,12 @@ def test_an_existing_run_is_kept(archive: Path, run: Run, capsys: pytest.Capture
 def test_overwriting_leaves_alone_what_the_scripts_did_not_write(archive: Path, run: Run) -> None:
     run(*FAST, "run=mine", "train.epochs=1")
     Path("runs/mine/notes.txt").write_text("keep me")
-    Path("runs/mine/loss_curve.png").write_text("of the old run")
+    stale = [Path("runs/mine", name) for name in ("loss_curve.png", "scores-val.json", "predictions-test.json")]
+    for path in stale:
+        path.write_text("of the old run")
     run(*FAST, "run=mine", "train.epochs=1", "--overwrite")
     assert Path("runs/mine/notes.txt").is_file()
-    assert not Path("runs/mine/loss_curve.png").exists()
+    assert not any(path.exists() for path in stale)
 
 
 @pytest.mark.parametrize("name", ["sample", "mine"])
