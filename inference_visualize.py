@@ -25,11 +25,10 @@ from config import UserError
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
-from models.model import Caption, CaptionModel
+from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, draw_caption, fit
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
 
-BATCH = 256  # pictures captioned together
 PAGE = "captions_result.html"
 QUALITY = 88
 SKIPS_SHOWN = 20
@@ -197,7 +196,7 @@ def caption_pictures(
     subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
     with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
         transform = None if features else model.transform
-        for batch in read_ahead(lambda picture: read(picture, transform), pictures, BATCH):
+        for batch in read_ahead(lambda picture: read(picture, transform), pictures, CAPTION_BATCH):
             good = [item for item in batch if not isinstance(item, UserError)]
             broken += [str(item) for item in batch if isinstance(item, UserError)]
             bar.update(len(batch))

@@ -16,7 +16,7 @@ from data.vocab import EOS, PAD, SOS, UNK
 from models.decoder import Decoder, Memory, State
 
 INF = float("inf")
-REGROUP = 0.9  # share of the rows still needed from which on regrouping them is not worth its copies
+WORTH_NARROWING = 0.9  # share of the rows still needed above which leaving the others out is not worth its copies
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,14 @@ class Search:
         pictures = torch.arange(len(self.features), device=self.features.device)
         words = torch.full_like(pictures, SOS).unsqueeze(1)  # (B, 1)
         log_prob = torch.zeros(words.shape, device=words.device)
-        groups = [Running(pictures, memory, self.decoder.start(memory), words, log_prob)]
-        while groups:
-            groups += self.advance(groups.pop())
+        running: Running | None = Running(pictures, memory, self.decoder.start(memory), words, log_prob)
+        while running:
+            self.advance(running)
+            running = self.narrow(running)
         return [sorted(each, key=lambda one: -one.score)[: self.num_captions] for each in self.found]
 
-    def advance(self, running: Running) -> list[Running]:
-        """Write one more word of each hypothesis; return what is to go on, in groups of similar width."""
+    def advance(self, running: Running) -> None:
+        """Write one more word of each hypothesis."""
         logits, running.state, attention = self.decoder.step(running.words[:, -1], running.state, running.memory)
         if self.keep_attention and attention is not None:
             seen = [] if running.attention is None else [running.attention]
@@ -136,7 +137,6 @@ class Search:
         running.follow(rows)
         running.words = torch.cat([running.words, tokens.unsqueeze(1)], dim=1)
         self.collect(running)
-        return self.regroup(running)
 
     def collect(self, running: Running) -> None:
         """Move the hypotheses that have ended, and all at the last step, to those found of their pictures."""
@@ -156,18 +156,18 @@ class Search:
         self.ended_scores[running.pictures] = both.topk(self.width).values
         running.log_prob = running.log_prob.masked_fill(ended, -INF)
 
-    def regroup(self, running: Running) -> list[Running]:
-        """Leave out pictures that are done, and part the narrow beams from the wide ones where that saves enough."""
+    def narrow(self, running: Running) -> Running | None:
+        """Return what is to go on, without the pictures that are done and as wide as the widest beam, or None."""
         ended = self.ended_scores[running.pictures]  # (B, K)
         reachable = running.log_prob.amax(1) / self.options.max_length**self.options.length_penalty  # (B,)
         undecided = reachable > ended[:, self.num_captions - 1]
-        places = (ended.isneginf().sum(1) * undecided).clamp(max=running.log_prob.shape[1])  # (B,)
-        narrow = undecided & (2 * places <= places.max())
-        parts = [(kept, int(places[kept].max())) for kept in (undecided & ~narrow, narrow) if kept.any()]
-        needed = sum(int(kept.sum()) * width for kept, width in parts)
-        if needed > REGROUP * running.log_prob.numel():
-            return [running]
-        return [running.part(kept, width) for kept, width in parts]
+        if not undecided.any():
+            return None
+        places = ended.isneginf().sum(1)[undecided].max()
+        width = min(int(places), running.log_prob.shape[1])
+        if int(undecided.sum()) * width > WORTH_NARROWING * running.log_prob.numel():
+            return running
+        return running.part(undecided, width)
 
 
 def allow(
@@ -215,12 +215,14 @@ def best_of_beam(
     Returns the new log_prob (B, K'), and for each of the B K' hypotheses the row it extends and its new word.
     """
     pictures, before = log_prob.shape
-    vocab_size = log_probs.shape[1]
-    extended = (log_prob.unsqueeze(2) + log_probs.view(pictures, before, vocab_size)).flatten(1)  # (B, K V)
-    best, index = extended.topk(min(int(places.max()), extended.shape[1]))  # (B, K')
+    width = int(places.max())
+    likely, words = log_probs.topk(min(width, log_probs.shape[1]))  # (B K, K'): the best of all are among these
+    each = likely.shape[1]
+    extended = (log_prob.unsqueeze(2) + likely.view(pictures, before, each)).flatten(1)  # (B, K K')
+    best, index = extended.topk(min(width, extended.shape[1]))  # (B, K')
     best = best.masked_fill(torch.arange(best.shape[1], device=best.device) >= places.unsqueeze(1), -INF)
     first = before * torch.arange(pictures, device=best.device).unsqueeze(1)  # (B, 1)
-    return best, (first + index // vocab_size).flatten(), (index % vocab_size).flatten()
+    return best, (first + index // each).flatten(), words.view(pictures, -1).gather(1, index).flatten()
 
 
 def draw(
