@@ -60,10 +60,12 @@ class EncoderConfig(Section):
 
 
 class DecoderConfig(Section):
-    name: Literal["lstm"]
+    name: Literal["lstm", "attention", "transformer"]
     embed_size: Size
     hidden_size: Size
     num_layers: Annotated[int, Field(ge=1, le=64)]
+    num_heads: Annotated[int, Field(ge=1, le=64)]
+    encoder_layers: Annotated[int, Field(ge=0, le=64)]
     dropout: Fraction
 
 
@@ -75,6 +77,7 @@ class TrainConfig(Section):
     warmup_steps: NonNegativeInt
     clip_norm: PositiveFloat
     label_smoothing: Fraction
+    doubly_stochastic: NonNegativeFloat
     ema: Fraction
     patience: PositiveInt | None
     seed: NonNegativeInt
@@ -215,7 +218,7 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
             branch = branch.setdefault(section, {})
         branch[key] = value
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
@@ -224,3 +227,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
             f"{name} = {first['input']!r} (from {origin.get(name, 'config.yaml')}) cannot be used: {expected}; "
             "config.yaml says what it means"
         ) from None
+    if config.train.doubly_stochastic and config.decoder.name == "lstm":
+        raise UserError(
+            "train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name"
+        )
+    return config

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import yaml
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -24,8 +23,9 @@ from config import Config, UserError, load_config, restore_config
 from data import annotations
 from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
 from data.features import encode_pictures
-from data.vocab import PAD, build_vocab
+from data.vocab import build_vocab
 from models.model import CaptionModel
+from objectives import caption_loss, uneven_looking
 from optim import WeightAverage, learning_rate, make_optimiser
 from utils import (
     RUNS,
@@ -162,20 +162,6 @@ def make_datasets(model: CaptionModel, table: pd.DataFrame, device: torch.device
     )
 
 
-def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the label-smoothed objective and the plain negative log-likelihood, both means over real words.
-
-    Args:
-        logits: (N, T, V); targets: (N, T), `<pad>` where a caption has ended.
-    """
-    real = targets != PAD  # (N, T)
-    log_probs = F.log_softmax(logits[real].float(), dim=-1)  # (words, V)
-    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
-    if smoothing == 0:
-        return nll, nll.detach()
-    return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
-
-
 @dataclass
 class Progress:
     """Where a run stands, as plain values.
@@ -292,8 +278,10 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * learning_rate(progress.step, total, config.warmup_steps, config.lr)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits = self.model(moved.pictures, moved.inputs, moved.owner)  # (N, T, V)
+            logits, attention = self.model(moved.pictures, moved.inputs, moved.owner)  # (N, T, V), (N, T, A, L)
         objective, loss = caption_loss(logits, moved.targets, config.label_smoothing)
+        if config.doubly_stochastic:
+            objective = objective + config.doubly_stochastic * uneven_looking(attention, moved.targets)
         self.optimiser.zero_grad()
         objective.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -384,7 +372,7 @@ class Trainer:
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits = self.model(moved.pictures, moved.inputs, moved.owner)
+                logits, _ = self.model(moved.pictures, moved.inputs, moved.owner)
             total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
             words += batch.words
         return total / words

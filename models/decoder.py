@@ -1,6 +1,6 @@
 """The decoder interface, which search and training are written against, and the classic decoder behind it.
 
-A new decoder is one file with one class of this shape, and one line in DECODERS.
+A new decoder is one file with one class of this shape, and one line in DECODERS of model.py.
 """
 
 from typing import ClassVar
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
         """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and predict each next word.
 
         `owner` (N,) names each caption's row in `features`. Returns logits (N, T, V), whose place t scores the word
-        after tokens[:, t], and attention (N, T, L) or None.
+        after tokens[:, t], and attention (N, T, A, L), a map on the cells for each of A heads, or None.
         """
         raise NotImplementedError
 
@@ -46,9 +46,26 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
         """Read one word per hypothesis, `token` (N,); the N / B hypotheses of a picture stand together.
 
-        Returns logits (N, V) of the next word, the new state, and attention (N, L) or None.
+        Returns logits (N, V) of the next word, the new state, and attention (N, A, L) or None.
         """
         raise NotImplementedError
+
+
+def by_picture(tokens: torch.Tensor, owner: torch.Tensor, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring the captions of a picture together, so that they can share what was computed of it.
+
+    Args:
+        tokens: (N, T) captions; owner: the picture of each (N,).
+
+    Returns captions (pictures K, T), where the K rows of a picture stand together and those it has no caption for are
+    zeros, and the row of each caption (N,). K is the number of captions of the picture that has most.
+    """
+    counts = owner.bincount(minlength=pictures)  # (B,)
+    captions = int(counts.max())
+    order = owner.argsort(stable=True)  # (N,)
+    rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]  # (N,)
+    slot = torch.empty_like(owner).scatter_(0, order, owner[order] * captions + rank)
+    return tokens.new_zeros(pictures * captions, tokens.shape[1]).index_copy_(0, slot, tokens), slot
 
 
 class DecoderRNN(Decoder):
@@ -102,6 +119,3 @@ class DecoderRNN(Decoder):
         h, c = (part.transpose(0, 1).contiguous() for part in state)  # (layers, N, H)
         hidden, (h, c) = self.lstm(self.embedding(token).unsqueeze(1), (h, c))  # (N, 1, H)
         return self.output(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1)), None
-
-
-DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN}

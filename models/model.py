@@ -13,11 +13,14 @@ from config import Config, SearchConfig, UserError, restore_config
 from data.dataset import Features
 from data.transforms import Transform
 from data.vocab import Vocabulary
-from models.decoder import DECODERS, Decoder
+from models.attention import AttentionRNN
+from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
 from models.search import Hypothesis, search
+from models.transformer import TransformerDecoder
 from utils import load_checkpoint
 
+DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}
 PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder"}
 CAPTION_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
 
@@ -121,14 +124,16 @@ class CaptionModel(nn.Module):
         self.feature_mean.copy_(cells.mean(0))
         self.feature_scale.copy_((cells - cells.mean(0)).square().mean().sqrt().clamp(min=1e-6))
 
-    def forward(self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-        """Return teacher-forced logits (N, T, V) of each word after `tokens` (N, T).
+    def forward(
+        self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return teacher-forced logits (N, T, V) of each word after `tokens` (N, T), and attention (N, T, A, L).
 
         `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
         """
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
-        return self.decoder(self.standardise(pictures), tokens, owner)[0]
+        return self.decoder(self.standardise(pictures), tokens, owner)
 
     def describe(
         self,

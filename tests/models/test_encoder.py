@@ -15,8 +15,8 @@ from config import EncoderConfig, load_config
 from data.vocab import build_vocab
 from models.encoder import EncoderCNN, build_network, cut_classifier, transform_for
 from models.model import CaptionModel
+from objectives import caption_loss
 from optim import make_optimiser
-from train import caption_loss
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -63,7 +63,7 @@ def train_some_steps(model: CaptionModel) -> None:
     tokens = torch.randint(4, len(model.vocab), (3, 6))
     for _ in range(2):
         optimiser.zero_grad()
-        logits = model(pictures, tokens[:, :-1], torch.arange(3))
+        logits, _ = model(pictures, tokens[:, :-1], torch.arange(3))
         caption_loss(logits, tokens[:, 1:], 0)[0].backward()
         optimiser.step()
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data.vocab import PAD
-from train import caption_loss
+from objectives import caption_loss
 
 TARGETS = torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
 
