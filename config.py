@@ -70,6 +70,7 @@ class DecoderConfig(Section):
 
 
 class TrainConfig(Section):
+    start: str | None
     epochs: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
@@ -78,6 +79,8 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat
     label_smoothing: Fraction
     doubly_stochastic: NonNegativeFloat
+    self_critical: NonNegativeInt
+    mirror: bool
     ema: Fraction
     patience: PositiveInt | None
     seed: NonNegativeInt
@@ -228,7 +231,5 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
             "config.yaml says what it means"
         ) from None
     if config.train.doubly_stochastic and config.decoder.name == "lstm":
-        raise UserError(
-            "train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name"
-        )
+        raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return config

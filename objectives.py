@@ -1,9 +1,31 @@
-"""What training makes small."""
+"""What training makes small: cross-entropy by teacher forcing, or the lack of CIDEr in the model's own captions."""
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from data.vocab import PAD
+from config import SearchConfig
+from data.dataset import Batch, Flickr8kDataset, padded
+from data.vocab import EOS, PAD, SOS
+from models.model import CaptionModel
+from models.search import search
+
+Words = Sequence[Hashable]
+LONGEST = 4  # words in an n-gram
+SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of lengths other than the reference's
+
+
+def cross_entropy(model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the objective of teacher forcing and the plain negative log-likelihood per word."""
+    config = model.config.train
+    logits, attention = model(batch.pictures, batch.inputs, batch.owner)  # (N, T, V), (N, T, A, L)
+    objective, nll = caption_loss(logits, batch.targets, config.label_smoothing)
+    if config.doubly_stochastic:
+        objective = objective + config.doubly_stochastic * uneven_looking(attention, batch.targets)
+    return objective, nll
 
 
 def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,3 +50,108 @@ def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     """
     real = (targets != PAD)[:, :, None, None]  # (N, T, 1, 1)
     return (1 - (attention * real).sum(1)).square().mean()
+
+
+class SelfCritical:
+    """Self-critical sequence training (Rennie et al. 2017): what the model writes better than usual becomes likelier.
+
+    Of each picture `train.self_critical` captions are drawn; the usual is the mean reward of the others (Luo 2020), or,
+    when a single one is drawn, the reward of the greedy caption.
+
+    Args:
+        dataset: its captions are the references of the reward.
+    """
+
+    def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
+        self.samples = model.config.train.self_critical
+        self.greedy = model.config.search.greedy()
+        self.drawn = self.greedy.model_copy(update={"temperature": 1.0})
+        references: list[list[Words]] = [[] for _ in dataset.images]
+        for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
+            references[image].append(ids[1:].tolist())
+        self.reward = CiderReward(references)
+
+    def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
+        pictures = model.encode(batch.pictures)
+        captions = self.write(model, pictures, self.drawn, self.samples)  # B K captions
+        owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
+        tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
+        logits, _ = model.decoder(pictures, tokens[:, :-1], owner)  # (B K, T, V)
+        targets = tokens[:, 1:]
+        real = targets != PAD  # (B K, T)
+        log_probs = logits.float().log_softmax(2).gather(2, targets.unsqueeze(2)).squeeze(2)  # (B K, T)
+        advantage = self.advantage(model, pictures, captions, batch.images).unsqueeze(1)  # (B K, 1)
+        words = real.sum()
+        return -(advantage * log_probs * real).sum() / words, -(log_probs.detach() * real).sum() / words
+
+    def advantage(
+        self, model: CaptionModel, pictures: torch.Tensor, captions: list[list[int]], images: torch.Tensor
+    ) -> torch.Tensor:
+        """Return by how much each caption's reward exceeds the usual one (B K,)."""
+        rewards = self.rewards(captions, images).to(pictures.device)  # (B, K)
+        if self.samples > 1:
+            usual = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)  # (B, K)
+        else:
+            usual = self.rewards(self.write(model, pictures, self.greedy, 1), images).to(pictures.device)
+        return (rewards - usual).flatten()
+
+    def rewards(self, captions: list[list[int]], images: torch.Tensor) -> torch.Tensor:
+        """Return the reward of each of K captions of each picture (B, K)."""
+        each = len(captions) // len(images)
+        groups = [captions[first : first + each] for first in range(0, len(captions), each)]
+        return torch.tensor([self.reward(*pair) for pair in zip(groups, images.tolist(), strict=True)])
+
+    def write(self, model: CaptionModel, pictures: torch.Tensor, options: SearchConfig, count: int) -> list[list[int]]:
+        """Return `count` captions of each picture, with `<eos>` where it was written."""
+        found = search(model.decoder, pictures.detach(), options, count)
+        captions = [hypothesis.ids for each in found for hypothesis in each]
+        return [ids if len(ids) == options.max_length else [*ids, EOS] for ids in captions]
+
+
+class CiderReward:
+    """CIDEr-D (Vedantam et al. 2015) of single captions, document frequencies from all references.
+
+    Args:
+        references: the captions of each picture, as words or ids; `<eos>` counts as a word when it is given.
+    """
+
+    def __init__(self, references: Sequence[Sequence[Words]]) -> None:
+        self.references = references
+        self.frequency = Counter(
+            ngram for captions in references for ngram in {n for words in captions for n in count_ngrams(words)}
+        )
+        self.most = math.log(len(references))
+
+    def __call__(self, captions: Sequence[Words], picture: int) -> list[float]:
+        """Return the score of each caption of the picture in this place of the references; 10 is the highest."""
+        references = [(len(words), *self.weigh(words)) for words in self.references[picture]]
+        scores = []
+        for caption in captions:
+            weights, norms = self.weigh(caption)
+            total = 0.0
+            for length, other, other_norms in references:
+                products = [0.0] * LONGEST
+                for ngram in weights.keys() & other.keys():
+                    products[len(ngram) - 1] += min(weights[ngram], other[ngram]) * other[ngram]
+                cosines = sum(p / (a * b) for p, a, b in zip(products, norms, other_norms, strict=True) if p)
+                total += cosines * math.exp(-((len(caption) - length) ** 2) / (2 * SPREAD**2))
+            scores.append(10 * total / LONGEST / len(references))
+        return scores
+
+    def weigh(self, words: Words) -> tuple[dict[Words, float], list[float]]:
+        """Return each n-gram's count times its inverse document frequency, and the norms by length of n-gram."""
+        weights = {
+            ngram: count * (self.most - math.log(max(1, self.frequency[ngram])))
+            for ngram, count in count_ngrams(words).items()
+        }
+        squares = [0.0] * LONGEST
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight**2
+        return weights, [math.sqrt(square) for square in squares]
+
+
+def count_ngrams(words: Words) -> Counter[Words]:
+    return Counter(
+        tuple(words[first : first + n]) for n in range(1, LONGEST + 1) for first in range(len(words) - n + 1)
+    )

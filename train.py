@@ -25,7 +25,7 @@ from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
 from data.features import encode_pictures
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from objectives import caption_loss, uneven_looking
+from objectives import SelfCritical, caption_loss, cross_entropy
 from optim import WeightAverage, learning_rate, make_optimiser
 from utils import (
     RUNS,
@@ -64,8 +64,7 @@ def main() -> int | None:
     if saved:
         model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
     else:
-        captions = table["caption"][table["split"] == "train"]
-        model = CaptionModel.build(config, build_vocab(captions, config.data.min_count, config.data.language))
+        model = build_model(config, table["caption"][table["split"] == "train"])
     device = pick_device()
     model.to(device)
     train_set, val_set = make_datasets(model, table, device)
@@ -74,7 +73,8 @@ def main() -> int | None:
     if saved:
         trainer.restore(saved)
     else:
-        model.fit_statistics(trainer.sample_features())
+        if not config.train.start:
+            model.fit_statistics(trainer.sample_features())
         start_run(run, config, table)
     return trainer.fit()
 
@@ -150,15 +150,26 @@ def report_data(table: pd.DataFrame, config: Config) -> None:
     print(f"data: {annotations.captions_file(config.data)}: {', '.join(parts)}")
 
 
+def build_model(config: Config, captions: pd.Series) -> CaptionModel:
+    """Return a new model with the vocabulary of these captions, or, with `train.start`, all that one has learned."""
+    if not config.train.start:
+        return CaptionModel.build(config, build_vocab(captions, config.data.min_count, config.data.language))
+    saved = load_checkpoint(config.train.start)
+    return CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
+
+
 def make_datasets(model: CaptionModel, table: pd.DataFrame, device: torch.device) -> tuple[Flickr8kDataset, ...]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     folder = annotations.image_folder(model.config.data)
-    features = None
+    features = mirrored = None
+    train, val = (table[table["split"] == split] for split in ("train", "val"))
     if model.config.encoder.frozen:
         features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
-    return tuple(
-        Flickr8kDataset(table[table["split"] == split], model.vocab, folder, model.transform, features)
-        for split in ("train", "val")
+        if model.config.train.mirror:
+            mirrored = encode_pictures(model, train["image"].unique().tolist(), folder, device, mirrored=True)
+    return (
+        Flickr8kDataset(train, model.vocab, folder, model.transform, features, mirrored),
+        Flickr8kDataset(val, model.vocab, folder, model.transform, features),
     )
 
 
@@ -201,7 +212,8 @@ class Trainer:
         self.optimiser = make_optimiser(model)
         self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
-        self.by_image = train_set.features is None or model.decoder.grid
+        self.objective = SelfCritical(model, train_set) if self.config.self_critical else cross_entropy
+        self.by_image = train_set.features is None or model.decoder.grid or self.config.self_critical > 0
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -249,6 +261,8 @@ class Trainer:
         progress, config = self.progress, self.config
         rng = np.random.default_rng([config.seed, progress.epoch])
         batches = batch_indices(self.train_set, config.batch_size, self.by_image, rng)
+        if config.mirror:
+            self.train_set.flip(rng)
         done = progress.step - progress.epoch * len(batches)
         loader = DataLoader(
             self.train_set,
@@ -278,10 +292,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * learning_rate(progress.step, total, config.warmup_steps, config.lr)
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits, attention = self.model(moved.pictures, moved.inputs, moved.owner)  # (N, T, V), (N, T, A, L)
-        objective, loss = caption_loss(logits, moved.targets, config.label_smoothing)
-        if config.doubly_stochastic:
-            objective = objective + config.doubly_stochastic * uneven_looking(attention, moved.targets)
+            objective, loss = self.objective(self.model, moved)
         self.optimiser.zero_grad()
         objective.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)

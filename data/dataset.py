@@ -33,14 +33,17 @@ class Batch:
         pictures: features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
         tokens: `<sos> w1 … wn <eos>`, padded (N, 1 + T).
         owner: each caption's row in `pictures` (N,).
+        images: the pictures' places in the dataset's `images` (B,).
     """
 
     pictures: torch.Tensor
     tokens: torch.Tensor
     owner: torch.Tensor
+    images: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(part.to(device, non_blocking=True) for part in (self.pictures, self.tokens, self.owner)))
+        parts = (self.pictures, self.tokens, self.owner, self.images)
+        return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
     @property
     def words(self) -> int:
@@ -63,6 +66,10 @@ class Flickr8kDataset(Dataset):
         table: rows of one split, as `annotations.load` gives them.
         vocab: turns captions into ids.
         folder, transform: where pictures are read from, and how, when there are no `features`.
+        mirrored: the features of the pictures' mirror images.
+
+    Attributes:
+        flipped: which pictures are shown mirrored (images,); `flip` draws them anew.
     """
 
     def __init__(
@@ -72,13 +79,20 @@ class Flickr8kDataset(Dataset):
         folder: Path,
         transform: Transform,
         features: Features | None = None,
+        mirrored: Features | None = None,
     ) -> None:
         self.images = table["image"].drop_duplicates().tolist()
         place = {image: i for i, image in enumerate(self.images)}
         self.image_of = table["image"].map(place).to_numpy()  # (captions,)
         self.tokens = [np.array(vocab.encode(caption), dtype=np.int64) for caption in table["caption"]]
         self.lengths = np.array([len(ids) for ids in self.tokens])
-        self.folder, self.transform, self.features = folder, transform, features
+        self.folder, self.transform = folder, transform
+        self.features, self.mirrored = features, mirrored
+        self.flipped = np.zeros(len(self.images), dtype=bool)
+
+    def flip(self, rng: np.random.Generator) -> None:
+        """Show half of the pictures mirrored from now on."""
+        self.flipped = rng.random(len(self.images)) < 0.5
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,17 +103,27 @@ class Flickr8kDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """Return the captions `indices` as one Batch; each picture in it is read once."""
         images, owner = np.unique(self.image_of[indices], return_inverse=True)
-        tokens = np.full((len(indices), self.lengths[indices].max()), PAD)
-        for place, index in enumerate(indices):
-            tokens[place, : self.lengths[index]] = self.tokens[index]
-        return Batch(self.read(images), torch.from_numpy(tokens), torch.from_numpy(owner))
+        tokens = padded([self.tokens[index] for index in indices])
+        return Batch(self.read(images), tokens, torch.from_numpy(owner), torch.from_numpy(images))
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""
-        names = [self.images[image] for image in images]
-        if self.features is not None:
-            return self.features.take(names)
-        return torch.stack([self.transform.resize(open_picture(self.folder / name)) for name in names])
+        names, flipped = [self.images[image] for image in images], self.flipped[images]
+        if self.features is None:
+            pixels = [self.transform.resize(open_picture(self.folder / name)) for name in names]
+            return torch.stack([each.flip(2) if flip else each for each, flip in zip(pixels, flipped, strict=True)])
+        rows = self.features.take(names)
+        if flipped.any() and self.mirrored:
+            rows[flipped] = self.mirrored.take([name for name, flip in zip(names, flipped, strict=True) if flip])
+        return rows
+
+
+def padded(captions: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
+    """Return captions as one tensor (N, T), short ones filled up with `<pad>`."""
+    tokens = np.full((len(captions), max(map(len, captions))), PAD)
+    for row, ids in zip(tokens, captions, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(tokens)
 
 
 def batch_indices(

@@ -51,10 +51,11 @@ class Extractor:
             rows.append(encoded.to(torch.float16).cpu())
         return torch.cat(rows)
 
-    def read(self, paths: Sequence[Path]) -> Iterator[torch.Tensor]:
-        """Yield the pictures as uint8 batches (b, 3, S, S)."""
+    def read(self, paths: Sequence[Path], mirrored: bool = False) -> Iterator[torch.Tensor]:
+        """Yield the pictures, or their mirror images, as uint8 batches (b, 3, S, S)."""
         for pictures in read_ahead(lambda path: self.transform.resize(open_picture(path)), paths, self.batch):
-            yield torch.stack(pictures)
+            pixels = torch.stack(pictures)
+            yield pixels.flip(3) if mirrored else pixels
 
 
 def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch: int) -> Iterator[list[Result]]:
@@ -67,10 +68,12 @@ def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch:
                 yield [future.result() for future in ready]
 
 
-def encode_pictures(model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device) -> Features:
+def encode_pictures(
+    model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device, mirrored: bool = False
+) -> Features:
     """Return the features of these pictures in `folder`: from the cache, filled, where the encoder is frozen."""
     if model.config.encoder.frozen:
-        return FeatureCache(model, sorted(names), folder, device).fill()
+        return FeatureCache(model, sorted(names), folder, device, mirrored).fill()
     extractor = Extractor(model, device)
     rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
     return Features(rows.numpy(), names)
@@ -82,8 +85,10 @@ class FeatureCache:
     Rows count when encoder, transform, precision and names are the same and the pictures' sizes and mtimes are too.
     """
 
-    def __init__(self, model: CaptionModel, names: list[str], folder: Path, device: torch.device) -> None:
-        self.model, self.names, self.folder, self.device = model, names, folder, device
+    def __init__(
+        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, mirrored: bool = False
+    ) -> None:
+        self.model, self.names, self.folder, self.device, self.mirrored = model, names, folder, device, mirrored
         self.identity = {
             "encoder": model.encoder.identity,
             "grid": model.encoder.grid,
@@ -91,6 +96,8 @@ class FeatureCache:
             "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
             "folder": str(folder.resolve()),
         }
+        if mirrored:
+            self.identity["mirrored"] = True
         key = hashlib.sha256(json.dumps([self.identity, names]).encode()).hexdigest()[:12]
         self.place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
 
@@ -112,8 +119,9 @@ class FeatureCache:
                 manifest = self.manifest()
                 if manifest["rows_done"] < len(self.names):
                     paths = [self.folder / name for name in self.names]
-                    print(f"encoding {len(paths) - manifest['rows_done']:,} pictures, once, into {self.place}/")
-                    write_rows(self.place, manifest, paths, Extractor(self.model, self.device))
+                    what = "mirrored pictures" if self.mirrored else "pictures"
+                    print(f"encoding {len(paths) - manifest['rows_done']:,} {what}, once, into {self.place}/")
+                    write_rows(self.place, manifest, paths, Extractor(self.model, self.device), self.mirrored)
             return self.open()
         except OSError as error:
             reason = error.strerror or error
@@ -168,7 +176,7 @@ def has_rows(path: Path, shape: list[int]) -> bool:
     return rows.dtype == np.float16 and list(rows.shape) == shape
 
 
-def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extractor: Extractor) -> None:
+def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extractor: Extractor, mirrored: bool) -> None:
     """Encode the rows from `rows_done` on. Plain writes, not stores to a map, so that a full disk is an error."""
     shape, done = tuple(manifest["shape"]), manifest["rows_done"]
     path = place / "features.npy"
@@ -183,7 +191,7 @@ def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extract
         tqdm(total=len(paths), initial=done, desc="encoding", unit="img", disable=None) as bar,
     ):
         file.seek(start + done * row_bytes)
-        for pixels in extractor.read(paths[done:]):
+        for pixels in extractor.read(paths[done:], mirrored):
             file.write(extractor(pixels).numpy().tobytes())
             done += len(pixels)
             bar.update(len(pixels))

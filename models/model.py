@@ -131,9 +131,13 @@ class CaptionModel(nn.Module):
 
         `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
         """
+        return self.decoder(self.encode(pictures), tokens, owner)
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels."""
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
-        return self.decoder(self.standardise(pictures), tokens, owner)
+        return self.standardise(pictures)
 
     def describe(
         self,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import DecoderConfig
+from config import DecoderConfig, UserError
 from models.decoder import Decoder, Memory, State, by_picture
 
 
@@ -26,6 +26,11 @@ class TransformerDecoder(Decoder):
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
         super().__init__()
         width = config.embed_size
+        if width % (2 * config.num_heads):
+            raise UserError(
+                f"decoder.embed_size = {width} cannot be shared by decoder.num_heads = {config.num_heads}; "
+                "make it a multiple of twice as many"
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.cells = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))

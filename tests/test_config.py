@@ -109,6 +109,11 @@ def test_a_value_of_the_wrong_kind_is_refused_with_its_dotted_path(word: str, re
         load_config(overrides=[word])
 
 
+def test_a_penalty_on_attention_needs_attention(refused: Callable) -> None:
+    with refused("train.doubly_stochastic", "decoder.name"):
+        load_config(overrides=["train.doubly_stochastic=1"])
+
+
 @pytest.mark.parametrize("word", ["train=5", "train=null", "encoder={}x"])
 def test_a_section_set_to_a_value_is_refused(word: str, refused: Callable) -> None:
     with refused(f"'{word.split('=')[0]}'", "section"):

@@ -1,13 +1,19 @@
-"""What is scored."""
+"""What training makes small."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from pycocoevalcap.cider.cider import Cider
 
-from data.vocab import PAD
-from objectives import caption_loss
+from data.dataset import Batch, Flickr8kDataset, padded
+from data.vocab import EOS, PAD, SOS, build_vocab
+from models.model import CaptionModel
+from objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
 
 TARGETS = torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
 
@@ -58,3 +64,107 @@ def test_evenly_spread_logits_cost_the_log_of_the_vocabulary() -> None:
 def test_the_loss_of_bf16_logits_is_computed_in_fp32(logits: torch.Tensor) -> None:
     objective, loss = caption_loss(logits.bfloat16(), TARGETS, 0.1)
     assert objective.dtype == loss.dtype == torch.float32
+
+
+def test_each_cell_wants_to_be_looked_at_once() -> None:
+    attention = torch.zeros(2, 4, 1, 3)
+    attention[0, [0, 1, 2], 0, [0, 1, 2]] = 1  # once each
+    attention[1, :, 0, 1] = 1  # four times the same, of which two count
+    assert uneven_looking(attention[:1], TARGETS[:1]).item() == 0
+    assert uneven_looking(attention, TARGETS).item() == pytest.approx((1 + 1 + 1) / 6)
+
+
+def test_the_penalty_is_part_of_the_objective(tiny_config: Callable) -> None:
+    plain, penalised = (toy_model(tiny_config, f"train.doubly_stochastic={weight}") for weight in (0, 2))
+    batch = toy_batch(plain)
+    (before, nll), (after, same) = (cross_entropy(model, batch) for model in (plain, penalised))
+    assert nll == same
+    _, attention = plain(batch.pictures, batch.inputs, batch.owner)
+    assert after.item() == pytest.approx(before.item() + 2 * uneven_looking(attention, batch.targets).item(), rel=1e-4)
+
+
+WORDS = ["a", "dog", "runs", "on", "grass", "two", "cats", "sit"]
+REFERENCES = [
+    ["a dog runs on grass", "a dog runs", "the brown dog runs on green grass"],
+    ["two cats sit", "two cats sit on grass", "cats sit"],
+    ["a dog and a cat", "cats and dogs sit on a mat"],
+]
+
+
+def test_the_reward_is_the_cider_of_the_reference_scorer() -> None:
+    captions = ["a dog runs on the grass", "two cats sit on grass grass", "two cats sit on a mat mat mat"]
+    names = [str(number) for number in range(3)]
+    _, expected = Cider().compute_score(
+        dict(zip(names, REFERENCES, strict=True)), {name: [c] for name, c in zip(names, captions, strict=True)}
+    )
+    reward = CiderReward([[words.split() for words in each] for each in REFERENCES])
+    found = [reward([caption.split()], picture)[0] for picture, caption in enumerate(captions)]
+    assert found == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_a_caption_without_words_has_no_reward() -> None:
+    assert CiderReward([[["a"]], [["b"]]])([[], ["a"]], 0) == [0, pytest.approx(2.5)]
+
+
+def toy_model(tiny_config: Callable, *overrides: str) -> CaptionModel:
+    settings = ["decoder.name=attention", "decoder.dropout=0", "train.label_smoothing=0", "search.max_length=4"]
+    model = CaptionModel.build(tiny_config(*settings, *overrides), build_vocab([" ".join(WORDS)], 1))
+    return model.eval()
+
+
+def toy_batch(model: CaptionModel) -> Batch:
+    captions = [[SOS, *model.vocab.numericalize(text), EOS] for text in ("a dog runs", "two cats sit")]
+    features = torch.randn(2, *model.encoder.feature_shape, generator=torch.Generator().manual_seed(0))
+    return Batch(features, padded(captions), torch.arange(2), torch.arange(2))
+
+
+def toy_dataset(model: CaptionModel) -> Flickr8kDataset:
+    table = pd.DataFrame({"image": ["0", "1"], "caption": ["a dog runs", "two cats sit"]})
+    return Flickr8kDataset(table, model.vocab, Path(), model.transform)
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, f"train.self_critical={samples}")
+    batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
+    batch.pictures, batch.images = batch.pictures.repeat(10, 1, 1), batch.images.repeat(10)
+    optimiser = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
+    torch.manual_seed(0)
+    rewards = []
+    for _ in range(25):
+        drawn = critic.write(model, model.encode(batch.pictures), critic.drawn, 20)
+        rewards.append(critic.rewards(drawn, batch.images).mean().item())
+        objective, _ = critic(model, batch)
+        optimiser.zero_grad()
+        objective.backward()
+        optimiser.step()
+    assert min(rewards[-3:]) > 2 * rewards[0]
+
+
+def test_the_objective_weighs_each_words_log_probability_by_its_captions_advantage(tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, "train.self_critical=3")
+    batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
+    torch.manual_seed(1)
+    objective, nll = critic(model, batch)
+    torch.manual_seed(1)
+    features = model.encode(batch.pictures)
+    captions = critic.write(model, features, critic.drawn, 3)
+    rewards = critic.rewards(captions, batch.images)
+    total = own = 0.0
+    for place, ids in enumerate(captions):
+        picture, others = place // 3, [i for i in range(3) if i != place % 3]
+        logits, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
+        log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(ids).unsqueeze(1)).sum().item()
+        total -= log_prob * (rewards[picture, place % 3] - rewards[picture, others].mean()).item()
+        own -= log_prob
+    words = sum(map(len, captions))
+    assert objective.item() == pytest.approx(total / words, rel=1e-4)
+    assert nll.item() == pytest.approx(own / words, rel=1e-4)
+
+
+def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, "train.self_critical=3", "search.max_length=2")
+    critic = SelfCritical(model, toy_dataset(model))
+    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 20)
+    assert all(len(ids) <= 2 and EOS not in ids[:-1] for ids in captions)
+    assert {len(ids) for ids in captions if EOS not in ids} == {2}

@@ -89,6 +89,43 @@ def test_a_killed_run_goes_on_digit_for_digit(archive: Path, run: Run) -> None:
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+CRITICAL = ("train.start=runs/first/checkpoints.pth", "train.self_critical=2", "train.epochs=2", "train.mirror=true")
+
+
+def test_self_critical_training_goes_on_from_a_trained_model(archive: Path, run: Run) -> None:
+    attention = [*FAST, "decoder.name=attention", "train.doubly_stochastic=1"]
+    assert run(*attention, "run=first") == 0
+    assert run(*attention, *CRITICAL, "run=second", "train.lr=1e-9", "train.ema=0") == 0
+    first, second = (load_checkpoint(f"runs/{name}/checkpoints.pth") for name in ("first", "second"))
+    assert second["vocabulary"] == first["vocabulary"]
+    assert torch.equal(second["feature_mean"], first["feature_mean"])
+    torch.testing.assert_close(second["decoder"], first["decoder"])
+    assert second["scores"]["val_cider"] == first["scores"]["val_cider"]
+
+
+def test_self_critical_training_is_resumed_digit_for_digit(archive: Path, run: Run) -> None:
+    assert run(*FAST, "decoder.name=transformer", "run=first") == 0
+    words = [*FAST, "decoder.name=transformer", *CRITICAL]
+    assert run(*words, "run=whole") == 0
+    process = start(*words, "run=killed", "train.checkpoint_every=1")
+    wait_for(process, "Epoch [2/2] Step [1/2]")
+    process.kill()
+    process.wait()
+    assert run("--resume", "--run", "killed") == 0
+    assert log_of("killed") == log_of("whole")
+    whole, killed = (load_checkpoint(f"runs/{name}/last.pth") for name in ("whole", "killed"))
+    assert all(torch.equal(whole["decoder"][name], killed["decoder"][name]) for name in whole["decoder"])
+
+
+def test_a_start_that_does_not_fit_the_recipe_is_refused(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*FAST, "run=first", "train.epochs=1") == 0
+    assert run(*FAST, *CRITICAL, "run=second", "decoder.hidden_size=31") == 2
+    assert "runs/first/checkpoints.pth" in capsys.readouterr().err
+    assert not Path("runs/second").exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(archive: Path, run: Run) -> None:
     assert run(*FAST, "run=whole") == 0

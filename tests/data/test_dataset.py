@@ -1,5 +1,6 @@
 """Captions and pictures in batches: what is read, what is predicted, and in which order."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 
@@ -60,10 +61,36 @@ def test_owner_names_the_picture_of_each_caption(captions: Flickr8kDataset) -> N
 
 
 def test_a_batch_moves_whole() -> None:
-    moved = Batch(torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, dtype=torch.long)).to(
-        torch.device("meta")
-    )
-    assert {part.device.type for part in (moved.pictures, moved.tokens, moved.owner)} == {"meta"}
+    moved = Batch(*(torch.zeros(1) for _ in range(4))).to(torch.device("meta"))
+    assert {part.device.type for part in (moved.pictures, moved.tokens, moved.owner, moved.images)} == {"meta"}
+
+
+def test_a_batch_names_its_pictures(captions: Flickr8kDataset) -> None:
+    batch = captions.__getitems__([60, 0, 30, 2])
+    assert [captions.images[place] for place in batch.images] == ["0.jpg", "10.jpg", "20.jpg"]
+
+
+def test_half_of_the_pictures_are_shown_mirrored(captions: Flickr8kDataset) -> None:
+    names = [f"{number}.jpg" for number in range(21)]
+    captions.mirrored = Features(-np.arange(21, dtype=np.float16)[:, None], names)
+    for seed in (0, 1):
+        captions.flip(np.random.default_rng(seed))
+        shown = captions.__getitems__(list(range(61))).pictures.flatten()
+        expected = torch.arange(21) * torch.where(torch.from_numpy(captions.flipped), -1, 1)
+        assert torch.equal(shown, expected.half())
+        assert 5 < captions.flipped.sum() < 16
+    again = copy.copy(captions)
+    again.flip(np.random.default_rng(0))
+    assert (again.flipped != captions.flipped).any()
+
+
+def test_pixels_are_mirrored_from_left_to_right(archive: Path, vocab: Vocabulary) -> None:
+    table = annotations.read_csv(archive / "captions.csv")
+    pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32))
+    plain = pixels[0].pictures
+    pixels.flipped[0] = True
+    assert torch.equal(pixels[0].pictures, plain.flip(3))
+    assert not torch.equal(pixels[0].pictures, plain)
 
 
 def test_each_picture_of_a_batch_is_read_once(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import UserError
 from data import features
@@ -164,6 +164,17 @@ def test_another_encoder_has_its_own_rows(cache: FeatureCache, encoded: list[int
     cache.fill()
     other = CaptionModel.build(tiny_config("train.seed=1"), build_vocab(["a"], 1))
     assert FeatureCache(other, NAMES, cache.folder, CPU).find() is None
+
+
+def test_mirror_images_have_their_own_rows(
+    cache: FeatureCache, archive: Path, tiny_model: CaptionModel, encoded: list[int]
+) -> None:
+    cache.fill()
+    mirrored = FeatureCache(tiny_model, NAMES, archive / "images", CPU, mirrored=True).fill().take(NAMES)
+    assert sum(encoded) == 24
+    for name in NAMES:
+        ImageOps.mirror(open_picture(cache.folder / name)).save(cache.folder / name, lossless=True, format="WEBP")
+    torch.testing.assert_close(mirrored.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
 
 
 def test_other_pictures_have_their_own_rows(cache: FeatureCache) -> None:

@@ -9,6 +9,7 @@ from config import load_config
 from data.vocab import EOS, PAD, SOS
 from models.decoder import Decoder
 from models.model import DECODERS
+from models.search import search
 from objectives import caption_loss
 
 V, D, L = 300, 24, 9
@@ -81,9 +82,11 @@ def test_hypotheses_of_one_picture_may_be_reordered_by_their_state(name: str) ->
     state = tuple(part[twice] for part in decoder.start(memory))
     _, state, _ = decoder.step(torch.tensor([5, 6, 7, 8]), state, memory)
     order = torch.tensor([1, 0, 3, 3])
-    logits, _, _ = decoder.step(torch.tensor([9, 9, 9, 9]), tuple(part[order] for part in state), memory)
-    expected, _ = decoder(seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
+    logits, _, maps = decoder.step(torch.tensor([9, 9, 9, 9]), tuple(part[order] for part in state), memory)
+    expected, attention = decoder(seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-4, atol=1e-5)
+    if attention is not None:
+        torch.testing.assert_close(maps, attention[:, -1], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -119,6 +122,29 @@ def test_a_word_is_predicted_from_the_picture_and_earlier_words_only(name: str) 
     torch.testing.assert_close(logits[:, :3], changed[:, :3], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits[:, 3:], changed[:, 3:])
     assert not torch.allclose(logits, decoder(seen + 1.5 * torch.rand(D), TOKENS, OWNER)[0])
+
+
+@torch.inference_mode()
+def test_each_map_sums_to_one(name: str) -> None:
+    _, attention = build(name).eval()(features(name), TOKENS, OWNER)
+    if attention is not None:
+        torch.testing.assert_close(attention.sum(3), torch.ones(attention.shape[:3]))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_what_search_finds_is_scored_and_looked_at_as_by_teacher_forcing(name: str, width: int) -> None:
+    decoder, seen = build(name).eval(), features(name)
+    options = load_config(overrides=[f"search.beam={width}", "search.max_length=6"]).search
+    for picture, found in enumerate(search(decoder, seen, options, width, keep_attention=True)):
+        assert len({tuple(one.ids) for one in found}) == width
+        for one in found:
+            words = [*one.ids, EOS][:6]
+            with torch.inference_mode():
+                logits, attention = decoder(seen, torch.tensor([[SOS, *words[:-1]]]), torch.tensor([picture]))
+            log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(words).unsqueeze(1)).sum()
+            assert one.log_prob == pytest.approx(log_prob.item(), abs=1e-4)
+            if attention is not None:
+                torch.testing.assert_close(one.attention, attention[0, : len(one.ids)], rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_one_can_be_trained(name: str) -> None:
