@@ -55,6 +55,7 @@ class EncoderConfig(Section):
     name: str
     weights: str | None
     frozen: bool
+    stages: list[str] | None
     stride_in_1x1: bool
     image_size: Annotated[int, Field(ge=32, le=1024)]
 
@@ -74,6 +75,7 @@ class TrainConfig(Section):
     epochs: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
+    encoder_lr: PositiveFloat
     weight_decay: NonNegativeFloat
     warmup_steps: NonNegativeInt
     clip_norm: PositiveFloat

@@ -9,18 +9,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.model import CaptionModel
 
-BACKBONE_LR = 0.01  # share of train.lr for an unfrozen backbone: pretrained filters bear small steps only
-
 
 def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices alone and a smaller step for an unfrozen backbone."""
-    decay = model.config.train.weight_decay
+    """Return AdamW with weight decay on matrices alone and a learning rate of its own for an unfrozen backbone."""
+    config = model.config.train
+    decay, encoder_scale = config.weight_decay, config.encoder_lr / config.lr
     groups = []
-    for part, scale in ((model.decoder, 1.0), (model.encoder, BACKBONE_LR)):
+    for part, scale in ((model.decoder, 1.0), (model.encoder, encoder_scale)):
         trained = [p for p in part.parameters() if p.requires_grad]
         groups.append({"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "scale": scale})
         groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale})
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=model.config.train.lr, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:

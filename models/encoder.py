@@ -44,7 +44,9 @@ class EncoderCNN(nn.Module):
             "sha256": file_sha256(source) if source else tensors_sha256(self.backbone),
             "stride_in_1x1": config.stride_in_1x1,
         }
-        self.backbone.requires_grad_(not config.frozen)
+        self.backbone.requires_grad_(False)
+        for stage in trained_stages(self.backbone, config):
+            stage.requires_grad_(True)
         with torch.no_grad():
             blank = torch.zeros(1, 3, config.image_size, config.image_size)
             self.feature_shape = tuple(self(blank).shape[1:])
@@ -106,6 +108,16 @@ def cut_classifier(network: nn.Module) -> nn.Sequential:
         head = [("_conv_head", parts["_conv_head"]), ("_bn1", parts["_bn1"]), ("_relu1", copy.copy(parts["_swish"]))]
         return nn.Sequential(OrderedDict([*stem, *parts["_blocks"].named_children(), *head]))
     return nn.Sequential(OrderedDict(list(network.named_children())[:-2]))
+
+
+def trained_stages(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
+    if config.frozen:
+        return []
+    stages = dict(backbone.named_children())
+    unknown = [name for name in config.stages or () if name not in stages]
+    if unknown:
+        raise UserError(f"encoder.stages names {unknown[0]}, which {config.name} has not; it has {', '.join(stages)}")
+    return [stages[name] for name in (stages if config.stages is None else config.stages)]
 
 
 def load_weights(network: nn.Module, config: EncoderConfig) -> Path:

@@ -120,9 +120,11 @@ class CaptionModel(nn.Module):
 
     def fit_statistics(self, features: torch.Tensor) -> None:
         """Set what `standardise` needs from training features (P, D) or (P, L, D)."""
-        cells = features.float().flatten(0, -2)  # (P or P L, D)
-        self.feature_mean.copy_(cells.mean(0))
-        self.feature_scale.copy_((cells - cells.mean(0)).square().mean().sqrt().clamp(min=1e-6))
+        parts = features.flatten(0, -2).split(8192)  # (P or P L, D), in floats a few at a time: grids are large
+        cells = sum(map(len, parts))
+        self.feature_mean.copy_(sum(part.float().sum(0) for part in parts) / cells)
+        squares = sum((part.float() - self.feature_mean).square().mean(1).sum() for part in parts)
+        self.feature_scale.copy_((squares / cells).sqrt().clamp(min=1e-6))
 
     def forward(
         self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.model import CaptionModel
-from optim import WeightAverage, learning_rate
+from optim import WeightAverage, learning_rate, make_optimiser
 
 
 def test_the_learning_rate_warms_up_in_equal_steps() -> None:
@@ -28,6 +28,18 @@ def test_a_run_shorter_than_its_warm_up_has_a_learning_rate_too(total: int, warm
 @pytest.fixture
 def model(tiny_config: Callable, tiny_model: CaptionModel) -> CaptionModel:
     return CaptionModel.build(tiny_config(), tiny_model.vocab)
+
+
+def test_the_backbone_has_its_own_learning_rate_and_vectors_do_not_decay(
+    tiny_config: Callable, tiny_model: CaptionModel
+) -> None:
+    config = tiny_config("encoder.frozen=false", "train.lr=1e-2", "train.encoder_lr=1e-4", "train.weight_decay=0.5")
+    model = CaptionModel.build(config, tiny_model.vocab)
+    groups = make_optimiser(model).param_groups
+    assert [group["scale"] for group in groups] == pytest.approx([1, 1, 0.01, 0.01])
+    for group in groups:
+        assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] == 0.5}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def shift(model: CaptionModel, by: float) -> None:

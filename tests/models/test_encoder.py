@@ -90,6 +90,20 @@ def test_an_unfrozen_encoder_learns_but_keeps_its_batch_statistics(tiny_config: 
     assert not moved & {name for name, _ in model.encoder.named_buffers()}
 
 
+def test_only_the_stages_asked_for_learn(tiny_config: Callable) -> None:
+    settings = ["encoder.frozen=false", "encoder.stages=[layer2, layer4]"]
+    model = CaptionModel.build(tiny_config(*settings), build_vocab(["a dog runs"], 1))
+    before = {name: tensor.clone() for name, tensor in model.encoder.state_dict().items()}
+    train_some_steps(model)
+    moved = changed(before, model.encoder.state_dict())
+    assert {name.split(".")[1] for name in moved} == {"layer2", "layer4"}
+
+
+def test_a_stage_that_is_not_there_is_refused(refused: Callable) -> None:
+    with refused("encoder.stages", "layer5", "layer4"):
+        EncoderCNN(config("encoder.frozen=false", "encoder.stages=[layer5]"))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
 def test_the_fast_copy_encodes_the_same(name: str) -> None:
     torch.manual_seed(0)
