@@ -18,7 +18,7 @@ from config import Config, UserError, load_config
 from data import annotations
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
-from models.model import CaptionModel
+from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
 
 NAMES = {
@@ -72,7 +72,12 @@ def parse_args() -> argparse.Namespace:
         epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
+    what.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="FILE",
+        help="a checkpoints.pth (default: the newest run's); several, each after its own --checkpoint, write together",
+    )
     what.add_argument("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint, or its references")
@@ -93,13 +98,15 @@ def score_run(args: argparse.Namespace) -> None:
     """Caption a split with a checkpoint and score the captions."""
     if args.checkpoint and args.run:
         raise UserError("--checkpoint and --run both say which model; give one of them")
-    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
-    model = CaptionModel.from_checkpoint(path, args.overrides)
+    paths = list(map(Path, args.checkpoint or [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]))
+    refuse_homeless_ensemble(paths, args.out)
+    model = load_ensemble(paths, args.overrides)
+    path = paths[0]
     device = pick_device()
     model.to(device)
     table = annotations.load(model.config.data, annotations.read_splits(path.parent))
     references = choose_references(table, model.config, args)
-    print(f"captioning {len(references.captions):,} {references.split} pictures with {path}")
+    print(f"captioning {len(references.captions):,} {references.split} pictures with {', '.join(map(str, paths))}")
 
     folder = annotations.image_folder(model.config.data)
     names = list(references.captions)
@@ -115,7 +122,12 @@ def score_run(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else path.parent
     write_predictions(out / f"predictions-{references.split}.json", captions, references)
     signature = f"{references.signature}|{describe_search(model.config)}"
-    scores = score(captions, references, signature) | {"images_per_second": round(rate, 1), "checkpoint": path.name}
+    if len(paths) > 1:
+        signature += f"|ensemble:{len(paths)}"
+    scores = score(captions, references, signature) | {
+        "images_per_second": round(rate, 1),
+        "checkpoint": ", ".join(p.name for p in paths),
+    }
     report(scores, out / f"scores-{references.split}.json")
 
 

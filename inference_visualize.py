@@ -25,6 +25,7 @@ from config import UserError
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
+from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, draw_caption, fit
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
@@ -51,18 +52,20 @@ Opened = tuple[Picture, Image.Image, torch.Tensor | None]  # small enough to kee
 def main() -> int | None:
     args = parse_args()
     began = time.monotonic()
-    checkpoint = choose_checkpoint(args)
-    model = CaptionModel.from_checkpoint(checkpoint, args.overrides)
+    checkpoints = choose_checkpoints(args)
+    if not args.images:
+        refuse_homeless_ensemble(checkpoints, args.out)
+    model = load_ensemble(checkpoints, args.overrides)
     device = pick_device()
     model.to(device)
     if args.images:
         pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
     else:
-        pictures, features = split_pictures(model, args.split, checkpoint.parent, device)
-        out = Path(args.out) if args.out else checkpoint.parent
+        pictures, features = split_pictures(model, args.split, checkpoints[0].parent, device)
+        out = Path(args.out) if args.out else checkpoints[0].parent
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {device.type}"
-    print(f"captioning {count(len(pictures))} with {checkpoint} ({source})")
+    print(f"captioning {count(len(pictures))} with {', '.join(map(str, checkpoints))} ({source})")
 
     broken = caption_pictures(model, pictures, features, args.num_captions, out, device)
     done = len(pictures) - len(broken)
@@ -86,8 +89,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
     parser.add_argument(
         "--checkpoint",
+        action="append",
         metavar="FILE",
-        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs)",
+        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs); "
+        "several, each after its own --checkpoint, write together",
     )
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
     parser.add_argument(
@@ -116,14 +121,14 @@ def positive(text: str) -> int:
     return number
 
 
-def choose_checkpoint(args: argparse.Namespace) -> Path:
-    """Return the checkpoint named, or the newest run's; photographs are not given to the sample's shapes model."""
+def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
+    """Return those named, or the newest run's; photographs are not given to the sample's shapes model."""
     if args.checkpoint:
-        return Path(args.checkpoint)
+        return [Path(name) for name in args.checkpoint]
     if args.run or not args.images:
-        return find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+        return [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]
     try:
-        return find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"
+        return [find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"]
     except UserError:
         raise UserError(
             f"no run under {RUNS}/ has learned from photographs; train one (see README, Flickr8k) "

@@ -265,3 +265,12 @@ def test_the_signature_counts_the_references(run: Run) -> None:
     Path("archive/captions.csv").write_text("".join(rows[:-1]))
     assert run("--predictions", write_captions()) == 0
     assert "|refs:raw-4-5|split:test|n:2|" in read_scores("scores-test.json")["signature"]
+
+
+def test_several_checkpoints_write_together(run: Run, refuses: Refusal) -> None:
+    twice = "--checkpoint runs/flickr8k/checkpoints.pth --checkpoint runs/flickr8k/checkpoints.pth"
+    refuses(twice, "2 checkpoints", "--out")
+    assert run(*twice.split(), "--out", "together") == 0
+    alone, together = read_scores(), read_scores("together/scores-test.json")
+    assert together["signature"] == alone["signature"] + "|ensemble:2"
+    assert together["cider"] == alone["cider"]
