@@ -1,9 +1,12 @@
 """Train a recipe of configs/ with several seeds, score it, and keep the figures as JSON.
 
     python -m benchmarks.recipes lstm --seeds 0 1 2 data.root=archive
+    python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
 
-Writes benchmarks/results/flickr8k/<recipe>-seed<k>.json. A seed whose file exists is left out; one whose training was
-stopped goes on. Captions are those of the dev split: the test split is for the figures one publishes.
+Writes benchmarks/results/flickr8k/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
+ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was stopped goes on.
+A recipe with `train.start` goes on from the run with its own seed. Captions are those of the dev split: the test split
+is for the figures one publishes.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, flatten, restore_config
+from config import FREE_AFTER_TRAINING, flatten, load_config, restore_config
 from utils import RUNS, cli, load_checkpoint, parse_command_line, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k"
@@ -31,20 +34,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in configs/, without .yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K")
+    parser.add_argument("--variant", metavar="NAME", help="what the settings given make of the recipe: for ablations")
     args = parse_command_line(parser)
+    folder, name = RESULTS, args.recipe
+    if args.variant:
+        folder, name = RESULTS / "ablations", f"{args.recipe}-{args.variant}"
     for seed in args.seeds:
-        path = RESULTS / f"{args.recipe}-seed{seed}.json"
+        path = folder / f"{name}-seed{seed}.json"
         if path.is_file():
             print(f"{path} is there already")
             continue
-        result = measure(args.recipe, seed, args.overrides)
-        write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+        result = measure(args.recipe, seed, RUNS / f"{name}-seed{seed}", args.overrides)
+        write_atomically(path, (json.dumps(result | {"variant": args.variant}, indent=1) + "\n").encode())
         print(f"wrote {path}")
 
 
-def measure(recipe: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Train and score one seed; returns what its results file holds."""
-    run = RUNS / f"{recipe}-seed{seed}"
     minutes, memory = train(recipe, seed, run, overrides)
     status, _ = run_script(
         "evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word))
@@ -64,7 +70,10 @@ def measure(recipe: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         "captions": scores["captions"],
         "train_minutes": round(minutes, 1),
         "peak_memory_gb": round(memory, 2),
-        "config": {name: value for name, value in settings.items() if name not in FREE_AFTER_TRAINING},
+        "start": Path(settings["train.start"]).parent.name if settings["train.start"] else None,
+        "config": {
+            name: value for name, value in settings.items() if name not in {*FREE_AFTER_TRAINING, "train.start"}
+        },
         "encoder": {name: checkpoint["encoder"][name] for name in ("name", "sha256")},
         "environment": environment(),
     }
@@ -77,13 +86,12 @@ def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[
     if (run / "last.pth").is_file():
         words = ["--resume", "--run", run.name, *(word for word in overrides if is_free(word))]
     else:
-        words = [
-            "--config",
-            str(ROOT / "configs" / f"{recipe}.yaml"),
-            f"run={run.name}",
-            f"train.seed={seed}",
-            *overrides,
-        ]
+        path = ROOT / "configs" / f"{recipe}.yaml"
+        words = ["--config", str(path), f"run={run.name}", f"train.seed={seed}"]
+        start = load_config(path).train.start
+        if start:
+            words.append(f"train.start={RUNS / f'{Path(start).parent.name}-seed{seed}' / Path(start).name}")
+        words += overrides
     began = time.monotonic()
     status, memory = run_script("train.py", *words)
     sittings.append({"minutes": (time.monotonic() - began) / 60, "memory": memory})

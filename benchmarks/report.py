@@ -54,6 +54,31 @@ def dev_scores() -> str:
     return "\n".join([*lines, "", *(f"`{signature}`  " for signature in signatures)])
 
 
+def ablations() -> str:
+    """Return what each change of a recipe does, one seed each, against the recipe with the same seed."""
+    lines = ["| recipe | with | BLEU-4 | CIDEr-D | CIDEr-D gained |", "|---" * 5 + "|"]
+    rows = []
+    for path in sorted((HERE / "results" / "flickr8k" / "ablations").glob("*.json")):
+        variant = json.loads(path.read_text())
+        name = f"{variant['recipe']}-seed{variant['seed']}"
+        base = json.loads((HERE / "results" / "flickr8k" / f"{name}.json").read_text())
+        changed = [
+            f"`{key}={show(value)}`"
+            for key, value in variant["config"].items()
+            if value != base["config"].get(key, value)
+        ]
+        scores, before = variant["scores"], base["scores"]
+        rows.append((name, "–", before["bleu4"], before["cider"], ""))
+        rows.append((name, ", ".join(changed), scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
+    for name, what, bleu4, cider, gained in dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–"))):
+        lines.append(f"| {name} | {what} | {bleu4:.1f} | {cider:.1f} | {gained and f'{gained:+.1f}'} |")
+    return "\n".join(lines)
+
+
+def show(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 

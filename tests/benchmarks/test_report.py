@@ -18,7 +18,9 @@ def test_the_readmes_tables_are_generated_from_the_results() -> None:
 def test_every_result_says_how_it_was_made() -> None:
     for path in (report.HERE / "results").rglob("*.json"):
         result = json.loads(path.read_text())
-        assert path.name == f"{result['recipe']}-seed{result['seed']}.json"
+        variant = f"-{result['variant']}" if result.get("variant") else ""
+        assert path.name == f"{result['recipe']}{variant}-seed{result['seed']}.json"
+        assert (path.parent.name == "ablations") == bool(variant)
         assert result["split"] == "val"
         assert "tok:ptb-java" in result["signature"]
         assert {"config", "environment", "train_minutes", "peak_memory_gb"} <= result.keys()
@@ -40,6 +42,22 @@ def test_a_row_is_the_mean_and_the_spread_of_the_seeds(tmp_path: Path, monkeypat
     _, _, row, *_ = report.dev_scores().splitlines()
     cells = [*["20.0 ± 0.0"] * 4, "–", "20.0 ± 0.0", "45.0 ± 1.0", "12 min"]
     assert row == f"| `configs/lstm.yaml` | 3 | {' | '.join(cells)} |"
+
+
+def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    folder = tmp_path / "results" / "flickr8k"
+    (folder / "ablations").mkdir(parents=True)
+    settings: dict[str, object] = {"train.ema": 0.999, "decoder.dropout": 0.5}
+    (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
+    for name, change in {"raw": {"train.ema": 0}, "dry": {"decoder.dropout": 0.0}}.items():
+        made = result(0, 42.5) | {"config": settings | change, "variant": name}
+        (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
+    assert report.ablations().splitlines()[2:] == [
+        "| lstm-seed0 | – | 20.0 | 44.0 |  |",
+        "| lstm-seed0 | `decoder.dropout=0.0` | 20.0 | 42.5 | -1.5 |",
+        "| lstm-seed0 | `train.ema=0` | 20.0 | 42.5 | -1.5 |",
+    ]
 
 
 def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
