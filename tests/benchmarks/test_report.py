@@ -50,7 +50,8 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
     (folder / "ablations").mkdir(parents=True)
     settings: dict[str, object] = {"train.ema": 0.999, "decoder.dropout": 0.5}
     (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
-    for name, change in {"raw": {"train.ema": 0}, "dry": {"decoder.dropout": 0.0}}.items():
+    changes: dict[str, dict[str, object]] = {"raw": {"train.ema": 0}, "dry": {"decoder.dropout": 0.0}}
+    for name, change in changes.items():
         made = result(0, 42.5) | {"config": settings | change, "variant": name}
         (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
     assert report.ablations().splitlines()[2:] == [
