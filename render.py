@@ -32,7 +32,7 @@ INK = (31, 35, 40)
 PANEL_SIDE = 240  # the longer one of a panel's picture
 NARROWEST_PANEL = 120  # a word needs room
 MOST_PANELS = 60  # words drawn; a model that never ends must not draw a tower
-DIMMED = 0.25  # brightness of what is not looked at; the page has the same
+SHADE, OPACITY = (38, 44, 56), 0.75  # over what is not looked at, as on the page; grey, to be seen on black too
 
 PAGE = Path(__file__).with_name("render.html")
 ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes its data
@@ -146,7 +146,7 @@ class WordMaps:
 
 
 def draw_attention(picture: Image.Image, looks: WordMaps) -> Image.Image:
-    """Return an RGB sheet of panels: the picture, then for each word the picture as bright as it was looked at."""
+    """Return an RGB sheet of panels: the picture, then for each word the picture, shaded where it was not looked at."""
     factor = PANEL_SIDE / max(picture.size)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
     scaled = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -158,9 +158,9 @@ def draw_attention(picture: Image.Image, looks: WordMaps) -> Image.Image:
 
 
 def light(picture: Image.Image, level: np.ndarray) -> Image.Image:
-    """Dim the picture but where `level`, uint8 (side, side), is high; its cells lie over the whole picture."""
+    """Shade the picture but where `level`, uint8 (side, side), is high; its cells lie over the whole picture."""
     mask = Image.fromarray(level).resize(picture.size, Image.Resampling.BICUBIC)
-    return Image.composite(picture, picture.point(lambda value: value * DIMMED), mask)
+    return Image.composite(picture, Image.blend(picture, Image.new("RGB", picture.size, SHADE), OPACITY), mask)
 
 
 def arrange(titles: list[str], panels: list[Image.Image], size: tuple[int, int]) -> Image.Image:
@@ -169,6 +169,7 @@ def arrange(titles: list[str], panels: list[Image.Image], size: tuple[int, int])
     width, height = size[0] + margin, size[1] + margin + round(1.5 * font_size)
     columns = min(len(panels), max(1, round(math.sqrt(1.5 * len(panels) * height / width))))
     rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)
     sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (title, panel) in enumerate(zip(titles, panels, strict=True)):
