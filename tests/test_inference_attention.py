@@ -134,8 +134,8 @@ def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
 @pytest.mark.parametrize(
     ("decoder", "asked", "words"),
     [
-        ("lstm", (), ["lstm.pth", "has no attention", "leave --attention out"]),
-        ("lstm", ("2",), ["lstm.pth", "has no attention"]),
+        ("lstm", (), ["lstm.pth", "writes without attention", "leave --attention out"]),
+        ("lstm", ("2",), ["lstm.pth", "writes without attention"]),
         ("transformer", ("5",), ["--attention 5", "transformer.pth", "heads 1 to 4"]),
         ("transformer", ("0",), ["--attention 0", "heads 1 to 4"]),
         ("transformer", ("-1",), ["--attention -1", "heads 1 to 4"]),
@@ -149,6 +149,21 @@ def test_attention_that_there_is_not_is_refused_before_anything_else(
     assert run(decoder, "--attention", *asked, "--images", "nowhere.jpg") == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert all(word in message for word in words), message
+
+
+def test_models_that_write_together_show_the_mean_of_their_maps(run: Run, checkpoints: Path) -> None:
+    run("transformer", "--attention", *PICTURES, *SHORT)
+    alone = page_rows()
+    run("transformer", "--attention", "--checkpoint", str(checkpoints / "transformer.pth"), *PICTURES, *SHORT)
+    assert page_rows() == alone
+
+
+def test_models_with_different_numbers_of_maps_cannot_show_them_together(
+    run: Run, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("transformer", "--attention", "--checkpoint", str(checkpoints / "attention.pth"), *PICTURES) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "transformer.pth, " in message and "attention.pth writes without attention maps" in message
 
 
 def test_the_page_says_what_to_do(run: Run) -> None:
