@@ -36,7 +36,7 @@ SHADE, OPACITY = (38, 44, 56), 0.75  # over what is not looked at, as on the pag
 
 PAGE = Path(__file__).with_name("render.html")
 ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes its data
-ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n", re.DOTALL)  # what only a page with attention has
+ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n(\n?)", re.DOTALL)  # only for a page with it
 
 # Control characters, marks that turn the direction of the text after them, and halves of characters.
 UNPRINTABLE = re.compile(
@@ -200,7 +200,7 @@ class Gallery:
 
     def __init__(self, path: str | Path, title: str, subtitle: str = "", attention: bool = False) -> None:
         self.path = Path(path)
-        page = ATTENTION.sub(r"\1" if attention else "", PAGE.read_text(encoding="utf-8"))
+        page = ATTENTION.sub(r"\1\2" if attention else "", PAGE.read_text(encoding="utf-8"))
         head, self._tail = page.split(ROWS)
         texts = {"{{title}}": title, "{{subtitle}}": subtitle}
         self._head = re.sub("{{title}}|{{subtitle}}", lambda found: html.escape(plain(texts[found[0]])), head)

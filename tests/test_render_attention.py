@@ -156,7 +156,7 @@ def test_words_that_can_be_pointed_at_are_as_harmless(attention_page: Path) -> N
 
 
 def light_up(page: Path, *events: tuple[str, int]) -> list[Any]:
-    """Return, after each event at a word (-1: elsewhere), the word lit, its picture and the cells left unshaded."""
+    """Return, after each event at a word (below 0: elsewhere), the word lit, its picture and the cells left unshaded."""
     script = f"""{{
       const words = [...document.querySelectorAll(".word")], cells = [...Array(49).keys()], seen = [];
       for (const [event, place] of {json.dumps(events)}) {{
@@ -185,6 +185,7 @@ def test_the_word_pointed_at_or_focused_last_lights_its_place_until_it_is_left(a
         ("focusin", 2): [["'s", "a.jpg", [[6, 6]]]],
         ("pointerover", 4): [[HOSTILE[0].split(" ")[0], "b.jpg", [[1, 1]]]],
         ("focusout", 2): [[HOSTILE[0].split(" ")[0], "b.jpg", [[1, 1]]]],
+        ("pointerover", -2): [],
     }
     assert light_up(attention_page, *steps) == list(steps.values())
 
@@ -195,10 +196,11 @@ def test_the_shade_lies_on_the_picture_and_not_on_the_margin_of_a_thin_one(atten
       light(document.querySelector(".word"));
       const [own, picture] = [shade, shade.parentNode.querySelector("img")].map(node => node.getBoundingClientRect());
       const margin = (own.height - own.width * shade.height / shade.width) / 2 / own.width;
-      document.title = [own.left - picture.left, own.top - picture.top, own.width - picture.width, margin];
+      const places = [own.left - picture.left, own.top - picture.top, own.width - picture.width, margin];
+      document.title = [getComputedStyle(shade).objectFit, ...places];
     }"""
     found = re.search("<title>(.*)</title>", browse(attention_page, script=script))
     assert found
-    assert [float(number) for number in found[1].split(",")] == pytest.approx(
-        [0, 0, 0, (240 - 114) / 2 / 800], abs=2e-3
-    )
+    fitted, *places = found[1].split(",")
+    assert fitted == "contain"
+    assert list(map(float, places)) == pytest.approx([0, 0, 0, (240 - 114) / 2 / 800], abs=2e-3)
