@@ -156,7 +156,7 @@ def test_words_that_can_be_pointed_at_are_as_harmless(attention_page: Path) -> N
 
 
 def light_up(page: Path, *events: tuple[str, int]) -> list[Any]:
-    """Return, after each event at a word (below 0: elsewhere), the word lit, its picture and the cells left unshaded."""
+    """Return, after each event at a word (below 0: elsewhere), the word lit, its picture and its unshaded cells."""
     script = f"""{{
       const words = [...document.querySelectorAll(".word")], cells = [...Array(49).keys()], seen = [];
       for (const [event, place] of {json.dumps(events)}) {{
