@@ -27,12 +27,13 @@ from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
-from render import LONGEST_SIDE, Gallery, draw_caption, fit
+from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption
 from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88
 SKIPS_SHOWN = 20
+MEAN = "mean"  # --attention without a head
 PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -58,6 +59,8 @@ def main() -> int | None:
     model = load_ensemble(checkpoints, args.overrides)
     device = pick_device()
     model.to(device)
+    named = ", ".join(map(str, checkpoints))
+    heads = choose_heads(args.attention, model.decoder.heads, named)
     if args.images:
         pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
     else:
@@ -65,9 +68,9 @@ def main() -> int | None:
         out = Path(args.out) if args.out else checkpoints[0].parent
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {device.type}"
-    print(f"captioning {count(len(pictures))} with {', '.join(map(str, checkpoints))} ({source})")
+    print(f"captioning {count(len(pictures))} with {named} ({source})")
 
-    broken = caption_pictures(model, pictures, features, args.num_captions, out, device)
+    broken = caption_pictures(model, pictures, features, args.num_captions, heads, out, device)
     done = len(pictures) - len(broken)
     for number, reason in enumerate(broken):
         if number == SKIPS_SHOWN:
@@ -106,6 +109,13 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="the best N captions of each picture, by a beam of at least N (default: 1)",
     )
+    parser.add_argument(
+        "--attention",
+        nargs="?",
+        const=MEAN,
+        metavar="HEAD",
+        help="draw where the decoder looked for each word: the mean over its heads, or one of them, counted from 1",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="default: the run's folder, or with --images this one")
     return parse_command_line(parser)
 
@@ -139,6 +149,29 @@ def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
 def knows_photographs(run: Path) -> bool:
     config = run / "config.yaml"
     return not config.is_file() or yaml.safe_load(config.read_text())["data"]["format"] != "sample"
+
+
+def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
+    """Return which of a decoder's attention maps are to be averaged, or None where none were asked for.
+
+    Raises UserError for a decoder without attention and for a head that is not among its `heads`.
+    """
+    if asked is None:
+        return None
+    if not heads:
+        raise UserError(
+            f"--attention: {named} writes without attention maps; take a run of configs/attention.yaml or "
+            "configs/transformer.yaml, or leave --attention out"
+        )
+    if asked == MEAN:
+        return slice(None)
+    if asked not in map(str, range(1, heads + 1)):
+        known = f"heads 1 to {heads}" if heads > 1 else "one head"
+        raise UserError(
+            f"--attention {asked}: the decoder of {named} has {known}; name one of them, "
+            "or say --attention alone for their mean"
+        )
+    return slice(int(asked) - 1, int(asked))
 
 
 def split_pictures(
@@ -185,6 +218,7 @@ def caption_pictures(
     pictures: list[Picture],
     features: Features | None,
     num_captions: int,
+    heads: slice | None,
     out: Path,
     device: torch.device,
 ) -> list[str]:
@@ -199,7 +233,9 @@ def caption_pictures(
     taken: set[str] = set()
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
     subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
-    with bar, Gallery(out / PAGE, "Captions", subtitle) as gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
+    subtitle += "; point at a word to see where the model looked" if heads else ""
+    gallery = Gallery(out / PAGE, "Captions", subtitle, attention=heads is not None)
+    with bar, gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
         transform = None if features else model.transform
         for batch in read_ahead(lambda picture: read(picture, transform), pictures, CAPTION_BATCH):
             good = [item for item in batch if not isinstance(item, UserError)]
@@ -207,14 +243,13 @@ def caption_pictures(
             bar.update(len(batch))
             if not good:
                 continue
-            found = model.describe(encode(good), num_captions=num_captions)
-            best = [captions[0].text for captions in found]
-            (out / "outputs").mkdir(parents=True, exist_ok=True)
-            files = [f"outputs/{unique_name(picture.path.stem, taken)}.jpg" for picture, _, _ in good]
-            list(pool.map(save_drawing, [shown for _, shown, _ in good], best, [out / file for file in files]))
-            for (picture, shown, _), captions, file in zip(good, found, files, strict=True):
-                show(gallery, file, picture, fit(shown.size), captions, model.config.search.max_length)
-                captioned.append((picture, captions))
+            found = model.describe(encode(good), num_captions=num_captions, keep_attention=heads is not None)
+            best = [captions[0] for captions in found]
+            looks = [word_maps(caption, heads) for caption in best]
+            files = draw(good, best, looks, out / "outputs", taken, pool)
+            for opened, captions, look, file in zip(good, found, looks, files, strict=True):
+                show(gallery, f"outputs/{file}", opened, captions, look, model.config.search.max_length)
+                captioned.append((opened[0], captions))
         if not captioned:
             raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
         gallery.score(rate(captioned, model))
@@ -244,13 +279,49 @@ def read(picture: Picture, transform: Transform | None) -> Opened | UserError:
     return picture, opened, pixels
 
 
+def word_maps(caption: Caption, heads: slice | None) -> WordMaps | None:
+    """Return where the decoder looked for each word, the mean of these heads; None without heads."""
+    if heads is None or caption.attention is None:
+        return None
+    maps = caption.attention[:, heads].mean(1).float().cpu()  # (words, L)
+    side = math.isqrt(maps.shape[1])
+    return WordMaps(caption.words, maps.unflatten(1, (side, side)).numpy())
+
+
+def draw(
+    opened: list[Opened],
+    captions: list[Caption],
+    looks: list[WordMaps | None],
+    folder: Path,
+    taken: set[str],
+    pool: ThreadPoolExecutor,
+) -> list[str]:
+    """Write each picture with its caption and, where there are `looks`, with them; return the first's file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [unique_name(picture.path.stem, taken) for picture, _, _ in opened]
+    jobs = []
+    for (_, shown, _), caption, look, name in zip(opened, captions, looks, names, strict=True):
+        jobs.append(pool.submit(save, draw_caption, shown, caption.text, folder / f"{name}.jpg"))
+        if look:
+            file = f"{unique_name(f'{name}-attention', taken)}.jpg"
+            jobs.append(pool.submit(save, draw_attention, shown, look, folder / file))
+    for job in jobs:
+        job.result()
+    return [f"{name}.jpg" for name in names]
+
+
+def save(draw: Callable[..., Image.Image], picture: Image.Image, drawn: str | WordMaps, path: Path) -> None:
+    draw(picture, drawn).save(path, quality=QUALITY)
+
+
 def show(
-    gallery: Gallery, file: str, picture: Picture, size: tuple[int, int], captions: list[Caption], max_length: int
+    gallery: Gallery, file: str, opened: Opened, captions: list[Caption], look: WordMaps | None, max_length: int
 ) -> None:
     """Add a picture to the page; where there are several captions, each with how sure the model is of its words."""
+    picture, shown, _ = opened
     texts = [caption.text for caption in captions]
     sure = [per_word(caption, max_length) for caption in captions] if len(captions) > 1 else []
-    gallery.add(file, texts, picture.references, size=size, name=picture.name, probabilities=sure)
+    gallery.add(file, texts, picture.references, size=shown.size, name=picture.name, probabilities=sure, looks=look)
 
 
 def per_word(caption: Caption, max_length: int) -> float:
@@ -274,10 +345,6 @@ def prediction(picture: Picture, captions: list[Caption], num_captions: int) -> 
     if num_captions > 1:
         row["captions"] = [{"caption": caption.text, "log_prob": round(caption.log_prob, 4)} for caption in captions]
     return row
-
-
-def save_drawing(picture: Image.Image, caption: str, path: Path) -> None:
-    draw_caption(picture, caption).save(path, quality=QUALITY)
 
 
 def unique_name(stem: str, taken: set[str]) -> str:

@@ -1,21 +1,25 @@
-"""Drawing for people: a picture with its caption below it, and the page of captioned pictures.
+"""Drawing for people: a picture with its caption below it or with what each word looked at, and the page of them all.
 
-Pillow and the standard library only, so that scripts can import this without waiting; the page's looks and behaviour
-are in render.html.
+Pillow and NumPy only, so that scripts can import this without waiting; the page's looks and behaviour are in
+render.html.
 """
 
+import base64
 import functools
 import html
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import quote
 
 import matplotlib
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text beside them reads well, large ones shrunk
@@ -25,8 +29,14 @@ BACKGROUND = (226, 228, 231)
 PAPER = (250, 250, 249)
 INK = (31, 35, 40)
 
+PANEL_SIDE = 240  # the longer one of a panel's picture
+NARROWEST_PANEL = 120  # a word needs room
+MOST_PANELS = 60  # words drawn; a model that never ends must not draw a tower
+SHADE, OPACITY = (38, 44, 56), 0.75  # over what is not looked at, as on the page; grey, to be seen on black too
+
 PAGE = Path(__file__).with_name("render.html")
 ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes its data
+ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n(\n?)", re.DOTALL)  # only for a page with it
 
 # Control characters, marks that turn the direction of the text after them, and halves of characters.
 UNPRINTABLE = re.compile(
@@ -120,6 +130,63 @@ def load_font(size: int, cjk: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
+# ---- a picture and its attention maps --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """Where a model looked as it wrote each of `words`: `maps` (words, side, side), each over the whole picture."""
+
+    words: Sequence[str]
+    maps: np.ndarray
+
+    def levels(self) -> np.ndarray:
+        """Return the maps as uint8 (words, side, side), the strongest cell of each being 255."""
+        return np.rint(255 * self.maps / self.maps.max(axis=(1, 2), keepdims=True)).astype(np.uint8)
+
+
+def draw_attention(picture: Image.Image, looks: WordMaps) -> Image.Image:
+    """Return an RGB sheet of panels: the picture, then for each word the picture, shaded where it was not looked at."""
+    factor = PANEL_SIDE / max(picture.size)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    scaled = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    titles = [plain(word) for word in looks.words[:MOST_PANELS]]
+    if len(looks.words) > MOST_PANELS:
+        titles[-1] += " …"
+    panels = [light(scaled, level) for level in looks.levels()[:MOST_PANELS]]
+    return arrange(["", *titles], [scaled, *panels], (max(size[0], NARROWEST_PANEL), size[1]))
+
+
+def light(picture: Image.Image, level: np.ndarray) -> Image.Image:
+    """Shade the picture but where `level`, uint8 (side, side), is high; its cells lie over the whole picture."""
+    mask = Image.fromarray(level).resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.composite(picture, Image.blend(picture, Image.new("RGB", picture.size, SHADE), OPACITY), mask)
+
+
+def arrange(titles: list[str], panels: list[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Return a sheet, about half as wide again as high, of panels in boxes of `size` (width, height), titled above."""
+    font_size, margin = 17, 12
+    width, height = size[0] + margin, size[1] + margin + round(1.5 * font_size)
+    columns = min(len(panels), max(1, round(math.sqrt(1.5 * len(panels) * height / width))))
+    rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)
+    sheet = Image.new("RGB", (columns * width + margin, rows * height + margin), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, panel) in enumerate(zip(titles, panels, strict=True)):
+        left, bottom = margin + number % columns * width, (1 + number // columns) * height
+        font = load_font(font_size, bool(CJK.search(title)))
+        draw.text((left, bottom - size[1] - 0.4 * font_size), cut(title, font, size[0]), INK, font, anchor="ls")
+        sheet.paste(panel, (left, bottom - size[1]))
+    return sheet
+
+
+def cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return `text`, cut to at most `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    return break_word(text, font, width - round(font.getlength("…")))[0] + "…"
+
+
 # ---- the page of captioned pictures ----------------------------------------------------------------------------------
 
 
@@ -127,12 +194,13 @@ class Gallery:
     """Writes one HTML file that shows captioned pictures and searches them; each is written as it comes.
 
     Use as `with Gallery(path, title, subtitle) as gallery:`. The page appears, whole, when the block ends; if it ends
-    in an exception, an older page stays as it was. Raises OSError when the disk cannot take it.
+    in an exception, an older page stays as it was. With `attention`, the words of a caption light what they looked at.
+    Raises OSError when the disk cannot take it.
     """
 
-    def __init__(self, path: str | Path, title: str, subtitle: str = "") -> None:
+    def __init__(self, path: str | Path, title: str, subtitle: str = "", attention: bool = False) -> None:
         self.path = Path(path)
-        page = PAGE.read_text(encoding="utf-8")
+        page = ATTENTION.sub(r"\1\2" if attention else "", PAGE.read_text(encoding="utf-8"))
         head, self._tail = page.split(ROWS)
         texts = {"{{title}}": title, "{{subtitle}}": subtitle}
         self._head = re.sub("{{title}}|{{subtitle}}", lambda found: html.escape(plain(texts[found[0]])), head)
@@ -154,21 +222,24 @@ class Gallery:
         size: tuple[int, int],
         name: str,
         probabilities: Sequence[float] = (),
+        looks: WordMaps | None = None,
     ) -> None:
-        """Add a picture and its captions, the best first.
-
-        The page shows the top of the picture, `size` (width, height) in proportion, and so leaves out a strip drawn
-        below it: give `fit(picture.size)` for what `draw_caption` made.
+        """Add a picture, as `draw_caption` made it, and its captions, the best first.
 
         Args:
             image: its path relative to the page, with forward slashes.
+            size: (width, height) of the picture itself; the page leaves out the strip below it.
             name: is shown below it.
             probabilities: how probable each caption is per word, between 0 and 1, where that is to be shown.
+            looks: of the words of the best caption, in a page with attention.
         """
         url = "./" + quote(image, errors="surrogateescape")  # "./": never taken for a scheme or a host
         texts = [[plain(text) for text in group] for group in (captions, references)]
         rounded = [float(f"{probability:.3g}") for probability in probabilities]
-        row = [url, texts[0], rounded, texts[1], *size, plain(name)]
+        row: list[Any] = [url, texts[0], rounded, texts[1], *fit(size), plain(name)]
+        if looks and looks.words:
+            maps = base64.b64encode(looks.levels().tobytes()).decode()
+            row.append([split_before(captions[0], looks.words), maps, *scale(size)])
         self._file.write(script_safe(json.dumps(row, ensure_ascii=False, separators=(",", ":"))) + ",\n")
 
     def score(self, scores: Sequence[float | None]) -> None:
@@ -188,6 +259,16 @@ class Gallery:
                 os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+
+def split_before(caption: str, words: Sequence[str]) -> list[str]:
+    """Split a caption before each of `words`, which stand in it in this order: `["a", " dog", "'s", " toy"]`."""
+    pieces = []
+    for word in words:
+        end = caption.index(word) + len(word)
+        pieces.append(UNPRINTABLE.sub(" ", caption[:end]))
+        caption = caption[end:]
+    return pieces
 
 
 def script_safe(code: str) -> str:

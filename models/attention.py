@@ -18,6 +18,7 @@ class AttentionRNN(Decoder):
     """
 
     grid: ClassVar[bool] = True
+    heads = 1
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
         super().__init__()

@@ -18,10 +18,11 @@ class Decoder(nn.Module):
     """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
-    they come standardised.
+    they come standardised. `heads` is A, the number of attention maps for each word.
     """
 
     grid: ClassVar[bool] = False
+    heads: int = 0
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor

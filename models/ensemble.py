@@ -22,6 +22,8 @@ class Ensemble(Decoder):
     def __init__(self, models: Sequence[CaptionModel]) -> None:
         super().__init__()
         self.grid = models[0].decoder.grid  # type: ignore[misc]
+        heads = {model.decoder.heads for model in models}
+        self.heads = heads.pop() if len(heads) == 1 else 0
         self.models = nn.ModuleList(models)
         self.members = list(models)
         self.memory_sizes: list[int] = []  # tensors in each member's memory

@@ -27,7 +27,7 @@ class Hypothesis:
         ids: its words, without `<sos>` and `<eos>`.
         log_prob: natural logarithm of the probability the decoder gives it, `<eos>` included where it was written.
         score: what ranks it: `log_prob / length ** length_penalty`, the length counting `<eos>`.
-        attention: where the decoder looked as it wrote each word (words, L), or None.
+        attention: where the decoder looked as it wrote each word (words, A, L), or None.
     """
 
     ids: list[int]
@@ -43,7 +43,7 @@ class Running:
     Attributes:
         pictures: which pictures they are of (B,); memory: one row per picture; state: one row per hypothesis.
         words: `<sos>` and what is written (N, 1 + t); log_prob: (B, K).
-        attention: (N, t, L), where it is kept.
+        attention: (N, t, A, L), where it is kept.
     """
 
     pictures: torch.Tensor
@@ -130,7 +130,7 @@ class Search:
         logits, running.state, attention = self.decoder.step(running.words[:, -1], running.state, running.memory)
         if self.keep_attention and attention is not None:
             seen = [] if running.attention is None else [running.attention]
-            running.attention = torch.cat([*seen, attention.unsqueeze(1)], dim=1)  # (N, t, L)
+            running.attention = torch.cat([*seen, attention.unsqueeze(1)], dim=1)  # (N, t, A, L)
         log_probs = allow(logits.float().log_softmax(1), running.words, self.options, self.forbidden)  # (N, V)
         places = self.ended_scores[running.pictures].isneginf().sum(1)  # (B,) left in the beam
         running.log_prob, rows, tokens = self.choose(running.log_prob, log_probs, places)  # (B, K), (N,), (N,)

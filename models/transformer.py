@@ -31,6 +31,7 @@ class TransformerDecoder(Decoder):
                 f"decoder.embed_size = {width} cannot be shared by decoder.num_heads = {config.num_heads}; "
                 "make it a multiple of twice as many"
             )
+        self.heads = config.num_heads
         self.dropout = nn.Dropout(config.dropout)
         self.cells = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))

@@ -149,7 +149,8 @@ def browse(page: Path, hash_: str = "", script: str = "") -> str:
 
 def captions(dom: str, kind: str = "caption") -> list[str]:
     """Return the best caption of each card, or the others with the kind `other`."""
-    return [html.unescape(text) for text in re.findall(rf'<p class="{kind}"[^>]*>(.*?)</p>', dom, re.S)]
+    found = re.findall(rf'<p class="{kind}"[^>]*>(.*?)</p>', dom, re.S)
+    return [html.unescape(re.sub("<[^>]*>", "", text)) for text in found]
 
 
 def badges(dom: str) -> list[str]:

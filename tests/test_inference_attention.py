@@ -1,0 +1,171 @@
+"""`inference_visualize.py --attention`, with untrained models whose looks are sharp enough to tell apart."""
+
+import base64
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCENES
+from PIL import Image
+
+import inference_visualize
+import render
+import utils
+from config import Config
+from data import sample
+from data.transforms import open_picture
+from data.vocab import SOS, build_vocab
+from models.model import CaptionModel
+
+Run = Callable[..., int]
+PICTURES = ("--images", "archive/images/00.jpg", "archive/images/01.jpg", "archive/images/02.jpg")
+SHORT = ("search.min_length=4", "search.max_length=6", "search.beam=5", "search.length_penalty=0")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with lstm.pth, attention.pth and transformer.pth (four heads), of 3 x 3 cells."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
+    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+    for name, sharper in (("lstm", 1), ("attention", 4), ("transformer", 2)):
+        settings = (f"decoder.name={name}", "decoder.num_layers=1", "decoder.num_heads=4", "encoder.image_size=96")
+        model = CaptionModel.build(tiny_config(*settings), vocab)
+        with torch.no_grad():
+            model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
+            for parameter in model.decoder.parameters():
+                parameter.mul_(sharper)
+        utils.save_checkpoint(folder / f"{name}.pth", model.state())
+    return folder
+
+
+@pytest.fixture
+def run(archive: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("lstm", …)` captions with that decoder and returns the exit code."""
+
+    def command(decoder: str, *words: str) -> int:
+        model = ("--checkpoint", str(checkpoints / f"{decoder}.pth"))
+        monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *model, *words])
+        return utils.cli(inference_visualize.main)
+
+    return command
+
+
+def page_rows(folder: str = ".") -> list[list[Any]]:
+    lines = Path(folder, "captions_result.html").read_text().splitlines()
+    return [json.loads(line.rstrip(",")) for line in lines if line.startswith('["./')]
+
+
+def looks_of(checkpoint: Path, picture: str, caption: str, heads: slice) -> np.ndarray:
+    """Return where the decoder looks as it is made to write `caption`, word by word: maps (words, 3, 3)."""
+    model = CaptionModel.from_checkpoint(checkpoint)
+    tokens = torch.tensor([[SOS, *model.vocab.numericalize(caption)]])
+    with torch.inference_mode():
+        features = model.encoder(model.transform(open_picture(picture)).unsqueeze(0))
+        _, attention = model.decoder(model.standardise(features), tokens, torch.tensor([0]))
+    assert attention is not None
+    return attention[0, :-1, heads].mean(1).view(-1, 3, 3).numpy()
+
+
+CHOICES = [
+    ("attention", (), slice(None)),
+    ("attention", ("1",), slice(None)),
+    ("transformer", (), slice(None)),
+    ("transformer", ("1",), slice(0, 1)),
+    ("transformer", ("3",), slice(2, 3)),
+]
+
+
+@pytest.mark.parametrize(("decoder", "head", "heads"), CHOICES)
+@pytest.mark.parametrize("several", [(), ("--num-captions", "3")])
+def test_what_is_shown_is_where_the_caption_shown_was_looked_for(
+    decoder: str, head: tuple[str, ...], heads: slice, several: tuple[str, ...], run: Run, checkpoints: Path
+) -> None:
+    assert run(decoder, "--attention", *head, *PICTURES, *SHORT, *several) == 0
+    captions = [row["caption"] for row in json.loads(Path("predictions.json").read_text())]
+    assert len(set(captions)) > 1
+    for picture, caption, (url, texts, *_, looked) in zip(PICTURES[1:], captions, page_rows(), strict=True):
+        maps = looks_of(checkpoints / f"{decoder}.pth", picture, caption, heads)
+        expected = render.WordMaps(caption.split(), maps)
+        assert texts[0] == caption and [word.strip() for word in looked[0]] == caption.split()
+        shown = np.frombuffer(base64.b64decode(looked[1]), np.uint8).reshape(-1, 3, 3)
+        assert np.abs(shown.astype(int) - expected.levels()).max() <= 1
+        assert np.ptp(shown, axis=0).max() > 50  # words look at different places, or this would show nothing
+        drawn = Image.open(url.replace(".jpg", "-attention.jpg"))
+        sheet = render.draw_attention(open_picture(picture), expected)
+        assert drawn.size == sheet.size
+        assert np.abs(np.asarray(drawn, float) - np.asarray(sheet, float)).mean() < 3
+
+
+def test_other_captions_stay_plain_and_there_is_one_drawing_for_each_picture(run: Run) -> None:
+    run("attention", "--attention", *PICTURES, *SHORT, "--num-captions", "3")
+    assert [(len(row[1]), "".join(row[7][0]) == row[1][0]) for row in page_rows()] == [(3, True)] * 3
+    names = {path.name for path in Path("outputs").iterdir()}
+    assert names == {f"0{number}{kind}.jpg" for number in range(3) for kind in ("", "-attention")}
+
+
+def test_without_it_all_is_as_it_was_and_captions_are_the_same_with_it(run: Run) -> None:
+    run("attention", *PICTURES, *SHORT, "--out", "without")
+    run("attention", "--attention", *PICTURES, *SHORT, "--out", "with")
+    assert all(len(row) == 7 for row in page_rows("without"))
+    assert [row[:7] for row in page_rows("with")] == page_rows("without")
+    for file in ("predictions.json", "outputs/00.jpg"):
+        assert Path("with", file).read_bytes() == Path("without", file).read_bytes()
+    assert {path.name for path in Path("without/outputs").iterdir()} == {"00.jpg", "01.jpg", "02.jpg"}
+    assert "canvas" not in Path("without/captions_result.html").read_text()
+
+
+def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
+    Path("mine").mkdir()
+    for name in ("x.jpg", "x-attention.jpg", "X.png"):
+        shutil.copy("archive/images/00.jpg", f"mine/{name}")
+    run("attention", "--attention", "--images", "mine", *SHORT)
+    names = [path.name.lower() for path in Path("outputs").iterdir()]
+    assert len(names) == len(set(names)) == 6
+    assert len({Image.open(url).size for url, *_ in page_rows()}) == 1  # none of them a drawing of attention
+
+
+@pytest.mark.parametrize(
+    ("decoder", "asked", "words"),
+    [
+        ("lstm", (), ["lstm.pth", "writes without attention", "leave --attention out"]),
+        ("lstm", ("2",), ["lstm.pth", "writes without attention"]),
+        ("transformer", ("5",), ["--attention 5", "transformer.pth", "heads 1 to 4"]),
+        ("transformer", ("0",), ["--attention 0", "heads 1 to 4"]),
+        ("transformer", ("-1",), ["--attention -1", "heads 1 to 4"]),
+        ("transformer", ("first",), ["--attention first", "heads 1 to 4"]),
+        ("attention", ("2",), ["--attention 2", "attention.pth", "one head"]),
+    ],
+)
+def test_attention_that_there_is_not_is_refused_before_anything_else(
+    decoder: str, asked: tuple[str, ...], words: list[str], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(decoder, "--attention", *asked, "--images", "nowhere.jpg") == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert all(word in message for word in words), message
+
+
+def test_models_that_write_together_show_the_mean_of_their_maps(run: Run, checkpoints: Path) -> None:
+    run("transformer", "--attention", *PICTURES, *SHORT)
+    alone = page_rows()
+    run("transformer", "--attention", "--checkpoint", str(checkpoints / "transformer.pth"), *PICTURES, *SHORT)
+    assert page_rows() == alone
+
+
+def test_models_with_different_numbers_of_maps_cannot_show_them_together(
+    run: Run, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("transformer", "--attention", "--checkpoint", str(checkpoints / "attention.pth"), *PICTURES) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "transformer.pth, " in message and "attention.pth writes without attention maps" in message
+
+
+def test_the_page_says_what_to_do(run: Run) -> None:
+    run("transformer", "--attention", "2", *PICTURES, *SHORT)
+    assert "point at a word to see where the model looked" in Path("captions_result.html").read_text()
