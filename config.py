@@ -81,7 +81,9 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat
     label_smoothing: Fraction
     doubly_stochastic: NonNegativeFloat
-    self_critical: NonNegativeInt
+    self_critical_epochs: NonNegativeInt
+    self_critical_samples: PositiveInt
+    self_critical_lr: PositiveFloat
     mirror: bool
     ema: Fraction
     patience: PositiveInt | None
@@ -232,6 +234,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
             f"{name} = {first['input']!r} (from {origin.get(name, 'config.yaml')}) cannot be used: {expected}; "
             "config.yaml says what it means"
         ) from None
+    if config.train.self_critical_epochs > config.train.epochs:
+        raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
     if config.train.doubly_stochastic and config.decoder.name == "lstm":
         raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return config

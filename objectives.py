@@ -55,15 +55,15 @@ def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 class SelfCritical:
     """Self-critical sequence training (Rennie et al. 2017): what the model writes better than usual becomes likelier.
 
-    Of each picture `train.self_critical` captions are drawn; the usual is the mean reward of the others (Luo 2020), or,
-    when a single one is drawn, the reward of the greedy caption.
+    Of each picture `train.self_critical_samples` captions are drawn; the usual is the mean reward of the others (Luo
+    2020), or, when a single one is drawn, the reward of the greedy caption.
 
     Args:
         dataset: its captions are the references of the reward.
     """
 
     def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
-        self.samples = model.config.train.self_critical
+        self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
         self.drawn = self.greedy.model_copy(update={"temperature": 1.0})
         references: list[list[Words]] = [[] for _ in dataset.images]

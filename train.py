@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -179,12 +181,13 @@ class Progress:
 
     Attributes:
         step: optimiser steps made; epoch: epochs finished.
-        words: real words read in the epoch under way.
+        batch, words: batches and real words read in the epoch under way.
         history: one row of LOG_COLUMNS per finished epoch.
     """
 
     step: int = 0
     epoch: int = 0
+    batch: int = 0
     words: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -212,8 +215,8 @@ class Trainer:
         self.optimiser = make_optimiser(model)
         self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
-        self.objective = SelfCritical(model, train_set) if self.config.self_critical else cross_entropy
-        self.by_image = train_set.features is None or model.decoder.grid or self.config.self_critical > 0
+        self.self_critical = SelfCritical(model, train_set) if self.config.self_critical_epochs else None
+        self.by_image = train_set.features is None or model.decoder.grid
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -249,6 +252,15 @@ class Trainer:
         print("next: python inference_visualize.py, python evaluate.py --split val, python visualize_loss.py")
         return 0
 
+    @property
+    def critical_from(self) -> int:
+        """The first of the last epochs, which are self-critical; the number of all epochs where none is."""
+        return self.config.epochs - self.config.self_critical_epochs
+
+    @property
+    def objective(self) -> Callable[[CaptionModel, Batch], tuple[torch.Tensor, torch.Tensor]]:
+        return self.self_critical if self.self_critical and self.progress.epoch >= self.critical_from else cross_entropy
+
     def has_stalled(self) -> bool:
         patience = self.config.patience
         if not patience or not self.progress.history or self.progress.epoch - self.progress.best["epoch"] < patience:
@@ -260,37 +272,47 @@ class Trainer:
         """Make the steps of the epoch that are still to be made, in an order drawn from (seed, epoch)."""
         progress, config = self.progress, self.config
         rng = np.random.default_rng([config.seed, progress.epoch])
-        batches = batch_indices(self.train_set, config.batch_size, self.by_image, rng)
+        critical = self.objective is self.self_critical
+        batches = batch_indices(self.train_set, config.batch_size, self.by_image or critical, rng)
         if config.mirror:
             self.train_set.flip(rng)
-        done = progress.step - progress.epoch * len(batches)
         loader = DataLoader(
             self.train_set,
-            batch_sampler=batches[done:],
+            batch_sampler=batches[progress.batch :],
             collate_fn=as_it_is,
             num_workers=config.num_workers if self.train_set.features is None else 0,
         )
         self.model.train()
+        if critical:
+            dry(self.model)
         with tqdm(total=len(self.train_set), unit="caption", disable=not sys.stderr.isatty()) as bar:
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
-            bar.update(sum(map(len, batches[:done])))
-            for place, batch in enumerate(loader, start=done + 1):
-                loss = self.step(batch, total=len(batches) * config.epochs)
+            bar.update(sum(map(len, batches[: progress.batch])))
+            for batch in loader:
+                loss = self.step(batch, self.learning_rate(len(batches)))
                 bar.update(len(batch.tokens))
-                if place % config.log_every == 0 or place == len(batches):
-                    self.log_step(bar, place, len(batches), loss.item())
+                if progress.batch % config.log_every == 0 or progress.batch == len(batches):
+                    self.log_step(bar, len(batches), loss.item())
                 if progress.step % config.checkpoint_every == 0:
                     self.save_last()
                 if stop.requested:
                     return
 
-    def step(self, batch: Batch, total: int) -> torch.Tensor:
+    def learning_rate(self, batches: int) -> float:
+        """Return that of the next step: each objective has its own warm-up and its own cosine down to 0."""
+        config, first, last, peak = self.config, 0, self.critical_from, self.config.lr
+        if self.progress.epoch >= self.critical_from:
+            first, last, peak = self.critical_from, config.epochs, config.self_critical_lr
+        step = (self.progress.epoch - first) * batches + self.progress.batch
+        return learning_rate(step, (last - first) * batches, config.warmup_steps, peak)
+
+    def step(self, batch: Batch, lr: float) -> torch.Tensor:
         """Make one optimiser step and return its unsmoothed loss; all noise is drawn from (seed, step)."""
         config, progress = self.config, self.progress
         moved = batch.to(self.device)
         seed_step(config.seed, progress.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["scale"] * learning_rate(progress.step, total, config.warmup_steps, config.lr)
+            group["lr"] = group["scale"] * lr
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             objective, loss = self.objective(self.model, moved)
         self.optimiser.zero_grad()
@@ -299,6 +321,7 @@ class Trainer:
         self.optimiser.step()
         self.average.update(progress.step)
         progress.step += 1
+        progress.batch += 1
         progress.words += batch.words
         self.nll += loss * batch.words
         return loss
@@ -311,13 +334,16 @@ class Trainer:
                 "train a new run with a lower train.lr (the checkpoints there are from before)"
             )
 
-    def log_step(self, bar: tqdm, place: int, places: int, loss: float) -> None:
+    def log_step(self, bar: tqdm, batches: int, loss: float) -> None:
         """Show the loss of this step on the bar, or as a line where there is no terminal."""
         self.refuse_poison()
         perplexity = math.exp(min(loss, 700))
         if bar.disable:
             epoch = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}]"
-            print(f"{epoch} Step [{place}/{places}] Loss {loss:.4f} Perplexity {perplexity:.1f}", flush=True)
+            print(
+                f"{epoch} Step [{self.progress.batch}/{batches}] Loss {loss:.4f} Perplexity {perplexity:.1f}",
+                flush=True,
+            )
         else:
             bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity:.1f}")
 
@@ -348,7 +374,7 @@ class Trainer:
             "val_cider": round(scores["cider"], 2),
         }
         progress.history.append(row)
-        progress.epoch, progress.words = progress.epoch + 1, 0
+        progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
         self.nll.zero_()
         self.report_epoch(row, captions)
         if row is progress.best:
@@ -387,6 +413,13 @@ class Trainer:
             total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
             words += batch.words
         return total / words
+
+
+def dry(model: CaptionModel) -> None:
+    """Train without dropout: the captions drawn are then those whose probability is trained."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
 
 
 def as_it_is(batch: Any) -> Any:

@@ -47,7 +47,7 @@ class AttentionRNN(Decoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
-        words = self.dropout(self.embedding(rows))  # (B K, T, E)
+        words = self.embedding(rows)  # (B K, T, E)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
         seen, maps = [], []
         for word_gates in self.word_gates(words).unbind(1):
@@ -90,4 +90,4 @@ class AttentionRNN(Decoder):
 
     def read_out(self, words: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return the logits of the next word from the last one and what was seen: the deep output of equation 7."""
-        return self.output(self.dropout(words + self.deep(self.dropout(seen))))
+        return self.output(self.dropout(words + self.deep(seen)))

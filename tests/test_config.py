@@ -114,6 +114,11 @@ def test_a_penalty_on_attention_needs_attention(refused: Callable) -> None:
         load_config(overrides=["train.doubly_stochastic=1"])
 
 
+def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:
+    with refused("train.self_critical_epochs", "train.epochs"):
+        load_config(overrides=["train.self_critical_epochs=6"])
+
+
 @pytest.mark.parametrize("word", ["train=5", "train=null", "encoder={}x"])
 def test_a_section_set_to_a_value_is_refused(word: str, refused: Callable) -> None:
     with refused(f"'{word.split('=')[0]}'", "section"):

@@ -125,7 +125,7 @@ def toy_dataset(model: CaptionModel) -> Flickr8kDataset:
 
 @pytest.mark.parametrize("samples", [1, 5])
 def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, tiny_config: Callable) -> None:
-    model = toy_model(tiny_config, f"train.self_critical={samples}")
+    model = toy_model(tiny_config, f"train.self_critical_samples={samples}")
     batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
     batch.pictures, batch.images = batch.pictures.repeat(10, 1, 1), batch.images.repeat(10)
     optimiser = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
@@ -142,7 +142,7 @@ def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, tiny_
 
 
 def test_the_objective_weighs_each_words_log_probability_by_its_captions_advantage(tiny_config: Callable) -> None:
-    model = toy_model(tiny_config, "train.self_critical=3")
+    model = toy_model(tiny_config, "train.self_critical_samples=3")
     batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
     torch.manual_seed(1)
     objective, nll = critic(model, batch)
@@ -163,7 +163,7 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
 
 
 def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
-    model = toy_model(tiny_config, "train.self_critical=3", "search.max_length=2")
+    model = toy_model(tiny_config, "train.self_critical_samples=3", "search.max_length=2")
     critic = SelfCritical(model, toy_dataset(model))
     captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 20)
     assert all(len(ids) <= 2 and EOS not in ids[:-1] for ids in captions)

@@ -18,6 +18,7 @@ import utils
 from config import load_config
 from data.vocab import build_vocab
 from models.model import CaptionModel
+from optim import learning_rate
 from train import Progress
 from utils import load_checkpoint
 
@@ -89,13 +90,16 @@ def test_a_killed_run_goes_on_digit_for_digit(archive: Path, run: Run) -> None:
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
-CRITICAL = ("train.start=runs/first/checkpoints.pth", "train.self_critical=2", "train.epochs=2", "train.mirror=true")
+CRITICAL = (
+    *("train.start=runs/first/checkpoints.pth", "train.epochs=2", "train.mirror=true"),
+    *("train.self_critical_epochs=2", "train.self_critical_samples=2"),
+)
 
 
 def test_self_critical_training_goes_on_from_a_trained_model(archive: Path, run: Run) -> None:
     attention = [*FAST, "decoder.name=attention", "train.doubly_stochastic=1"]
     assert run(*attention, "run=first") == 0
-    assert run(*attention, *CRITICAL, "run=second", "train.lr=1e-9", "train.ema=0") == 0
+    assert run(*attention, *CRITICAL, "run=second", "train.self_critical_lr=1e-9", "train.ema=0") == 0
     first, second = (load_checkpoint(f"runs/{name}/checkpoints.pth") for name in ("first", "second"))
     assert second["vocabulary"] == first["vocabulary"]
     assert torch.equal(second["feature_mean"], first["feature_mean"])
@@ -115,6 +119,14 @@ def test_self_critical_training_is_resumed_digit_for_digit(archive: Path, run: R
     assert log_of("killed") == log_of("whole")
     whole, killed = (load_checkpoint(f"runs/{name}/last.pth") for name in ("whole", "killed"))
     assert all(torch.equal(whole["decoder"][name], killed["decoder"][name]) for name in whole["decoder"])
+
+
+def test_the_last_epochs_are_self_critical_with_a_learning_rate_of_their_own(archive: Path, run: Run) -> None:
+    words = ["train.epochs=3", "train.self_critical_epochs=1", "train.lr=1e-2", "train.self_critical_lr=1e-3"]
+    assert run(*FAST, *words, "run=both") == 0
+    rates = pd.read_csv("runs/both/loss_log.txt", sep="\t")["lr"].tolist()
+    expected = [learning_rate(*schedule) for schedule in ((1, 4, 2, 1e-2), (3, 4, 2, 1e-2), (1, 2, 2, 1e-3))]
+    assert rates == pytest.approx(expected, abs=1e-8)
 
 
 def test_a_start_that_does_not_fit_the_recipe_is_refused(
