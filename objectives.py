@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
-from data.vocab import EOS, PAD, SOS
+from data.vocab import EOS, PAD, SOS, UNK
 from models.model import CaptionModel
 from models.search import search
 
@@ -65,6 +65,7 @@ class SelfCritical:
     def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
         self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
+        self.never = torch.tensor([PAD, SOS, UNK], device=model.feature_mean.device)  # words that are never drawn
         self.drawn = self.greedy.model_copy(update={"temperature": 1.0})
         references: list[list[Words]] = [[] for _ in dataset.images]
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
@@ -80,10 +81,11 @@ class SelfCritical:
         logits, _ = model.decoder(pictures, tokens[:, :-1], owner)  # (B K, T, V)
         targets = tokens[:, 1:]
         real = targets != PAD  # (B K, T)
-        log_probs = logits.float().log_softmax(2).gather(2, targets.unsqueeze(2)).squeeze(2)  # (B K, T)
+        drawn_from = logits.float().index_fill(2, self.never, -math.inf).log_softmax(2)  # (B K, T, V)
+        log_probs = drawn_from.gather(2, targets.unsqueeze(2)).squeeze(2).masked_fill(~real, 0)  # (B K, T)
         advantage = self.advantage(model, pictures, captions, batch.images).unsqueeze(1)  # (B K, 1)
         words = real.sum()
-        return -(advantage * log_probs * real).sum() / words, -(log_probs.detach() * real).sum() / words
+        return -(advantage * log_probs).sum() / words, -log_probs.detach().sum() / words
 
     def advantage(
         self, model: CaptionModel, pictures: torch.Tensor, captions: list[list[int]], images: torch.Tensor

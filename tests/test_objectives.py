@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pycocoevalcap.cider.cider import Cider
 
 from data.dataset import Batch, Flickr8kDataset, padded
-from data.vocab import EOS, PAD, SOS, build_vocab
+from data.vocab import EOS, PAD, SOS, UNK, build_vocab
 from models.model import CaptionModel
 from objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
 
@@ -154,6 +154,7 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     for place, ids in enumerate(captions):
         picture, others = place // 3, [i for i in range(3) if i != place % 3]
         logits, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
+        logits[0, :, [PAD, SOS, UNK]] = -math.inf  # or all that is taken from bad captions would go to these
         log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(ids).unsqueeze(1)).sum().item()
         total -= log_prob * (rewards[picture, place % 3] - rewards[picture, others].mean()).item()
         own -= log_prob
