@@ -10,11 +10,11 @@ from models.decoder import Decoder, Memory, State, by_picture
 
 
 class AttentionRNN(Decoder):
-    """Soft attention over the cells of a grid (equations 7, 9 and 13 of the paper, with its gate).
+    """Soft attention over the cells of a grid (equation 13 of the paper) with a gate and a deep output (equation 7).
 
     Cells are scored by a scaled product with the query (Luong et al. 2015) rather than by the paper's small network:
-    the maps are as good, and training reads the cells once for all captions of a picture instead of writing L hidden
-    vectors for each word. L cells, H hidden size, E embedding size, N = B K captions, K of each picture.
+    training then reads the cells once for all captions of a picture, and writes no L hidden vectors for each word.
+    L cells, H hidden size, E embedding size, N = B K captions, K of each picture.
     """
 
     grid: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class AttentionRNN(Decoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start with a forget bias of 1 (Jozefowicz et al. 2015), and with every word about as likely as another."""
+        """Start with a forget bias of 1 (Jozefowicz et al. 2015)."""
         with torch.no_grad():
             self.word_gates.bias.view(4, -1)[1] += 1
 
