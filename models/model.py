@@ -200,10 +200,11 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
 
 
 def fit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
-    """Raise UserError unless the tensors `found` in the file `where` are those of `own`, by name and shape."""
+    """Raise UserError unless the tensors `found` in the file `where` are finite and `own`'s by name and shape."""
     shapes, found_shapes = ({name: tensor.shape for name, tensor in part.items()} for part in (own, found))
     if shapes != found_shapes:
         names = sorted(name for name in own.keys() | found.keys() if shapes.get(name) != found_shapes.get(name))
-        raise UserError(
-            f"the tensors in {where} do not fit its own config (first: {names[0]}); take another checkpoint"
-        )
+        raise UserError(f"the tensors in {where} do not fit its config (first: {names[0]}); take another checkpoint")
+    poisoned = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
+    if poisoned:
+        raise UserError(f"{where} holds NaN or infinite weights (first: {poisoned[0]}); take another checkpoint")

@@ -184,6 +184,13 @@ def test_feature_statistics_of_another_size_are_refused(part: str, saved: dict[s
         CaptionModel.from_state(saved | {part: torch.ones(511)}, "a.pth")
 
 
+def test_poisoned_weights_are_refused(saved: dict[str, Any], refused: Callable) -> None:
+    name = min(saved["decoder"])
+    saved["decoder"][name] = torch.full_like(saved["decoder"][name], float("nan"))
+    with refused("a.pth", "NaN", name):
+        CaptionModel.from_state(saved, "a.pth")
+
+
 @pytest.mark.parametrize("key", ["embed_size", "hidden_size"])
 @pytest.mark.parametrize("size", [10**8, 10**12])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(
