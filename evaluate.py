@@ -120,7 +120,8 @@ def score_run(args: argparse.Namespace) -> None:
     rate = len(captions) / (time.perf_counter() - began)
 
     out = Path(args.out) if args.out else path.parent
-    write_predictions(out / f"predictions-{references.split}.json", captions, references)
+    predictions = out / f"predictions-{references.split}.json"
+    write_predictions(predictions, captions, references)
     signature = f"{references.signature}|{describe_search(model.config)}"
     if len(paths) > 1:
         signature += f"|ensemble:{len(paths)}"
@@ -128,7 +129,7 @@ def score_run(args: argparse.Namespace) -> None:
         "images_per_second": round(rate, 1),
         "checkpoint": ", ".join(p.name for p in paths),
     }
-    report(scores, out / f"scores-{references.split}.json")
+    report(scores, out / f"scores-{references.split}.json", predictions)
 
 
 def score_predictions(args: argparse.Namespace) -> None:
@@ -288,7 +289,7 @@ def write_predictions(path: Path, captions: dict[str, str], references: Referenc
     write_atomically(path, json.dumps(rows, ensure_ascii=False, indent=1).encode())
 
 
-def report(scores: dict[str, Any], path: Path) -> None:
+def report(scores: dict[str, Any], path: Path, predictions: Path | None = None) -> None:
     """Print the scores and write them to `path`."""
     write_atomically(path, json.dumps(scores, ensure_ascii=False, indent=1).encode())
     print("  ".join(f"{NAMES[name]} {scores[name]:.1f}" for name in NAMES if scores[name] is not None))
@@ -303,7 +304,7 @@ def report(scores: dict[str, Any], path: Path) -> None:
     if "images_per_second" in scores:
         print(f"{scores['images_per_second']:,.0f} pictures captioned a second")
     print(scores["signature"])
-    print(f"wrote {path}")
+    print(f"wrote {path}{f' and {predictions}' if predictions else ''}")
 
 
 def write_comparison(rows: list[dict[str, Any]], references: References, out: Path, notes: list[str]) -> None:

@@ -199,3 +199,5 @@ def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extract
                 file.flush()
                 manifest["rows_done"] = done
                 write_atomically(place / "manifest.json", json.dumps(manifest).encode())
+                if bar.disable:
+                    print(f"encoded {done:,} of {len(paths):,}", flush=True)
