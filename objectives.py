@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
-from data.vocab import EOS, PAD, SOS, UNK
+from data.vocab import EOS, PAD, SOS
 from models.model import CaptionModel
-from models.search import search
+from models.search import NEVER, search
 
 Words = Sequence[Hashable]
 LONGEST = 4  # words in an n-gram
@@ -65,8 +65,10 @@ class SelfCritical:
     def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
         self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
-        self.never = torch.tensor([PAD, SOS, UNK], device=model.feature_mean.device)  # words that are never drawn
-        self.drawn = self.greedy.model_copy(update={"temperature": 1.0})
+        self.never = torch.tensor(NEVER, device=model.feature_mean.device)
+        self.drawn = self.greedy.model_copy(
+            update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}
+        )  # the distribution that is trained, whatever search may do to it later
         references: list[list[Words]] = [[] for _ in dataset.images]
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
             references[image].append(ids[1:].tolist())

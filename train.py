@@ -253,13 +253,10 @@ class Trainer:
         return 0
 
     @property
-    def critical_from(self) -> int:
-        """The first of the last epochs, which are self-critical; the number of all epochs where none is."""
-        return self.config.epochs - self.config.self_critical_epochs
-
-    @property
     def objective(self) -> Callable[[CaptionModel, Batch], tuple[torch.Tensor, torch.Tensor]]:
-        return self.self_critical if self.self_critical and self.progress.epoch >= self.critical_from else cross_entropy
+        """That of the epoch under way: the last ones may be self-critical."""
+        critical = self.progress.epoch >= self.config.epochs - self.config.self_critical_epochs
+        return self.self_critical if self.self_critical and critical else cross_entropy
 
     def has_stalled(self) -> bool:
         patience = self.config.patience
@@ -300,9 +297,10 @@ class Trainer:
 
     def learning_rate(self, batches: int) -> float:
         """Return that of the next step: each objective has its own warm-up and its own cosine down to 0."""
-        config, first, last, peak = self.config, 0, self.critical_from, self.config.lr
-        if self.progress.epoch >= self.critical_from:
-            first, last, peak = self.critical_from, config.epochs, config.self_critical_lr
+        config = self.config
+        first, last, peak = 0, config.epochs - config.self_critical_epochs, config.lr
+        if self.objective is self.self_critical:
+            first, last, peak = last, config.epochs, config.self_critical_lr
         step = (self.progress.epoch - first) * batches + self.progress.batch
         return learning_rate(step, (last - first) * batches, config.warmup_steps, peak)
 
@@ -339,11 +337,8 @@ class Trainer:
         self.refuse_poison()
         perplexity = math.exp(min(loss, 700))
         if bar.disable:
-            epoch = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}]"
-            print(
-                f"{epoch} Step [{self.progress.batch}/{batches}] Loss {loss:.4f} Perplexity {perplexity:.1f}",
-                flush=True,
-            )
+            place = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}] Step [{self.progress.batch}/{batches}]"
+            print(f"{place} Loss {loss:.4f} Perplexity {perplexity:.1f}", flush=True)
         else:
             bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity:.1f}")
 

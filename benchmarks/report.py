@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, flatten, load_config
 from evaluate import NAMES
 from utils import cli, write_atomically
 
@@ -57,16 +57,16 @@ def dev_scores() -> str:
 def ablations() -> str:
     """Return what each change of a recipe does, one seed each, against the recipe with the same seed."""
     lines = ["| recipe | with | BLEU-4 | CIDEr-D | CIDEr-D gained |", "|---" * 5 + "|"]
-    rows = []
+    rows: list[tuple[str, str, float, float, Any]] = []
+    defaults = flatten(load_config().model_dump())
     for path in sorted((HERE / "results" / "flickr8k" / "ablations").glob("*.json")):
         variant = json.loads(path.read_text())
         name = f"{variant['recipe']}-seed{variant['seed']}"
         base = json.loads((HERE / "results" / "flickr8k" / f"{name}.json").read_text())
-        changed = [
-            f"`{key}={show(value)}`"
-            for key, value in variant["config"].items()
-            if value != base["config"].get(key, value)
-        ]
+        settings, usual = (
+            defaults | result["config"] for result in (variant, base)
+        )  # files may be older than settings
+        changed = [f"`{key}={show(value)}`" for key, value in settings.items() if value != usual[key]]
         scores, before = variant["scores"], base["scores"]
         rows.append((name, "–", before["bleu4"], before["cider"], ""))
         rows.append((name, ", ".join(changed), scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
@@ -89,7 +89,7 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-TABLES: dict[str, Callable[[], str]] = {"dev-scores": dev_scores}
+TABLES: dict[str, Callable[[], str]] = {"dev-scores": dev_scores, "ablations": ablations}
 
 
 if __name__ == "__main__":

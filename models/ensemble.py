@@ -45,16 +45,14 @@ class Ensemble(Decoder):
         self, token: torch.Tensor, state: State, memory: Memory
     ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
         memories, states = split(memory, self.memory_sizes), split(state, self.state_sizes)
-        log_probs, after, maps = [], [], []
+        log_probs, after, maps = [], [], []  # type: tuple[list, list, list]
         for member, own_state, own_memory in zip(self.members, states, memories, strict=True):
             logits, own_state, attention = member.decoder.step(token, own_state, own_memory)
             log_probs.append(logits.float().log_softmax(1))
             after.append(own_state)
             maps.append(attention)
         together = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (N, V)
-        known = [each for each in maps if each is not None]
-        alike = len(known) == len(maps) and len({each.shape for each in known}) == 1
-        return together, join(after), torch.stack(known).mean(0) if alike else None
+        return together, join(after), torch.stack(maps).mean(0) if self.heads else None
 
 
 def join(parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:

@@ -16,6 +16,7 @@ from data.vocab import EOS, PAD, SOS, UNK
 from models.decoder import Decoder, Memory, State
 
 INF = float("inf")
+NEVER = [PAD, SOS, UNK]  # words that are never written
 WORTH_NARROWING = 0.9  # share of the rows still needed above which leaving the others out is not worth its copies
 
 
@@ -178,7 +179,7 @@ def allow(
     `<eos>` stays possible where nothing else is.
     """
     end = log_probs[:, EOS].clamp(min=-1e9)  # (N,)
-    log_probs[:, [PAD, SOS, UNK, *forbidden]] = -INF
+    log_probs[:, [*NEVER, *forbidden]] = -INF
     if options.no_repeat_ngram:
         rows, repeated = repeating(words[:, 1:], options.no_repeat_ngram)
         log_probs[rows, repeated] = -INF
