@@ -169,3 +169,12 @@ def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
     captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 20)
     assert all(len(ids) <= 2 and EOS not in ids[:-1] for ids in captions)
     assert {len(ids) for ids in captions if EOS not in ids} == {2}
+
+
+def test_captions_are_drawn_as_the_decoder_has_them_whatever_search_is_told(tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, "search.min_length=4", "search.top_k=1", "search.no_repeat_ngram=1")
+    critic = SelfCritical(model, toy_dataset(model))
+    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 100)
+    assert min(map(len, captions)) < 4
+    assert len(set(map(tuple, captions))) > 50
+    assert any(len(set(ids)) < len(ids) for ids in captions)
