@@ -2,10 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
@@ -21,21 +20,23 @@ SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of lengths ot
 def cross_entropy(model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the objective of teacher forcing and the plain negative log-likelihood per word."""
     config = model.config.train
-    logits, attention = model(batch.pictures, batch.inputs, batch.owner)  # (N, T, V), (N, T, A, L)
-    objective, nll = caption_loss(logits, batch.targets, config.label_smoothing)
+    hidden, attention = model(batch.pictures, batch.inputs, batch.owner)  # (N, T, H), (N, T, A, L)
+    objective, nll = caption_loss(model.decoder.output, hidden, batch.targets, config.label_smoothing)
     if config.doubly_stochastic:
         objective = objective + config.doubly_stochastic * uneven_looking(attention, batch.targets)
     return objective, nll
 
 
-def caption_loss(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+def caption_loss(
+    output: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the label-smoothed objective and the plain negative log-likelihood, both means over real words.
 
     Args:
-        logits: (N, T, V); targets: (N, T), `<pad>` where a caption has ended.
+        output: makes logits of hidden (N, T, H); targets: (N, T), `<pad>` where a caption has ended.
     """
     real = targets != PAD  # (N, T)
-    log_probs = F.log_softmax(logits[real].float(), dim=-1)  # (words, V)
+    log_probs = output(hidden[real]).float().log_softmax(1)  # (words, V)
     nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
     if smoothing == 0:
         return nll, nll.detach()
@@ -80,14 +81,13 @@ class SelfCritical:
         captions = self.write(model, pictures, self.drawn, self.samples)  # B K captions
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
-        logits, _ = model.decoder(pictures, tokens[:, :-1], owner)  # (B K, T, V)
-        targets = tokens[:, 1:]
-        real = targets != PAD  # (B K, T)
-        drawn_from = logits.float().index_fill(2, self.never, -math.inf).log_softmax(2)  # (B K, T, V)
-        log_probs = drawn_from.gather(2, targets.unsqueeze(2)).squeeze(2).masked_fill(~real, 0)  # (B K, T)
-        advantage = self.advantage(model, pictures, captions, batch.images).unsqueeze(1)  # (B K, 1)
-        words = real.sum()
-        return -(advantage * log_probs).sum() / words, -log_probs.detach().sum() / words
+        hidden, _ = model.decoder(pictures, tokens[:, :-1], owner)  # (B K, T, H)
+        caption, place = (tokens[:, 1:] != PAD).nonzero(as_tuple=True)  # (words,) each
+        logits = model.decoder.output(hidden[caption, place])  # (words, V)
+        drawn_from = logits.float().index_fill(1, self.never, -math.inf).log_softmax(1)
+        log_probs = drawn_from.gather(1, tokens[caption, place + 1].unsqueeze(1)).squeeze(1)  # (words,)
+        advantage = self.advantage(model, pictures, captions, batch.images)[caption]  # (words,)
+        return -(advantage * log_probs).mean(), -log_probs.detach().mean()
 
     def advantage(
         self, model: CaptionModel, pictures: torch.Tensor, captions: list[list[int]], images: torch.Tensor

@@ -404,8 +404,9 @@ class Trainer:
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                logits, _ = self.model(moved.pictures, moved.inputs, moved.owner)
-            total += float(caption_loss(logits, moved.targets, smoothing=0)[1]) * batch.words
+                hidden, _ = self.model(moved.pictures, moved.inputs, moved.owner)
+                loss = caption_loss(self.model.decoder.output, hidden, moved.targets, smoothing=0)[1]
+            total += float(loss) * batch.words
             words += batch.words
         return total / words
 

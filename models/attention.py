@@ -1,8 +1,9 @@
 """Show, Attend and Tell (Xu et al. 2015): an LSTM that looks at the picture anew before each word."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from config import DecoderConfig, UserError
@@ -12,8 +13,9 @@ from models.decoder import Decoder, Memory, State, by_picture
 class AttentionRNN(Decoder):
     """Soft attention over the cells of a grid (equation 13 of the paper) with a gate and a deep output (equation 7).
 
-    Cells are scored by a scaled product with the query (Luong et al. 2015) rather than by the paper's small network:
-    training then reads the cells once for all captions of a picture, and writes no L hidden vectors for each word.
+    What the paper computes for each word is computed once for each picture where it can be. Cells are scored by their
+    scaled product with a query (Luong et al. 2015) rather than by a small network, and since attention and the gate
+    only weigh cells and add them up, each cell is mapped to what it says to the LSTM before it is weighed, not after.
     L cells, H hidden size, E embedding size, N = B K captions, K of each picture.
     """
 
@@ -27,12 +29,13 @@ class AttentionRNN(Decoder):
         hidden, embed = config.hidden_size, config.embed_size
         self.dropout = nn.Dropout(config.dropout)
         self.cells = nn.Linear(feature_size, hidden)
-        self.keys = nn.Linear(hidden, hidden)
         self.first_state = nn.Linear(hidden, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
-        self.query = nn.Linear(hidden, 2 * hidden)  # what to look for, and the gate of what is seen
-        self.word_gates = nn.Linear(embed, 4 * hidden)
-        self.gates = nn.Linear(2 * hidden, 4 * hidden, bias=False)
+        self.parts = [hidden, 4 * hidden]  # of what word and state say: the query, and what goes to the LSTM's gates
+        self.from_word = nn.Linear(embed, sum(self.parts))
+        self.from_state = nn.Linear(hidden, sum(self.parts), bias=False)
+        self.from_cells = nn.Linear(hidden, 4 * hidden, bias=False)
+        self.gate = nn.Linear(hidden, 1)
         self.deep = nn.Linear(2 * hidden, embed)
         self.output = nn.Linear(embed, vocab_size)
         self.init_weights()
@@ -40,7 +43,7 @@ class AttentionRNN(Decoder):
     def init_weights(self) -> None:
         """Start with a forget bias of 1 (Jozefowicz et al. 2015)."""
         with torch.no_grad():
-            self.word_gates.bias.view(4, -1)[1] += 1
+            self.from_word.bias.split(self.parts)[1].view(4, -1)[1] += 1
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
@@ -49,45 +52,69 @@ class AttentionRNN(Decoder):
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
         words = self.embedding(rows)  # (B K, T, E)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
-        seen, maps = [], []
-        for word_gates in self.word_gates(words).unbind(1):
-            h, c, context, attention = self.look(word_gates, h, c, memory)
-            seen.append(torch.cat([h, context], dim=1))
+        weight = self.from_state.weight
+        read: list[torch.Tensor] = []
+        heard = AddWithOneGradient.apply(self.from_word(words.transpose(0, 1)), weight, read)  # (T, B K, 5 H)
+        hiddens, gates, maps = [], [], []
+        for word in heard.unbind():
+            read.append(h.detach())
+            h, c, gate, attention = self.look(word + F.linear(h, weight.detach()), h, c, memory)
+            hiddens.append(h)
+            gates.append(gate)
             maps.append(attention)
-        logits = self.read_out(words[slot], torch.stack(seen, dim=1)[slot])  # (N, T, V)
-        return logits, torch.stack(maps, dim=1)[slot]  # (N, T, 1, L)
+        hidden, gate = torch.stack(hiddens, dim=1), torch.stack(gates, dim=1)  # (B K, T, H), (B K, T, 1)
+        attention = torch.stack(maps, dim=2)  # (B, K, T, L)
+        seen = (attention.flatten(1, 2) @ memory[0]).view_as(hidden)  # (B K, T, H)
+        states = self.read_out(words, hidden, gate * seen)  # (B K, T, E)
+        return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
         cells = self.dropout(self.cells(features).relu())  # (B, L, H)
-        return cells, self.keys(cells) * cells.shape[2] ** -0.5, self.first_state(cells.mean(1))
+        keys = (cells * cells.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
+        return cells, keys, self.from_cells(cells), self.first_state(cells.mean(1))
 
     def start(self, memory: Memory) -> State:
-        h, c = memory[2].tanh().chunk(2, dim=1)  # (B, H) each
+        h, c = memory[3].tanh().chunk(2, dim=1)  # (B, H) each
         return h, c
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
         h, c = state
         words = self.embedding(token)  # (N, E)
-        h, c, context, attention = self.look(self.word_gates(words), h, c, memory)
-        return self.read_out(words, torch.cat([h, context], dim=1)), (h, c), attention
+        h, c, gate, attention = self.look(self.from_word(words) + self.from_state(h), h, c, memory)
+        seen = gate * (attention @ memory[0]).flatten(0, 1)  # (N, H)
+        return self.output(self.read_out(words, h, seen)), (h, c), attention.flatten(0, 1).unsqueeze(1)
 
     def look(
-        self, word_gates: torch.Tensor, h: torch.Tensor, c: torch.Tensor, memory: Memory
+        self, heard: torch.Tensor, h: torch.Tensor, c: torch.Tensor, memory: Memory
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look at the picture, then read a word: `word_gates` (N, 4 H), h and c (N, H).
+        """Look at the picture, then read a word: `heard` (N, 5 H) of the word and the state, h and c (N, H).
 
-        Returns h and c (N, H), what was seen (N, H) and where (N, 1, L).
+        Returns h and c (N, H), how open the gate was (N, 1), and where it looked (B, K, L).
         """
-        cells, keys, _ = memory  # (B, L, H) each
-        query, gate = self.query(h).chunk(2, dim=1)  # (N, H) each
-        asked = query.view(len(cells), -1, cells.shape[2])  # (B, K, H)
-        attention = (asked @ keys.transpose(1, 2)).softmax(2)  # (B, K, L)
-        context = gate.sigmoid() * (attention @ cells).flatten(0, 1)  # (N, H)
-        i, f, g, o = (word_gates + self.gates(torch.cat([context, h], dim=1))).chunk(4, dim=1)
+        _, keys, values, _ = memory  # (B, H, L), (B, L, 4 H)
+        query, own = heard.split(self.parts, dim=1)
+        attention = (query.unflatten(0, (len(keys), -1)) @ keys).softmax(2)  # (B, K, L)
+        gate = self.gate(h).sigmoid()  # (N, 1)
+        i, f, g, o = torch.addcmul(own, gate, (attention @ values).flatten(0, 1)).chunk(4, dim=1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        return h, c, context, attention.view(len(h), 1, -1)
+        return o.sigmoid() * c.tanh(), c, gate, attention
 
-    def read_out(self, words: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the next word from the last one and what was seen: the deep output of equation 7."""
-        return self.output(self.dropout(words + self.deep(seen)))
+    def read_out(self, words: torch.Tensor, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Return what `output` reads (..., E), of the last word, the state and what was seen (equation 7)."""
+        return self.dropout(words + self.deep(torch.cat([hidden, seen], dim=-1)))
+
+
+class AddWithOneGradient(torch.autograd.Function):
+    """Leaves `sums` as they are, and is the gradient of `weight` in sums[t] + read[t] @ weight.T, to be added by hand.
+
+    Backpropagation through time would add up T small products, and read and write the whole gradient for each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: torch.Tensor, weight: torch.Tensor, read: list[torch.Tensor]) -> torch.Tensor:
+        ctx.read = read
+        return sums.view_as(sums)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return grad, grad.flatten(0, 1).T @ torch.cat(ctx.read), None

@@ -3,6 +3,7 @@
 A new decoder is one file with one class of this shape, and one line in DECODERS of model.py.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -18,19 +19,21 @@ class Decoder(nn.Module):
     """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
-    they come standardised. `heads` is A, the number of attention maps for each word.
+    they come standardised. `heads` is A, the number of attention maps for each word. `output` maps what the decoder
+    has in mind at a place (..., H) to the logits of the next word (..., V): where a caption has ended it need not.
     """
 
     grid: ClassVar[bool] = False
     heads: int = 0
+    output: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and predict each next word.
+        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and get ready to predict each next word.
 
-        `owner` (N,) names each caption's row in `features`. Returns logits (N, T, V), whose place t scores the word
-        after tokens[:, t], and attention (N, T, A, L), a map on the cells for each of A heads, or None.
+        `owner` (N,) names each caption's row in `features`. Returns hidden (N, T, H), of whose place t `output` makes
+        the logits of the word after tokens[:, t], and attention (N, T, A, L), maps on the cells by A heads, or None.
         """
         raise NotImplementedError
 
@@ -105,7 +108,7 @@ class DecoderRNN(Decoder):
         picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
         inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
         hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
-        return self.output(self.dropout(hidden[:, 1:])), None  # (N, T, V)
+        return self.dropout(hidden[:, 1:]), None  # (N, T, H)
 
     def prepare(self, features: torch.Tensor) -> Memory:
         return (self.project(features),)  # (B, E)

@@ -129,7 +129,7 @@ class CaptionModel(nn.Module):
     def forward(
         self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return teacher-forced logits (N, T, V) of each word after `tokens` (N, T), and attention (N, T, A, L).
+        """Teacher forcing: return hidden (N, T, H) and attention (N, T, A, L) as `Decoder.forward` does.
 
         `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
         """

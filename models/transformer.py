@@ -49,7 +49,7 @@ class TransformerDecoder(Decoder):
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
         nothing = tuple(part.new_empty(len(rows), 0, part.shape[2]) for part in memory)
         hidden, _, maps = self.read(rows, nothing, memory)
-        return self.output(hidden[slot]), maps[slot]  # (N, T, V), (N, T, A, L)
+        return hidden[slot], maps[slot]  # (N, T, E), (N, T, A, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
         cells = self.dropout(self.cells(features))  # (B, L, E)

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pycocoevalcap.cider.cider import Cider
+from torch import nn
 
 from data.dataset import Batch, Flickr8kDataset, padded
 from data.vocab import EOS, PAD, SOS, UNK, build_vocab
 from models.model import CaptionModel
 from objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
 
+AS_THEY_ARE = nn.Identity()  # hidden states are logits here
 TARGETS = torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])
 
 
@@ -27,17 +29,17 @@ def logits() -> torch.Tensor:
 def test_more_padding_does_not_change_the_loss(logits: torch.Tensor, smoothing: float) -> None:
     longer = torch.cat([logits, 50 * torch.ones(2, 6, 9)], dim=1)
     padded = F.pad(TARGETS, (0, 6), value=PAD)
-    assert caption_loss(longer, padded, smoothing) == caption_loss(logits, TARGETS, smoothing)
+    assert caption_loss(AS_THEY_ARE, longer, padded, smoothing) == caption_loss(AS_THEY_ARE, logits, TARGETS, smoothing)
 
 
 def test_what_is_predicted_behind_the_end_does_not_matter(logits: torch.Tensor) -> None:
     changed = torch.where((TARGETS == PAD).unsqueeze(2), torch.full_like(logits, 1e4), logits)
-    assert caption_loss(changed, TARGETS, 0.1) == caption_loss(logits, TARGETS, 0.1)
+    assert caption_loss(AS_THEY_ARE, changed, TARGETS, 0.1) == caption_loss(AS_THEY_ARE, logits, TARGETS, 0.1)
 
 
 def test_padding_has_no_gradient(logits: torch.Tensor) -> None:
     logits.requires_grad_()
-    caption_loss(logits, TARGETS, 0.1)[0].backward()
+    caption_loss(AS_THEY_ARE, logits, TARGETS, 0.1)[0].backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad.abs().sum(2) > 0, TARGETS != PAD)
 
@@ -45,24 +47,24 @@ def test_padding_has_no_gradient(logits: torch.Tensor) -> None:
 @pytest.mark.parametrize("smoothing", [0, 0.1, 0.5])
 def test_the_objective_is_pytorchs_own_label_smoothing(logits: torch.Tensor, smoothing: float) -> None:
     expected = F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=PAD, label_smoothing=smoothing)
-    torch.testing.assert_close(caption_loss(logits, TARGETS, smoothing)[0], expected)
+    torch.testing.assert_close(caption_loss(AS_THEY_ARE, logits, TARGETS, smoothing)[0], expected)
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 def test_the_logged_loss_is_the_mean_over_real_words_and_never_smoothed(logits: torch.Tensor, smoothing: float) -> None:
     rows, places = (TARGETS != PAD).nonzero(as_tuple=True)
     expected = -logits.log_softmax(-1)[rows, places, TARGETS[rows, places]].mean()
-    loss = caption_loss(logits, TARGETS, smoothing)[1]
+    loss = caption_loss(AS_THEY_ARE, logits, TARGETS, smoothing)[1]
     torch.testing.assert_close(loss, expected)
     assert not loss.requires_grad
 
 
 def test_evenly_spread_logits_cost_the_log_of_the_vocabulary() -> None:
-    assert caption_loss(torch.zeros(2, 4, 9), TARGETS, 0)[1] == pytest.approx(math.log(9))
+    assert caption_loss(AS_THEY_ARE, torch.zeros(2, 4, 9), TARGETS, 0)[1] == pytest.approx(math.log(9))
 
 
 def test_the_loss_of_bf16_logits_is_computed_in_fp32(logits: torch.Tensor) -> None:
-    objective, loss = caption_loss(logits.bfloat16(), TARGETS, 0.1)
+    objective, loss = caption_loss(AS_THEY_ARE, logits.bfloat16(), TARGETS, 0.1)
     assert objective.dtype == loss.dtype == torch.float32
 
 
@@ -153,7 +155,8 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     total = own = 0.0
     for place, ids in enumerate(captions):
         picture, others = place // 3, [i for i in range(3) if i != place % 3]
-        logits, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
+        hidden, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
+        logits = model.decoder.output(hidden)
         logits[0, :, [PAD, SOS, UNK]] = -math.inf  # or all that is taken from bad captions would go to these
         log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(ids).unsqueeze(1)).sum().item()
         total -= log_prob * (rewards[picture, place % 3] - rewards[picture, others].mean()).item()

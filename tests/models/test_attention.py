@@ -35,10 +35,11 @@ def test_the_attention_lstm_has_one_layer(refused: Callable) -> None:
 def test_the_lstm_looks_where_its_query_points() -> None:
     torch.manual_seed(0)
     decoder = AttentionRNN(load_config(overrides=["decoder.hidden_size=32"]).decoder, WIDTH, VOCAB).eval()
-    memory = _, keys, _ = decoder.prepare(torch.randn(1, CELLS, WIDTH))
-    decoder.query.weight.zero_()
-    decoder.query.bias[:32] = 1e4 * keys[0, 4] / keys[0, 4].square().sum()
-    keys[0, [0, 1, 2, 3, 5, 6, 7, 8]] *= 0.1
+    memory = _, keys, _, _ = decoder.prepare(torch.randn(1, CELLS, WIDTH))
+    decoder.from_word.weight.zero_()
+    decoder.from_state.weight.zero_()
+    decoder.from_word.bias[:32] = 1e4 * keys[0, :, 4] / keys[0, :, 4].square().sum()
+    keys[0, :, [0, 1, 2, 3, 5, 6, 7, 8]] *= 0.1
     _, _, attention = decoder.step(torch.tensor([7]), decoder.start(memory), memory)
     assert attention.flatten().tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
 

@@ -63,8 +63,8 @@ def train_some_steps(model: CaptionModel) -> None:
     tokens = torch.randint(4, len(model.vocab), (3, 6))
     for _ in range(2):
         optimiser.zero_grad()
-        logits, _ = model(pictures, tokens[:, :-1], torch.arange(3))
-        caption_loss(logits, tokens[:, 1:], 0)[0].backward()
+        hidden, _ = model(pictures, tokens[:, :-1], torch.arange(3))
+        caption_loss(model.decoder.output, hidden, tokens[:, 1:], 0)[0].backward()
         optimiser.step()
 
 
