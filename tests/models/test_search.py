@@ -92,7 +92,7 @@ def random_decoder(seed: int, vocab_size: int = V) -> DecoderRNN:
     decoder = DecoderRNN(config, 6, vocab_size).eval()
     for parameter in decoder.parameters():
         parameter.data.mul_(4)  # so that captions differ
-    decoder.output.bias.data = torch.eye(vocab_size)[EOS] / 2  # and their lengths too
+    decoder.get_parameter("output.bias").data = torch.eye(vocab_size)[EOS] / 2  # and their lengths too
     return decoder
 
 
