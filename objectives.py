@@ -81,7 +81,7 @@ class SelfCritical:
         captions = self.write(model, pictures, self.drawn, self.samples)  # B K captions
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
-        hidden, _ = model.decoder(pictures, tokens[:, :-1], owner)  # (B K, T, H)
+        hidden, _ = model.decoder.hidden(pictures, tokens[:, :-1], owner)  # (B K, T, H)
         caption, place = (tokens[:, 1:] != PAD).nonzero(as_tuple=True)  # (words,) each
         logits = model.decoder.output(hidden[caption, place])  # (words, V)
         drawn_from = logits.float().index_fill(1, self.never, -math.inf).log_softmax(1)

@@ -45,7 +45,7 @@ class AttentionRNN(Decoder):
         with torch.no_grad():
             self.from_word.bias.split(self.parts)[1].view(4, -1)[1] += 1
 
-    def forward(
+    def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)

@@ -19,8 +19,8 @@ class Decoder(nn.Module):
     """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
-    they come standardised. `heads` is A, the number of attention maps for each word. `output` maps what the decoder
-    has in mind at a place (..., H) to the logits of the next word (..., V): where a caption has ended it need not.
+    they come standardised. `heads` is A, the number of attention maps for each word. `output` makes logits (..., V) of
+    hidden states (..., H).
     """
 
     grid: ClassVar[bool] = False
@@ -30,11 +30,18 @@ class Decoder(nn.Module):
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and get ready to predict each next word.
+        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and predict each next word.
 
-        `owner` (N,) names each caption's row in `features`. Returns hidden (N, T, H), of whose place t `output` makes
-        the logits of the word after tokens[:, t], and attention (N, T, A, L), maps on the cells by A heads, or None.
+        `owner` (N,) names each caption's row in `features`. Returns logits (N, T, V), whose place t scores the word
+        after tokens[:, t], and attention (N, T, A, L), a map on the cells for each of A heads, or None.
         """
+        hidden, attention = self.hidden(features, tokens, owner)
+        return self.output(hidden), attention
+
+    def hidden(
+        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Do as `forward` does, up to the states (N, T, H) that `output` makes logits of: padding needs none."""
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> Memory:
@@ -102,7 +109,7 @@ class DecoderRNN(Decoder):
             if name.startswith("bias_ih"):
                 nn.init.ones_(bias.data[self.lstm.hidden_size : 2 * self.lstm.hidden_size])
 
-    def forward(
+    def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)

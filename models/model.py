@@ -129,11 +129,11 @@ class CaptionModel(nn.Module):
     def forward(
         self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: return hidden (N, T, H) and attention (N, T, A, L) as `Decoder.forward` does.
+        """Teacher forcing: return the decoder's hidden states (N, T, H) and attention (N, T, A, L).
 
         `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
         """
-        return self.decoder(self.encode(pictures), tokens, owner)
+        return self.decoder.hidden(self.encode(pictures), tokens, owner)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels."""

@@ -42,7 +42,7 @@ class TransformerDecoder(Decoder):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.embedding.weight, std=0.5 * width**-0.5)
 
-    def forward(
+    def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)

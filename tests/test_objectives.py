@@ -155,8 +155,7 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     total = own = 0.0
     for place, ids in enumerate(captions):
         picture, others = place // 3, [i for i in range(3) if i != place % 3]
-        hidden, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
-        logits = model.decoder.output(hidden)
+        logits, _ = model.decoder(features, torch.tensor([[SOS, *ids[:-1]]]), torch.tensor([picture]))
         logits[0, :, [PAD, SOS, UNK]] = -math.inf  # or all that is taken from bad captions would go to these
         log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(ids).unsqueeze(1)).sum().item()
         total -= log_prob * (rewards[picture, place % 3] - rewards[picture, others].mean()).item()

@@ -33,16 +33,8 @@ def features(name: str, pictures: int = 2) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def score(
-    decoder: Decoder, seen: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return teacher-forced logits (N, T, V) and attention."""
-    hidden, attention = decoder(seen, tokens, owner)
-    return decoder.output(hidden), attention
-
-
 def test_forward_scores_every_word_for_every_place(name: str) -> None:
-    logits, attention = score(build(name), features(name), TOKENS, OWNER)
+    logits, attention = build(name)(features(name), TOKENS, OWNER)
     assert logits.shape == (3, 6, V)
     assert attention is None or attention.shape[:2] + attention.shape[3:] == (3, 6, L)
     assert (attention is not None) == DECODERS[name].grid
@@ -50,7 +42,7 @@ def test_forward_scores_every_word_for_every_place(name: str) -> None:
 
 def test_the_first_loss_is_close_to_the_log_of_the_vocabulary(name: str) -> None:
     decoder, tokens = build(name).eval(), torch.randint(4, V, (40, 12), generator=torch.Generator().manual_seed(0))
-    hidden, _ = decoder(features(name, 40), tokens[:, :-1], torch.arange(40))
+    hidden, _ = decoder.hidden(features(name, 40), tokens[:, :-1], torch.arange(40))
     loss = caption_loss(decoder.output, hidden, tokens[:, 1:], 0)[1]
     assert loss.item() == pytest.approx(math.log(V), rel=0.05)
 
@@ -59,7 +51,7 @@ def test_one_batch_can_be_learned_by_heart(name: str) -> None:
     decoder, seen = build(name, "decoder.dropout=0").train(), features(name)
     optimiser = torch.optim.Adam(decoder.parameters(), lr=0.01)
     for _ in range(150):
-        loss = caption_loss(decoder.output, decoder(seen, TOKENS[:, :-1], OWNER)[0], TOKENS[:, 1:], 0)[0]
+        loss = caption_loss(decoder.output, decoder.hidden(seen, TOKENS[:, :-1], OWNER)[0], TOKENS[:, 1:], 0)[0]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -73,7 +65,7 @@ def test_steps_give_the_logits_of_teacher_forcing(name: str, settings: list[str]
     if name == "attention":
         settings = settings[1:]
     decoder, seen = build(name, *settings).eval(), features(name, 3)
-    together, attention = score(decoder, seen, TOKENS, torch.arange(3))
+    together, attention = decoder(seen, TOKENS, torch.arange(3))
     memory = decoder.prepare(seen)
     state = decoder.start(memory)
     for t in range(TOKENS.shape[1]):
@@ -92,7 +84,7 @@ def test_hypotheses_of_one_picture_may_be_reordered_by_their_state(name: str) ->
     _, state, _ = decoder.step(torch.tensor([5, 6, 7, 8]), state, memory)
     order = torch.tensor([1, 0, 3, 3])
     logits, _, maps = decoder.step(torch.tensor([9, 9, 9, 9]), tuple(part[order] for part in state), memory)
-    expected, attention = score(decoder, seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
+    expected, attention = decoder(seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-4, atol=1e-5)
     if attention is not None:
         torch.testing.assert_close(maps, attention[:, -1], rtol=1e-4, atol=1e-5)
@@ -101,9 +93,9 @@ def test_hypotheses_of_one_picture_may_be_reordered_by_their_state(name: str) ->
 @torch.inference_mode()
 def test_padding_and_other_captions_of_the_batch_do_not_matter(name: str) -> None:
     decoder, seen = build(name).eval(), features(name)
-    together, _ = score(decoder, seen, TOKENS, OWNER)
+    together, _ = decoder(seen, TOKENS, OWNER)
     for caption, length in enumerate((6, 4, 5)):
-        alone, _ = score(decoder, seen, TOKENS[caption : caption + 1, :length], OWNER[caption : caption + 1])
+        alone, _ = decoder(seen, TOKENS[caption : caption + 1, :length], OWNER[caption : caption + 1])
         torch.testing.assert_close(alone[0], together[caption, :length], rtol=1e-4, atol=1e-5)
 
 
@@ -111,15 +103,15 @@ def test_padding_and_other_captions_of_the_batch_do_not_matter(name: str) -> Non
 def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
     decoder, seen = build(name).eval(), features(name)
     order = torch.tensor([2, 0, 1])
-    shuffled, _ = score(decoder, seen, TOKENS[order], OWNER[order])
-    torch.testing.assert_close(shuffled, score(decoder, seen, TOKENS, OWNER)[0][order], rtol=1e-4, atol=1e-5)
+    shuffled, _ = decoder(seen, TOKENS[order], OWNER[order])
+    torch.testing.assert_close(shuffled, decoder(seen, TOKENS, OWNER)[0][order], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_captions_that_share_a_picture_are_scored_as_if_each_had_its_own(name: str) -> None:
     decoder, seen = build(name).eval(), features(name)
-    copied, _ = score(decoder, seen[OWNER], TOKENS, torch.arange(3))
-    torch.testing.assert_close(score(decoder, seen, TOKENS, OWNER)[0], copied, rtol=1e-4, atol=1e-5)
+    copied, _ = decoder(seen[OWNER], TOKENS, torch.arange(3))
+    torch.testing.assert_close(decoder(seen, TOKENS, OWNER)[0], copied, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -127,10 +119,10 @@ def test_a_word_is_predicted_from_the_picture_and_earlier_words_only(name: str) 
     decoder, seen = build(name).eval(), features(name)
     later = TOKENS.clone()
     later[:, 3:] = 11
-    logits, changed = score(decoder, seen, TOKENS, OWNER)[0], score(decoder, seen, later, OWNER)[0]
+    logits, changed = decoder(seen, TOKENS, OWNER)[0], decoder(seen, later, OWNER)[0]
     torch.testing.assert_close(logits[:, :3], changed[:, :3], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits[:, 3:], changed[:, 3:])
-    assert not torch.allclose(logits, score(decoder, seen + 1.5 * torch.rand(D), TOKENS, OWNER)[0])
+    assert not torch.allclose(logits, decoder(seen + 1.5 * torch.rand(D), TOKENS, OWNER)[0])
 
 
 @torch.inference_mode()
@@ -149,7 +141,7 @@ def test_what_search_finds_is_scored_and_looked_at_as_by_teacher_forcing(name: s
         for one in found:
             words = [*one.ids, EOS][:6]
             with torch.inference_mode():
-                logits, attention = score(decoder, seen, torch.tensor([[SOS, *words[:-1]]]), torch.tensor([picture]))
+                logits, attention = decoder(seen, torch.tensor([[SOS, *words[:-1]]]), torch.tensor([picture]))
             log_prob = logits[0].log_softmax(1).gather(1, torch.tensor(words).unsqueeze(1)).sum()
             assert one.log_prob == pytest.approx(log_prob.item(), abs=1e-4)
             if attention is not None:
@@ -158,14 +150,14 @@ def test_what_search_finds_is_scored_and_looked_at_as_by_teacher_forcing(name: s
 
 def test_a_batch_of_one_can_be_trained(name: str) -> None:
     decoder = build(name).train()
-    hidden, _ = decoder(features(name, 1), TOKENS[:1, :-1], torch.tensor([0]))
+    hidden, _ = decoder.hidden(features(name, 1), TOKENS[:1, :-1], torch.tensor([0]))
     caption_loss(decoder.output, hidden, TOKENS[:1, 1:], 0)[0].backward()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
 
 
 def test_the_gradient_of_teacher_forcing_is_that_of_the_steps(name: str) -> None:
     decoder, seen = build(name).eval(), features(name, 3)
-    score(decoder, seen, TOKENS, torch.arange(3))[0].square().sum().backward()
+    decoder(seen, TOKENS, torch.arange(3))[0].square().sum().backward()
     gradients = [parameter.grad for parameter in decoder.parameters()]
     decoder.zero_grad()
     memory = decoder.prepare(seen)
