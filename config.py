@@ -1,11 +1,16 @@
-"""The schema of config.yaml: strict, typed, frozen.
+"""What a script is told: the schema of config.yaml (strict, typed, frozen), the command line, and how mistakes end.
 
 `load_config` reads config.yaml (every default lives there), lays a recipe and `key.sub=value` overrides over it, and
 explains mistakes with the dotted path of the setting and the nearest valid name.
 """
 
+import argparse
 import difflib
+import io
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,7 +50,7 @@ class DataConfig(Section):
     root: str
     captions: str | None
     images: str | None
-    format: Literal["auto", "csv", "sample"]
+    format: Literal["auto", "csv", "token", "karpathy", "coco", "ai_challenger", "jsonl", "sample"]
     language: Literal["en"]
     min_count: PositiveInt
     cache: str
@@ -239,3 +244,36 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     if config.train.doubly_stochastic and config.decoder.name == "lstm":
         raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return config
+
+
+def cli(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # a log file shows each line as it is printed
+    try:
+        return main() or 0
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # whoever read the output, such as `| head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except OSError as error:
+        message = (
+            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of config.yaml")
+    words = sys.argv[1:]
+    overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides += overrides
+    return args

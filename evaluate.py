@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 
 import metrics
-from config import Config, UserError, load_config
+from config import Config, UserError, cli, load_config, parse_command_line
 from data import annotations
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
-from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
+from utils import RUNS, find_run, pick_device, write_atomically
 
 NAMES = {
     **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},

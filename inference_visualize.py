@@ -21,14 +21,14 @@ from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from config import UserError
+from config import UserError, cli, parse_command_line
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption
-from utils import RUNS, cli, find_run, parse_command_line, pick_device, write_atomically
+from utils import RUNS, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics
-from config import Config, UserError, load_config, restore_config
+from config import Config, UserError, cli, load_config, parse_command_line, restore_config
 from data import annotations
 from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
 from data.features import encode_pictures
@@ -32,10 +32,8 @@ from optim import WeightAverage, learning_rate, make_optimiser
 from utils import (
     RUNS,
     StopRequest,
-    cli,
     find_run,
     load_checkpoint,
-    parse_command_line,
     pick_device,
     pick_precision,
     save_checkpoint,
@@ -149,7 +147,7 @@ def report_data(table: pd.DataFrame, config: Config) -> None:
             raise UserError(f"{config.data.root} has no {split} pictures; mend its split lists or add captions")
         if not rows.empty:
             parts.append(f"{split} {rows['image'].nunique():,} pictures with {len(rows):,} captions")
-    print(f"data: {annotations.captions_file(config.data)}: {', '.join(parts)}")
+    print(f"data: {' and '.join(map(str, annotations.caption_files(config.data)))}: {', '.join(parts)}")
 
 
 def build_model(config: Config, captions: pd.Series) -> CaptionModel:

@@ -1,13 +1,10 @@
 """Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
 
-import argparse
 import contextlib
 import io
 import os
 import pickle
-import re
 import signal
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -21,39 +18,6 @@ from config import UserError
 
 RUNS = Path("runs")
 CHECKPOINT_FORMAT = "image-captioning/1"
-
-
-def cli(main: Callable[[], int | None]) -> int:
-    """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # a log file shows each line as it is printed
-    try:
-        return main() or 0
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # whoever read the output, such as `| head`, has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except OSError as error:
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
-        return 130
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of config.yaml")
-    words = sys.argv[1:]
-    overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
-    args = parser.parse_args([word for word in words if word not in overrides])
-    args.overrides += overrides
-    return args
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from config import UserError
-from utils import cli, find_run, write_atomically
+from config import UserError, cli
+from utils import find_run, write_atomically
 
 LOG = "loss_log.txt"
 COLUMNS = ("epoch", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")

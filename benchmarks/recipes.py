@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, flatten, load_config, restore_config
-from utils import RUNS, cli, load_checkpoint, parse_command_line, write_atomically
+from config import FREE_AFTER_TRAINING, cli, flatten, load_config, parse_command_line, restore_config
+from utils import RUNS, load_checkpoint, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "flickr8k"
 ROOT = Path(__file__).parents[1]

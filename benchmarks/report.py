@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from config import UserError, flatten, load_config
+from config import UserError, cli, flatten, load_config
 from evaluate import NAMES
-from utils import cli, write_atomically
+from utils import write_atomically
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"

@@ -1,20 +1,24 @@
-"""Every caption file format becomes one table: a pandas frame with the columns image, image_id, caption, split.
+"""Every caption file becomes one table: a pandas frame with the columns image, image_id, caption, split.
 
-`image` is the picture's path below the image folder, `split` is train, val or test, always decided per picture.
-Nothing after this module knows where captions came from, and nothing here needs torch.
+    python -m data.annotations archive
+
+prints what a folder of captions and pictures holds. `image` is the picture's path below the image folder, `split` is
+train, val or test, always decided per picture. Nothing after this module knows which format (see `data.formats`)
+captions came in, and nothing here needs torch.
 """
 
-import csv
 import json
+import os
 import re
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from config import DataConfig, UserError
-from data import sample
+from data import formats, sample
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
@@ -23,94 +27,142 @@ SPLIT_LISTS = {
     "val": "*[dD]ev[iI]mages.txt",
     "test": "*[tT]est[iI]mages.txt",
 }
+# Where captions and pictures lie when nobody says so: the first pattern that matches.
+CAPTION_FILES = (
+    *("captions.csv", "captions.txt", "captions.jsonl"),
+    *("Flickr*.token.txt", "Flickr8k_text/Flickr8k.token.txt", "results.csv", "results_20130124.token"),
+    *("dataset*.json", "annotations/captions_*.json", "captions_*.json"),
+    *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
+)
+IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
-    """Read the captions named by `config` and decide each picture's split.
+    """Read the captions named by `config`, decide each picture's split, and find the pictures.
 
     Official lists beside the captions decide alone where there are any: pictures on no list are left out. Otherwise
-    `saved_splits` (of the run, see `splits_of`) or a seeded split by picture, 80/10/10.
+    what the files say of splits decides; else `saved_splits` (of the run, see `splits_of`) or a seeded split by
+    picture, 80/10/10.
 
     Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder, and
     pictures that are missing.
     """
+    table, source = read_captions(config)
+    table, missing = find_pictures(table, image_folder(config), source)
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise UserError(
+            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
+            f"{image_folder(config)} ({names}); add them or remove their rows"
+        )
+    if table["split"].isna().all():
+        table["split"] = table["image"].map(saved_or_seeded(table, saved_splits))
+    return table[table["split"].notna()].reset_index(drop=True)
+
+
+def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
+    """Return the table as the files have it, with the splits they and lists beside them tell, and the files' names."""
     if config.format == "sample":
         sample.draw(Path(config.root))
-    path = captions_file(config)
-    table = FORMATS[config.format](path)
+    paths = caption_files(config)
+    tables = [formats.read(path, config.format) for path in paths]
+    if len(paths) > 1:
+        tables = [each.assign(split=split_named(path)) for path, each in zip(paths, tables, strict=True)]
+    table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
-        raise UserError(f"{path} holds no captions; it should have the columns image and caption")
-    official = official_splits(path.parent)
-    table["split"] = table["image"].map(saved_or_seeded(table, saved_splits) if official is None else official)
-    table = table[table["split"].notna()].reset_index(drop=True)
+        raise UserError(f"{source} holds no captions; it should have the columns image and caption")
+    official = official_splits(paths[0].parent)
+    if official is not None:
+        table["split"] = table["image"].map(official)
+        table = table[table["split"].notna()].reset_index(drop=True)
     if table.empty:
-        raise UserError(f"the split lists in {path.parent} name none of the pictures in {path.name}; check the lists")
-    check_pictures(table, image_folder(config), path)
-    return table
+        raise UserError(f"the split lists in {paths[0].parent} name none of the pictures in {source}; check the lists")
+    return table, source
 
 
-def captions_file(config: DataConfig) -> Path:
-    path = find_captions(config)
-    if path is None:
+def caption_files(config: DataConfig) -> list[Path]:
+    """Return the files with captions: one, or several whose names say which split each is.
+
+    Raises UserError when there is none, and when there are several between which only the user can choose.
+    """
+    paths = find_captions(config)
+    if not paths:
         wanted = config.captions or f"{config.root}/captions.csv"
         raise UserError(f"there is no captions file at {wanted}; put it there or say where it is: data.root=FOLDER")
-    return path
+    splits = [split_named(path) for path in paths]
+    if len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
+        names = ", ".join(path.name for path in paths)
+        raise UserError(f"{config.root} has several captions files ({names}); choose with data.captions=FILE")
+    return paths
 
 
-def find_captions(config: DataConfig) -> Path | None:
-    names = [Path(config.captions)] if config.captions else [Path(config.root) / name for name in CAPTION_FILES]
-    return next((path for path in names if path.is_file()), None)
+def find_captions(config: DataConfig) -> list[Path]:
+    """Return the captions files there are: those `data.captions` names or matches, here or in `data.root`."""
+    root = Path(config.root)
+    if config.captions is None:
+        return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
+    places = (Path(config.captions), root / config.captions)
+    return next(filter(None, ([place] if place.is_file() else matching(place) for place in places)), [])
+
+
+def matching(pattern: Path) -> list[Path]:
+    return sorted(path for path in map(Path, glob(str(pattern))) if path.is_file())
+
+
+def split_named(path: Path) -> str | None:
+    """Return the split in a file's name: train for captions_train2014.json."""
+    named = re.search(r"(?<![a-z])(train|val|test)", path.name.lower())
+    return named[1] if named else None
 
 
 def image_folder(config: DataConfig) -> Path:
-    """Return the folder that the `image` column is relative to."""
-    names = [Path(config.images)] if config.images else [Path(config.root) / name for name in ("images", "Images")]
-    for path in names:
-        if path.is_dir():
-            return path
-    raise UserError(f"there is no picture folder at {names[0]}; put it there or say where it is: data.images=FOLDER")
+    """Return the folder that the `image` column is relative to: `data.root` itself when folders in it hold pictures."""
+    root = Path(config.root)
+    places = [Path(config.images), root / config.images] if config.images else [root / name for name in IMAGE_FOLDERS]
+    for place in places:
+        if place.is_dir():
+            return place
+    if not config.images and root.is_dir() and any(path.lower().endswith(SUFFIXES) for path in files_below(root)):
+        return root
+    raise UserError(f"there is no picture folder at {places[0]}; put it there or say where it is: data.images=FOLDER")
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read `image,caption` rows: Flickr8k's captions.csv and Kaggle's captions.txt, unquoted commas included."""
-    images, captions = [], []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.reader(file)
-            header = [name.strip().lower() for name in next(rows, [])]
-            if "image" not in header or "caption" not in header:
-                raise UserError(f"{path} starts with {','.join(header)!r}; its first line should be: image,caption")
-            for row in rows:
-                if row:
-                    image, caption = split_row(row, header, f"{path} line {rows.line_num}")
-                    images.append(image)
-                    captions.append(caption)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as such") from None
-    return pd.DataFrame({"image": images, "image_id": images, "caption": captions}, dtype=str)
+def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
+
+    A picture is where its name says, or the only file there is whose path ends with its name, or is its end.
+    Raises UserError where several are.
+    """
+    paths = list(files_below(folder))
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        places.setdefault(path.rpartition("/")[2], []).append(path)
+    found, missing = {path: path for path in paths}, []
+    for image in table["image"].unique():
+        if image not in found:
+            near = [path for path in places.get(image.rpartition("/")[2], []) if is_end(path, image)]
+            if len(near) > 1:
+                raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
+            found[image] = near[0] if near else image
+            missing += [] if near else [image]
+    return table.assign(image=table["image"].map(found)), missing
 
 
-FORMATS: dict[str, Callable[[Path], pd.DataFrame]] = {"auto": read_csv, "csv": read_csv, "sample": read_csv}
-CAPTION_FILES = ("captions.csv", "captions.txt")
+def is_end(path: str, other: str) -> bool:
+    """Whether one of two paths is the end of the other: x/a.jpg and a.jpg, but not x/a.jpg and y/a.jpg."""
+    return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 
-def split_row(row: list[str], header: list[str], where: str) -> tuple[str, str]:
-    """Return image and caption of one row; a caption in the last column may hold commas without quotes."""
-    if header[-1] == "caption" and len(row) > len(header):
-        row = [*row[: len(header) - 1], ",".join(row[len(header) - 1 :])]
-    if len(row) != len(header):
-        raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
-    image, caption = (row[header.index(name)].strip() for name in ("image", "caption"))
-    if "\n" in caption or "\r" in caption:
-        raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
-    if not re.search(r"\w", caption):
-        raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
-    name = PurePosixPath(image.replace("\\", "/"))
-    if not image or name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:", image):
-        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")
-    return name.as_posix(), caption
+def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
+    """Yield the files in `folder` and so many levels below, by their paths with forward slashes."""
+    for entry in os.scandir(folder):
+        if not entry.is_dir():
+            yield prefix + entry.name
+        elif depth and not entry.name.startswith("."):
+            yield from files_below(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
 
 
 def official_splits(folder: Path) -> dict[str, str] | None:
@@ -174,20 +226,3 @@ def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
 def pictures(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per picture, in the table's order."""
     return table.drop_duplicates("image")
-
-
-def check_pictures(table: pd.DataFrame, folder: Path, source: Path) -> None:
-    """Raise UserError when pictures are missing, with their number and the first five names."""
-    images = table["image"].unique()
-    present: set[str] = set()
-    for parent in {PurePosixPath(image).parent for image in images}:
-        where = folder / parent
-        if where.is_dir():
-            present.update((parent / path.name).as_posix() for path in where.iterdir())
-    missing = [image for image in images if image not in present]
-    if missing:
-        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise UserError(
-            f"{source} names {len(missing)} of {len(images)} pictures that are not in {folder} ({names}); "
-            "add them or remove their rows"
-        )

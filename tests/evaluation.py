@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import nltk
-import pandas as pd
 import pytest
 from conftest import TINY
 
+import config
 import evaluate
 import metrics
 import train
-import utils
-from data import annotations
+from data import formats
 
 Run = Callable[..., int]
 Refusal = Callable[..., None]
@@ -52,10 +51,10 @@ def scored(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setenv("PATH", str(folder / "nothing"))
         patch.setattr(sys, "argv", ["train.py", *TINY, *LEARNING, *(f"search.{setting}" for setting in SEARCH)])
-        assert utils.cli(train.main) == 0
+        assert config.cli(train.main) == 0
         patch.setattr(sys, "argv", ["evaluate.py"])
         with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
-            assert utils.cli(evaluate.main) == 0
+            assert config.cli(evaluate.main) == 0
     return folder
 
 
@@ -78,7 +77,7 @@ def run_with_java(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
         try:
-            return utils.cli(evaluate.main)
+            return config.cli(evaluate.main)
         except SystemExit as exit_:  # argparse's own way
             assert isinstance(exit_.code, int)
             return exit_.code
@@ -112,10 +111,10 @@ def refuses(run: Run, capsys: pytest.CaptureFixture[str]) -> Refusal:
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the pictures numbers as ids, as COCO does: 10.jpg is 10."""
 
-    def read(path: Path) -> pd.DataFrame:
-        return annotations.read_csv(path).assign(image_id=lambda table: table["image"].str[:2].astype(int))
+    def read(path: Path) -> list[formats.Row]:
+        return [(image, int(image[:2]), caption, split) for image, _, caption, split in formats.read_csv(path)]
 
-    monkeypatch.setitem(annotations.FORMATS, "auto", read)
+    monkeypatch.setitem(formats.READERS, "csv", read)
 
 
 def read_scores(path: str = "runs/flickr8k/scores-test.json") -> dict[str, Any]:

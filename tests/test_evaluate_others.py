@@ -19,7 +19,7 @@ from evaluation import (
     write_captions,
 )
 
-from data import annotations
+from data import formats
 
 # ---- captions of any system ------------------------------------------------------------------------------------------
 
@@ -102,7 +102,8 @@ def test_a_picture_twice_as_number_and_as_text_is_refused(refuses: Refusal) -> N
 def test_two_pictures_of_one_id_among_the_references_are_refused(
     refuses: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(annotations.FORMATS, "auto", lambda path: annotations.read_csv(path).assign(image_id=7))
+    rows = [("10.jpg", 7, "a dog", None), ("11.jpg", 7, "a cat", None)]
+    monkeypatch.setitem(formats.READERS, "csv", lambda path: rows)
     refuses(f"--predictions {write_captions({7: 'a dog'})}", "more than one picture with the id 7")
 
 

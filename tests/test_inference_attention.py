@@ -14,6 +14,7 @@ import torch
 from conftest import SCENES
 from PIL import Image
 
+import config
 import inference_visualize
 import render
 import utils
@@ -53,7 +54,7 @@ def run(archive: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     def command(decoder: str, *words: str) -> int:
         model = ("--checkpoint", str(checkpoints / f"{decoder}.pth"))
         monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *model, *words])
-        return utils.cli(inference_visualize.main)
+        return config.cli(inference_visualize.main)
 
     return command
 

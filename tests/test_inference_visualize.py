@@ -15,10 +15,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+import config
 import inference_visualize
 import metrics
 import train
-import utils
 from data.vocab import TOKENISERS
 from models.model import Caption
 
@@ -33,7 +33,7 @@ def trained(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *TINY, "train.epochs=1"])
-        assert utils.cli(train.main) == 0
+        assert config.cli(train.main) == 0
     return folder
 
 
@@ -45,7 +45,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *words])
-        return utils.cli(inference_visualize.main)
+        return config.cli(inference_visualize.main)
 
     return command
 

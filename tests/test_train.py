@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import TINY
 
+import config
 import train
-import utils
 from config import load_config
 from data.vocab import build_vocab
 from models.model import CaptionModel
@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        return utils.cli(train.main)
+        return config.cli(train.main)
 
     return command
 

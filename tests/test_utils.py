@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from config import UserError
+from config import UserError, cli
 from utils import (
     StopRequest,
-    cli,
     find_run,
     load_checkpoint,
     pick_precision,
@@ -219,7 +218,7 @@ def test_an_interrupt_ends_with_code_130_and_a_clean_end_with_0(capsys: pytest.C
 
 
 def test_whoever_reads_the_output_may_leave_early() -> None:
-    script = "import sys, utils; sys.exit(utils.cli(lambda: [print(n) for n in range(99_999)] and None))"
+    script = "import sys, config; sys.exit(config.cli(lambda: [print(n) for n in range(99_999)] and None))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.readline()

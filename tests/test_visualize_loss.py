@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import utils
+import config
 import visualize_loss
 from config import UserError
 
@@ -36,7 +36,7 @@ def write_run(name: str, log: str = HEADER + "".join(ROWS)) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["visualize_loss.py", *words])
-    return utils.cli(visualize_loss.main)
+    return config.cli(visualize_loss.main)
 
 
 def test_without_arguments_it_draws_the_newest_run_and_says_which(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import annotations, dataset
+from data import dataset, formats
 from data.dataset import Batch, Flickr8kDataset, batch_indices
 from data.features import Features
 from data.transforms import Transform
@@ -85,7 +85,7 @@ def test_half_of_the_pictures_are_shown_mirrored(captions: Flickr8kDataset) -> N
 
 
 def test_pixels_are_mirrored_from_left_to_right(archive: Path, vocab: Vocabulary) -> None:
-    table = annotations.read_csv(archive / "captions.csv")
+    table = formats.read(archive / "captions.csv")
     pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32))
     plain = pixels[0].pictures
     pixels.flipped[0] = True
@@ -103,7 +103,7 @@ def test_each_picture_of_a_batch_is_read_once(
         return Image.open(path)
 
     monkeypatch.setattr(dataset, "open_picture", note_and_open)
-    table = annotations.read_csv(archive / "captions.csv")
+    table = formats.read(archive / "captions.csv")
     pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32))
     batch = pixels.__getitems__([7, 0, 5, 1, 9, 12])
     assert sorted(opened) == ["00.jpg", "01.jpg", "02.jpg"]

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from config import UserError
+from config import UserError, cli
 from data import features
 from data.features import Extractor, FeatureCache
 from data.transforms import open_picture
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from utils import cli, save_checkpoint
+from utils import save_checkpoint
 
 ROOT = Path(features.__file__).parents[1]
 CPU = torch.device("cpu")

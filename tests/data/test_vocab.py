@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import train
 from config import load_config
-from data import annotations, vocab
+from data import formats, vocab
 from data.vocab import EOS, PAD, SOS, SPECIALS, UNK, EnglishTokeniser, Vocabulary, build_vocab
 
 ROOT = Path(vocab.__file__).parents[1]
@@ -145,7 +145,7 @@ def test_the_tokeniser_agrees_with_the_one_papers_score_with() -> None:
 
 
 def test_real_captions_survive_encoding_and_decoding(shared: Path) -> None:
-    captions = annotations.read_csv(shared / "flickr8k" / "captions.csv")["caption"].iloc[::70]
+    captions = formats.read(shared / "flickr8k" / "captions.csv")["caption"].iloc[::70]
     real = build_vocab(captions, min_count=1)
     changed = [text for text in captions if real.encode(real.decode(real.numericalize(text))) != real.encode(text)]
     assert len(changed) <= len(captions) / 500

@@ -1,0 +1,190 @@
+"""Caption files as people find them: each reader makes rows (image, image_id, caption, split) of one file.
+
+`read` recognises a format by what is in the file. A picture may be named by its path or by its file name alone, as
+the source has it: `data.annotations` finds it. A format that knows no splits leaves them None.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from config import UserError
+
+Row = tuple[str, str | int, str, str | None]
+NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
+SAMPLED = 1 << 16  # characters at the start of a file that tell its format
+SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
+
+
+def read(path: Path, name: str = "auto") -> pd.DataFrame:
+    """Return the table of a captions file; `name` overrules the format recognised.
+
+    Captions without a word are left out; `attrs` tells the format and their number.
+
+    Raises UserError for a file that cannot be read, naming the line or the entry at fault.
+    """
+    name = recognise(path) if name == "auto" else name
+    try:
+        table = pd.DataFrame(READERS[name](path), columns=["image", "image_id", "caption", "split"])
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
+    has_words = table["caption"].str.contains(r"\w")
+    table["caption"] = table["caption"].str.split().str.join(" ")
+    table.attrs |= {"format": name, "wordless": int((~has_words).sum())}
+    return table[has_words]
+
+
+def recognise(path: Path) -> str:
+    """Return the name in READERS of the format whose marks the file has: `csv` when it has none."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        head = file.read(SAMPLED).lstrip()
+    first = head.partition("\n")[0]
+    if head.startswith("["):
+        return "ai_challenger"
+    if head.startswith("{"):
+        if re.match(r'\{.*"captions?"\s*:.*\}\s*$', first) and '"annotations"' not in first:
+            return "jsonl"
+        return "karpathy" if '"sentences"' in head else "coco"
+    return "token" if NUMBERED.fullmatch(first.rstrip()) else "csv"
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
+
+    Flickr30k's results.csv has bars: `image_name| comment_number| comment`, and lacks one in a single line.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        bars = "|" in file.readline()
+        file.seek(0)
+        rows = csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if bars else csv.reader(file)
+        try:
+            names = [name.strip().lower() for name in next(rows, [])]
+            header = ["image", "number", "caption"] if names == ["image_name", "comment_number", "comment"] else names
+            if "image" not in header or "caption" not in header:
+                raise UserError(f"{path} starts with {','.join(names)!r}; its first line should be: image,caption")
+            return [split_row(row, header, f"{path} line {rows.line_num}") for row in rows if row]
+        except csv.Error as error:
+            raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as such") from None
+
+
+def split_row(row: list[str], header: list[str], where: str) -> Row:
+    """Return a row; a caption in the last column may hold commas without quotes."""
+    if header[-1] == "caption" and len(row) > len(header):
+        row = [*row[: len(header) - 1], ",".join(row[len(header) - 1 :])]
+    if header[1:] == ["number", "caption"] and len(row) == 2 and (parts := re.fullmatch(r"\s*(\d+)\s+(.*)", row[1])):
+        row = [row[0], *parts.groups()]
+    if len(row) != len(header):
+        raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
+    image, caption = (row[header.index(name)].strip() for name in ("image", "caption"))
+    if "\n" in caption or "\r" in caption:
+        raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
+    return written(image, caption, where)
+
+
+def read_token(path: Path) -> list[Row]:
+    """Read `name.jpg#0<tab>caption` lines (Flickr8k.token.txt), or Flickr8k-CN's `name.jpg#zhc#0 caption`.
+
+    Flickr8k.token.txt has captions of 2258277193_586949ec62.jpg.1, a picture that was never given away: left out.
+    """
+    found: dict[tuple[str, str, str], Row] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = NUMBERED.fullmatch(line.strip())
+        if parts is None:
+            raise UserError(f"{path} line {number} has no number and caption; write it as: name.jpg#0<tab>caption")
+        image, place, caption = parts[1], parts[2], parts[3]
+        if not re.search(r"\.\w+\.\d$", image):
+            found.setdefault((image, place, caption), written(image, caption, f"{path} line {number}"))
+    return list(found.values())
+
+
+def read_karpathy(path: Path) -> list[Row]:
+    """Read a dataset_*.json of Karpathy and Fei-Fei (2015), with its splits; `restval` is trained on."""
+    found: list[Row] = []
+    for place, picture in enumerate(load_json(path)["images"]):
+        where = f"{path} images[{place}]"
+        if picture["split"] not in SPLIT_NAMES:
+            raise UserError(f"{where} has the split {picture['split']!r}; it should be train, restval, val or test")
+        image = inside("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
+        for sentence in picture["sentences"]:
+            found.append((image, picture.get("cocoid", image), sentence["raw"], SPLIT_NAMES[picture["split"]]))
+    return found
+
+
+def read_coco(path: Path) -> list[Row]:
+    """Read COCO's captions_*.json: pictures and captions are two lists, joined by the picture's id."""
+    content = load_json(path)
+    names = {picture["id"]: inside(picture["file_name"], str(path)) for picture in content["images"]}
+    found: list[Row] = []
+    for place, entry in enumerate(content["annotations"]):
+        image_id = entry["image_id"]
+        if image_id not in names:
+            raise UserError(f"{path} annotations[{place}] is of picture {image_id}, which it does not list; remove it")
+        found.append((names[image_id], image_id, entry["caption"], None))
+    return found
+
+
+def read_ai_challenger(path: Path) -> list[Row]:
+    """Read caption_*_annotations_*.json of AI Challenger 2017: a list of pictures, each with a list of captions."""
+    return several(path, load_json(path), "image_id")
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Read one JSON object a line: `image`, `caption` or `captions`, and, if it likes, `image_id` and `split`."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return several(path, (json.loads(line) for line in lines if line.strip()), "image")
+
+
+def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
+    """Return the rows of entries whose picture is under `key` and whose captions are one or a list."""
+    found: list[Row] = []
+    for place, entry in enumerate(entries):
+        image = inside(entry[key], f"{path} entry {place + 1}")
+        captions = entry["captions"] if "captions" in entry else entry["caption"]
+        split = SPLIT_NAMES.get(entry.get("split", ""))
+        if split is None and "split" in entry:
+            raise UserError(f"{path} entry {place + 1} has the split {entry['split']!r}; make it train, val or test")
+        for caption in [captions] if isinstance(captions, str) else captions:
+            found.append((image, entry.get("image_id", image), caption, split))
+    return found
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    "csv": read_csv,
+    "token": read_token,
+    "karpathy": read_karpathy,
+    "coco": read_coco,
+    "ai_challenger": read_ai_challenger,
+    "jsonl": read_jsonl,
+    "sample": read_csv,
+}
+
+
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def written(image: str, caption: str, where: str) -> Row:
+    """Return the row of a line someone wrote: without picture or words it is refused."""
+    if not re.search(r"\w", caption):
+        raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
+    image = inside(image, where)
+    return image, image, caption, None
+
+
+def inside(image: str, where: str) -> str:
+    """Return the path of a picture with forward slashes; raises UserError for one outside its folder."""
+    name = PurePosixPath(image.replace("\\", "/"))
+    if not image or name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:", image):
+        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")
+    return name.as_posix()

@@ -1,0 +1,234 @@
+"""Every caption format people have is recognised by its content and becomes the same table."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from config import load_config
+from data import annotations, formats
+
+CSV = "image,caption\na.jpg,A dog , a cat .\nb.jpg,Two cats .\n"
+RESULTS = "image_name| comment_number| comment\na.jpg| 0| A dog , a cat .\nb.jpg| 4   Two cats .\n"  # as line 19,999 is
+TOKEN = "a.jpg#0\tA dog , a cat .\na.jpg.1#0\tAn ox .\nb.jpg#0\tTwo cats .\nb.jpg#0\tTwo cats .\n"
+CHINESE = "a.jpg#zhc#0 一只狗，一只猫。\na.jpg#zhc#1 狗和猫\nb.jpg#zhc#0 两只猫 🐱\n"
+KARPATHY: dict[str, Any] = {
+    "images": [
+        {
+            "sentids": [0],
+            "imgid": 0,
+            "sentences": [{"tokens": ["a", "dog", "a", "cat"], "raw": "A dog , a cat .", "imgid": 0, "sentid": 0}],
+            "split": "restval",
+            "filename": "a.jpg",
+        },
+        {
+            "sentids": [1],
+            "imgid": 1,
+            "sentences": [{"tokens": ["two", "cats"], "raw": "Two cats .\n", "imgid": 1, "sentid": 1}],
+            "split": "val",
+            "filename": "b.jpg",
+        },
+        {"sentids": [], "imgid": 2, "sentences": [], "split": "test", "filename": "c.jpg"},
+    ],
+    "dataset": "flickr8k",
+}
+COCO: dict[str, Any] = {
+    "info": {"description": "COCO 2014 Dataset", "year": 2014},
+    "images": [
+        {"license": 5, "file_name": "a.jpg", "height": 640, "width": 480, "id": 57870},
+        {"license": 5, "file_name": "b.jpg", "height": 640, "width": 480, "id": 384029},
+        {"license": 5, "file_name": "c.jpg", "height": 640, "width": 480, "id": 222016},
+    ],
+    "licenses": [],
+    "annotations": [
+        {"image_id": 57870, "id": 787980, "caption": "A dog , a cat ."},
+        {"image_id": 384029, "id": 787981, "caption": "Two cats .\n"},
+        {"image_id": 384029, "id": 787982, "caption": " . "},
+    ],
+}
+AI_CHALLENGER = [
+    {"url": "http://img5.cache.netease.com/a.jpg", "image_id": "a.jpg", "caption": ["一只狗，一只猫。", "狗和猫"]},
+    {"url": "http://m4.biz.itc.cn/b.jpg", "image_id": "b.jpg", "caption": ["两只猫 🐱"]},
+    {"url": "http://m4.biz.itc.cn/c.jpg", "image_id": "c.jpg", "caption": []},
+]
+JSONL = '{"image": "a.jpg", "caption": "A dog , a cat ."}\n\n{"image": "b.jpg", "captions": ["Two cats ."]}\n'
+
+ENGLISH_ROWS = [("a.jpg", "A dog , a cat ."), ("b.jpg", "Two cats .")]
+CHINESE_ROWS = [("a.jpg", "一只狗，一只猫。"), ("a.jpg", "狗和猫"), ("b.jpg", "两只猫 🐱")]
+FILES = {
+    "csv": ("captions.csv", CSV, "csv", ENGLISH_ROWS),
+    "kaggle": ("captions.txt", CSV, "csv", ENGLISH_ROWS),
+    "flickr30k": ("results.csv", RESULTS, "csv", ENGLISH_ROWS),
+    "token": ("Flickr8k.token.txt", TOKEN, "token", ENGLISH_ROWS),
+    "flickr8k-cn": ("flickr8kzhc.caption.txt", CHINESE, "token", CHINESE_ROWS),
+    "karpathy": ("dataset_flickr8k.json", json.dumps(KARPATHY), "karpathy", ENGLISH_ROWS),
+    "coco": ("annotations/captions_train2014.json", json.dumps(COCO), "coco", ENGLISH_ROWS),
+    "coco, indented": ("captions_val2017.json", json.dumps(COCO, indent=2), "coco", ENGLISH_ROWS),
+    "ai challenger": (
+        "caption_train_annotations_20170902.json",
+        json.dumps(AI_CHALLENGER, ensure_ascii=False),
+        "ai_challenger",
+        CHINESE_ROWS,
+    ),
+    "jsonl": ("captions.jsonl", JSONL, "jsonl", ENGLISH_ROWS),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    put(tmp_path, "images/a.jpg", "images/b.jpg", "images/c.jpg")
+    return tmp_path
+
+
+def put(root: Path, *names: str, text: str | bytes = b"") -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def load(root: Path, *overrides: str, saved: dict[str, list[str]] | None = None) -> pd.DataFrame:
+    return annotations.load(load_config(overrides=[f"data.root={root}", *overrides]).data, saved)
+
+
+def rows(table: pd.DataFrame) -> list[tuple[str, str]]:
+    return list(zip(table["image"], table["caption"], strict=True))
+
+
+@pytest.fixture(params=FILES)
+def known(request: pytest.FixtureRequest) -> tuple[str, str, str, list[tuple[str, str]]]:
+    return FILES[request.param]
+
+
+def test_a_file_is_found_recognised_and_read(root: Path, known: tuple[str, str, str, Any]) -> None:
+    name, text, kind, expected = known
+    put(root, name, text=text)
+    assert formats.recognise(root / name) == kind
+    assert rows(load(root)) == expected
+
+
+@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t + "\n\n"])
+def test_byte_order_marks_windows_line_ends_and_empty_lines_do_not_matter(
+    change: Callable[[str], str], root: Path, known: tuple[str, str, str, Any]
+) -> None:
+    name, text, _, expected = known
+    put(root, name, text=change(text))
+    assert rows(load(root)) == expected
+
+
+def test_a_format_named_overrules_the_one_recognised(root: Path, refused: Callable) -> None:
+    put(root, "captions.txt", text="image,caption\na.jpg#0 x,A dog\n")
+    put(root, "images/a.jpg#0 x")
+    assert rows(load(root)) == [("a.jpg#0 x", "A dog")]
+    with refused("captions.txt line 1", "name.jpg#0"):
+        load(root, "data.format=token")
+    with refused("captions.txt", "not JSON"):
+        load(root, "data.format=coco")
+
+
+def test_ids_are_those_of_the_source(root: Path) -> None:
+    put(root, "captions_train2014.json", text=json.dumps(COCO))
+    assert load(root)["image_id"].tolist() == [57870, 384029]
+
+
+def test_karpathys_splits_are_kept_and_restval_is_trained_on(root: Path) -> None:
+    put(root, "dataset_flickr8k.json", text=json.dumps(KARPATHY))
+    assert load(root)["split"].tolist() == ["train", "val"]
+
+
+def test_karpathys_coco_has_folders_and_coco_ids(root: Path) -> None:
+    pictures = [{**KARPATHY["images"][0], "filepath": "val2014", "filename": "x.jpg", "cocoid": 391895}]
+    put(root, "dataset_coco.json", text=json.dumps({"images": pictures, "dataset": "coco"}))
+    put(root, "images/val2014/x.jpg", "images/train2014/x.jpg")
+    table = load(root)
+    assert (table["image"][0], table["image_id"][0]) == ("val2014/x.jpg", 391895)
+
+
+def test_two_files_and_two_folders_are_one_dataset(tmp_path: Path) -> None:
+    for split, place in (("train", 0), ("val", 1)):
+        part = COCO | {
+            "images": COCO["images"][place : place + 1],
+            "annotations": COCO["annotations"][place : place + 1],
+        }
+        put(tmp_path, f"annotations/captions_{split}2014.json", text=json.dumps(part))
+        put(tmp_path, f"{split}2014/{'ab'[place]}.jpg")
+    table = load(tmp_path)
+    assert table["image"].tolist() == ["train2014/a.jpg", "val2014/b.jpg"]
+    assert table["split"].tolist() == ["train", "val"]
+
+
+def test_ai_challengers_folders_are_found_as_they_are_unpacked(tmp_path: Path) -> None:
+    for place, (split, date) in enumerate((("train", "20170902"), ("validation", "20170910"))):
+        folder = f"ai_challenger_caption_{split}_{date}"
+        text = json.dumps(AI_CHALLENGER[place : place + 1])
+        put(tmp_path, f"{folder}/caption_{split}_annotations_{date}.json", text=text)
+        put(tmp_path, f"{folder}/caption_{split}_images_{date}/{'ab'[place]}.jpg")
+    table = load(tmp_path)
+    assert table["split"].tolist() == ["train", "train", "val"]
+    assert table["image"][2] == "ai_challenger_caption_validation_20170910/caption_validation_images_20170910/b.jpg"
+
+
+def test_a_pattern_chooses_among_years(root: Path, refused: Callable) -> None:
+    for year in (2014, 2017):
+        for split in ("train", "val"):
+            put(root, f"annotations/captions_{split}{year}.json", text=json.dumps(COCO))
+    with refused("captions_train2014.json, captions_train2017.json", "data.captions"):
+        load(root)
+    assert len(load(root, "data.captions=annotations/captions_train2017.json")) == 2
+    assert len(load(root, "data.captions=annotations/captions_*2017.json")) == 4
+
+
+def test_a_line_may_say_its_split_and_id(root: Path) -> None:
+    entry = {"image": "a.jpg", "image_id": 7, "captions": ["A dog", "An animal"], "split": "dev"}
+    put(root, "captions.jsonl", text=json.dumps(entry) + '\n{"image": "b.jpg", "caption": "A cat", "split": "train"}')
+    table = load(root)
+    assert table["split"].tolist() == ["val", "val", "train"]
+    assert table["image_id"].tolist() == [7, 7, "b.jpg"]
+
+
+def test_a_picture_may_lie_deeper_but_never_beside(tmp_path: Path, refused: Callable) -> None:
+    put(tmp_path, "captions.csv", text="image,caption\na.jpg,A dog\n")
+    put(tmp_path, "images/x/a.jpg")
+    assert load(tmp_path)["image"].tolist() == ["x/a.jpg"]
+    put(tmp_path, "captions.csv", text="image,caption\ny/a.jpg,A dog\n")
+    with refused("1 of 1", "y/a.jpg"):
+        load(tmp_path)
+    put(tmp_path, "captions.csv", text="image,caption\na.jpg,A dog\n")
+    put(tmp_path, "images/y/a.jpg")
+    with refused("x/a.jpg", "y/a.jpg", "with its folder"):
+        load(tmp_path)
+
+
+def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
+    put(tmp_path, "captions.csv", text="image,caption\na.jpg,A dog\nb.jpg,A cat\n")
+    put(tmp_path, "images/x/a.jpg", "images/x/b.jpg")
+    first = load(tmp_path)
+    saved = annotations.splits_of(first)
+    assert all(name.startswith("x/") for names in saved.values() for name in names)
+    assert load(tmp_path, saved={"test": ["x/a.jpg"], "val": ["x/b.jpg"]})["split"].tolist() == ["test", "val"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "not JSON"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog", "split": "all"}', "entry 1"),
+        ("captions.jsonl", '{"image": "../a.jpg", "caption": "A dog"}', "entry 1"),
+        ("captions.jsonl", '{"picture": "a.jpg", "caption": "A dog"}', "'image'"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": 7}', "jsonl"),
+        ("dataset.json", json.dumps(KARPATHY).replace("restval", "dev2"), "images[0]"),
+        ("dataset.json", json.dumps(KARPATHY).replace('"filename"', '"name"'), "'filename'"),
+        ("captions_val2014.json", json.dumps(COCO).replace('"image_id": 57870', '"image_id": 1'), "annotations[0]"),
+        ("captions_val2014.json", json.dumps(COCO)[:200], "not JSON"),
+        ("captions_val2014.json", "{}", "'images'"),
+        ("caption_x_annotations.json", "[]", "holds no captions"),
+        ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg A dog\n", "line 2"),
+        ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg#1\t .\n", "line 2"),
+    ],
+)
+def test_a_fault_is_told_with_its_place(name: str, text: str, words: str, root: Path, refused: Callable) -> None:
+    put(root, name, text=text)
+    with refused(name, words):
+        load(root)
