@@ -7,9 +7,12 @@ train, val or test, always decided per picture. Nothing after this module knows 
 captions came in, and nothing here needs torch.
 """
 
+import argparse
 import json
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
@@ -17,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from config import DataConfig, UserError
+from config import DataConfig, UserError, cli, load_config, parse_command_line
 from data import formats, sample
+from data.vocab import TOKENISERS
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
@@ -226,3 +230,57 @@ def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
 def pictures(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per picture, in the table's order."""
     return table.drop_duplicates("image")
+
+
+def describe(config: DataConfig) -> Iterator[str]:
+    """Yield lines on a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
+    table, source = read_captions(config)
+    table, missing = find_pictures(table, image_folder(config), source)
+    drawn = table["split"].isna().all()
+    if drawn:
+        table["split"] = table["image"].map(saved_or_seeded(table, None))
+    kinds = sorted({formats.recognise(path) for path in caption_files(config)})
+    yield f"captions:   {source} ({', '.join(kinds)})"
+    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(config)}"
+    yield from (f"            missing: {name}" for name in missing[:5])
+    each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
+    yield f"            {each.min()} to {each.max()} captions each, {len(table):,} in all, {twice:,} of them repeated"
+    for split in SPLITS:
+        rows = table[table["split"] == split]
+        note = ", drawn by a seed" if drawn else ""
+        yield f"{split + ':':<11} {rows['image'].nunique():,} pictures, {len(rows):,} captions{note}"
+    tokenise = TOKENISERS[config.language]()
+    words = table["caption"].map(tokenise)
+    yield from describe_lengths(words.str.len())
+    counts = Counter(word for each in words[table["split"] == "train"] for word in each)
+    known = {word for word, count in counts.items() if count >= config.min_count}
+    yield f"vocabulary: {len(known):,} of {len(counts):,} train words occur at least {config.min_count} times"
+    for split in SPLITS:
+        found = [word in known for each in words[table["split"] == split] for word in each]
+        if found:
+            yield f"            they are {100 * sum(found) / len(found):.1f} % of the words in {split}"
+
+
+def describe_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
+    """Yield a histogram of caption lengths, the last line for all that are longer."""
+    width = max(1, round(lengths.quantile(0.99) / bins))
+    places = (lengths // width).clip(upper=bins)
+    counts = places.value_counts().sort_index()
+    yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}"
+    for place, count in counts.items():
+        last = "" if place == bins else f"{(place + 1) * width - 1}"
+        bar = "#" * round(40 * count / counts.max())
+        yield f"{place * width:>8}-{last:<3} {bar} {100 * count / len(lengths):.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print what a folder of captions and pictures holds.")
+    parser.add_argument("path", type=Path, help="the folder, such as archive, or a captions file in it")
+    args = parse_command_line(parser)
+    root, captions = (args.path, []) if args.path.is_dir() else (args.path.parent, [f"data.captions={args.path}"])
+    for line in describe(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
