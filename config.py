@@ -51,7 +51,7 @@ class DataConfig(Section):
     captions: str | None
     images: str | None
     format: Literal["auto", "csv", "token", "karpathy", "coco", "ai_challenger", "jsonl", "sample"]
-    language: Literal["en"]
+    language: Literal["en", "zh", "zh-characters"]
     min_count: PositiveInt
     cache: str
 

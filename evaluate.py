@@ -86,9 +86,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokeniser",
-        choices=["auto", "ptb", "words"],
+        choices=["auto", "ptb", "words", "characters"],
         default="auto",
-        help="ptb needs Java, words does without; auto takes ptb where it can",
+        help="ptb needs Java, words does without; characters are for Chinese, and auto there; else ptb where it can",
     )
     parser.add_argument("--out", metavar="FOLDER", help="default: beside the checkpoint or the predictions")
     return parse_command_line(parser)
@@ -169,7 +169,7 @@ def search_of(predictions: Path, references: References) -> str:
 
 def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
     split, rows = annotations.choose_split(table, args.split, config.data.root)
-    tokeniser, tokenise = metrics.pick_tokeniser(args.tokeniser, TOKENISERS[config.data.language]())
+    tokeniser, tokenise = metrics.pick_tokeniser(args.tokeniser, config.data.language)
     return References(
         split=split,
         rows=rows,

@@ -27,7 +27,7 @@ from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
-from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption
+from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
 from utils import RUNS, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
@@ -253,6 +253,12 @@ def caption_pictures(
         if not captioned:
             raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
         gallery.score(rate(captioned, model))
+    left_out = undrawable("".join(captions[0].text for _, captions in captioned))
+    if left_out:
+        print(
+            f"no font here has {left_out[:5]}{'…' if len(left_out) > 5 else ''}, left out in the JPGs; "
+            "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
+        )
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
     write_atomically(out / "predictions.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
     return broken

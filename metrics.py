@@ -22,6 +22,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
 from config import UserError
+from data.vocab import TOKENISERS
 
 SCORER = f"pycocoevalcap-{importlib.metadata.version('pycocoevalcap')}"
 RESAMPLES = 1000
@@ -125,13 +126,24 @@ def has_java() -> bool:
     return java is not None and subprocess.run([java, "-version"], capture_output=True, check=False).returncode == 0
 
 
-def pick_tokeniser(name: str, own: Callable[[str], list[str]]) -> tuple[str, Callable[[list[str]], Tokenised]]:
-    """Return the tokeniser called ptb or words, `auto` being ptb where Java is, and the name it has in signatures."""
+def pick_tokeniser(name: str, language: str) -> tuple[str, Callable[[list[str]], Tokenised]]:
+    """Return the tokeniser called ptb, words or characters, and the name it has in signatures.
+
+    `auto` is characters for Chinese, whose words are a matter of opinion, and else ptb where Java is.
+    Raises UserError for one that does not go with the language or cannot be had here.
+    """
+    chinese = language != "en"
+    if name == ("ptb" if chinese else "characters"):
+        raise UserError(f"the {name} tokeniser is not for data.language={language}; take --tokeniser auto or words")
+    if chinese:
+        if name == "words":
+            return f"rjieba-words-{importlib.metadata.version('rjieba')}", partial(by_words, TOKENISERS["zh"]())
+        return "characters", partial(by_words, TOKENISERS["zh-characters"]())
     if name == "ptb" and not has_java():
         raise UserError("the ptb tokeniser needs Java; install it (apt install default-jre-headless) or take another")
     if name == "ptb" or (name == "auto" and has_java()):
         return "ptb-java-3.4.1", by_java
-    return f"nltk-words-{importlib.metadata.version('nltk')}", partial(by_words, own)
+    return f"nltk-words-{importlib.metadata.version('nltk')}", partial(by_words, TOKENISERS["en"]())
 
 
 # ---- metrics that need Java ------------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ render.html.
 """
 
 import base64
+import contextlib
 import functools
 import html
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from urllib.parse import quote
 
 import matplotlib
 import numpy as np
+from matplotlib import ft2font
 from PIL import Image, ImageDraw, ImageFont
 
 LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text beside them reads well, large ones shrunk
@@ -39,11 +42,12 @@ ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes i
 ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n(\n?)", re.DOTALL)  # only for a page with it
 
 # Control characters, marks that turn the direction of the text after them, and halves of characters.
+INVISIBLE = frozenset("\u200d\ufe0f")  # they join emoji
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
-CJK = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
-CJK_FONTS = (
+FONTS = (
+    str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
     *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),  # Linux
     *("PingFang.ttc", "Hiragino Sans GB.ttc"),  # macOS
     *("msyh.ttc", "simsun.ttc"),  # Windows
@@ -75,7 +79,7 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return an RGB picture, resized to `fit(picture.size)`, with its caption on a strip of paper below it."""
     caption = plain(caption)
     width, height = fit(picture.size)
-    font = load_font(16 + width // 100, bool(CJK.search(caption)))
+    caption, font = drawable(caption, 16 + width // 100)
     margin, line_height = round(0.7 * font.size), round(1.4 * font.size)
     lines = wrap(shorten(caption), font, width - 2 * margin)
 
@@ -119,15 +123,39 @@ def break_word(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]
     return pieces
 
 
+def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return `text` without the characters that `undrawable` tells, and the font that has the others."""
+    font, glyphs = min(fonts(), key=lambda each: len(set(text) - each[1]))
+    return "".join(character for character in text if character in glyphs), load_font(font, size)
+
+
+def undrawable(text: str) -> str:
+    """Return the characters of `text` that are not in the font that has most of them."""
+    left = min((set(text) - glyphs for _, glyphs in fonts()), key=len)
+    return "".join(sorted(left - INVISIBLE))
+
+
 @functools.cache
-def load_font(size: int, cjk: bool = False) -> ImageFont.FreeTypeFont:
-    """Return matplotlib's DejaVu Sans, or, for Chinese, Japanese and Korean, the first such font installed here."""
-    for name in CJK_FONTS if cjk else ():
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+def fonts() -> list[tuple[str, frozenset[str]]]:
+    """Return the fonts there are, each with its characters: DejaVu Sans of matplotlib, and Chinese ones."""
+    found = []
+    for name in (*FONTS, *packaged_fonts()):
+        with contextlib.suppress(OSError):
+            path = str(load_font(name, 16).path)
+            found.append((path, frozenset(map(chr, ft2font.FT2Font(path).get_charmap()))))
+    return found
+
+
+def packaged_fonts() -> list[str]:
+    """Return the Chinese font that comes with the Python package zhplot, where that is installed."""
+    package = importlib.util.find_spec("zhplot")
+    places = package.submodule_search_locations if package else None
+    return [str(Path(place, "fonts", "NotoSansSC-Regular.ttf")) for place in places or ()]
+
+
+@functools.cache
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(name, size)
 
 
 # ---- a picture and its attention maps --------------------------------------------------------------------------------
@@ -174,7 +202,7 @@ def arrange(titles: list[str], panels: list[Image.Image], size: tuple[int, int])
     draw = ImageDraw.Draw(sheet)
     for number, (title, panel) in enumerate(zip(titles, panels, strict=True)):
         left, bottom = margin + number % columns * width, (1 + number // columns) * height
-        font = load_font(font_size, bool(CJK.search(title)))
+        title, font = drawable(title, font_size)
         draw.text((left, bottom - size[1] - 0.4 * font_size), cut(title, font, size[0]), INK, font, anchor="ls")
         sheet.paste(panel, (left, bottom - size[1]))
     return sheet

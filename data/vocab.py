@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from nltk.tokenize import NLTKWordTokenizer
 
@@ -15,11 +15,24 @@ PAD, SOS, EOS, UNK = range(4)
 # What pycocoevalcap's PTBTokenizer drops, and brackets.
 PUNCTUATION = frozenset("'' ' `` ` ( ) [ ] { } . ? ! , : - -- ... ;".split())  # noqa: SIM905
 
+HAN = "\u2e80-\u2fff\u3005-\u3007\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+OTHER = rf"[^\W{HAN}]"  # a letter or digit that is not Chinese
+EMOJI = "[\U0001f1e6-\U0001f1ff]{2}|\\S(?:[\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d\\S)*"  # flags, and joined ones
+NARROWED = {wide: wide - 0xFEE0 for first, last in ("０９", "Ａｚ") for wide in range(ord(first), ord(last) + 1)}
+ENDS = frozenset("。．.！!？?…；;，,、：:～~")
+PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
+
+
+class Tokeniser(Protocol):
+    """Cuts a caption into words, and joins words again."""
+
+    def __call__(self, text: str) -> list[str]: ...
+
+    def join(self, words: Iterable[str]) -> str: ...
+
 
 class EnglishTokeniser:
     """Lower-case Penn Treebank words without punctuation; needs no NLTK data (no `nltk.download`)."""
-
-    name = "english"
 
     def __init__(self) -> None:
         self._words = NLTKWordTokenizer()
@@ -32,7 +45,49 @@ class EnglishTokeniser:
         return re.sub(r" (n't|'\w+)\b", r"\1", " ".join(words))
 
 
-TOKENISERS = {"en": EnglishTokeniser}
+class CharacterTokeniser:
+    """Chinese characters one by one; Latin words in lower case, numbers and emoji stay whole.
+
+    Marks inside a caption are kept; those at its end, which say nothing, are dropped.
+    """
+
+    def __call__(self, text: str) -> list[str]:
+        pieces = PIECE.findall(text.translate(NARROWED).lower())
+        words = [word for han, other in pieces for word in (self.cut(han) if han else [other])]
+        while words and words[-1] in ENDS:
+            words.pop()
+        return words
+
+    def cut(self, characters: str) -> list[str]:
+        return list(characters)
+
+    def join(self, words: Iterable[str]) -> str:
+        """Return words as a sentence, with blanks only where neither side is Chinese: `一件red t恤`."""
+        return re.sub(f"(?<!{OTHER}) | (?!{OTHER})", "", " ".join(words))
+
+
+class ChineseTokeniser(CharacterTokeniser):
+    """Chinese words, as jieba cuts them; else as `CharacterTokeniser`."""
+
+    def __init__(self) -> None:
+        try:
+            import rjieba
+        except ImportError:
+            raise UserError(
+                "Chinese words need rjieba; install it: pip install -r requirements-extras.txt, "
+                "or take characters: data.language=zh-characters"
+            ) from None
+        self.jieba = rjieba
+
+    def cut(self, characters: str) -> list[str]:
+        return self.jieba.cut(characters)
+
+
+TOKENISERS: dict[str, Callable[[], Tokeniser]] = {
+    "en": EnglishTokeniser,
+    "zh": ChineseTokeniser,
+    "zh-characters": CharacterTokeniser,
+}
 
 
 class Vocabulary:

@@ -350,26 +350,43 @@ def test_a_tokeniser_that_loses_a_line_is_refused(
 
 @needs_java
 def test_with_java_the_tokeniser_is_ptb() -> None:
-    assert metrics.pick_tokeniser("auto", WORDS) == ("ptb-java-3.4.1", metrics.by_java)
-    assert metrics.pick_tokeniser("ptb", WORDS) == ("ptb-java-3.4.1", metrics.by_java)
+    assert metrics.pick_tokeniser("auto", "en") == ("ptb-java-3.4.1", metrics.by_java)
+    assert metrics.pick_tokeniser("ptb", "en") == ("ptb-java-3.4.1", metrics.by_java)
 
 
 @pytest.mark.usefixtures("no_java")
 def test_without_java_the_tokeniser_is_words() -> None:
-    name, tokenise = metrics.pick_tokeniser("auto", WORDS)
+    name, tokenise = metrics.pick_tokeniser("auto", "en")
     assert name == f"nltk-words-{nltk.__version__}"
     assert tokenise(["The dog's ball .", ""]) == ["the dog 's ball", ""]
 
 
 def test_the_words_tokeniser_needs_no_java(install_java: Callable[[str], None]) -> None:
     install_java("exit 0")
-    assert metrics.pick_tokeniser("words", WORDS)[0].startswith("nltk-words")
+    assert metrics.pick_tokeniser("words", "en")[0].startswith("nltk-words")
 
 
 @pytest.mark.usefixtures("no_java")
 def test_ptb_without_java_is_refused(refused: Callable[..., Any]) -> None:
     with refused("needs Java", "apt install default-jre-headless"):
-        metrics.pick_tokeniser("ptb", WORDS)
+        metrics.pick_tokeniser("ptb", "en")
+
+
+def test_chinese_is_scored_by_characters_or_by_words() -> None:
+    for chosen, named, tokens in (
+        ("auto", "characters", "一 只 狗"),
+        ("characters", "characters", "一 只 狗"),
+        ("words", "rjieba-words-", "一只 狗"),
+    ):
+        for language in ("zh", "zh-characters"):
+            name, tokenise = metrics.pick_tokeniser(chosen, language)
+            assert name.startswith(named) and tokenise(["一只狗。"]) == [tokens]
+
+
+@pytest.mark.parametrize(("name", "language"), [("ptb", "zh"), ("characters", "en")])
+def test_a_tokeniser_of_another_language_is_refused(name: str, language: str, refused: Callable[..., Any]) -> None:
+    with refused(f"the {name} tokeniser", f"data.language={language}"):
+        metrics.pick_tokeniser(name, language)
 
 
 # ---- intervals and comparisons ---------------------------------------------------------------------------------------

@@ -73,9 +73,10 @@ def test_long_captions_are_broken_into_lines_inside_the_margins(caption: str) ->
 
 def test_no_word_is_lost_in_wrapping() -> None:
     text = "a very long " + "x" * 90 + " word"
-    lines = render.wrap(text, render.load_font(20), 300)
+    _, font = render.drawable(text, 20)
+    lines = render.wrap(text, font, 300)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert all(render.load_font(20).getlength(line) <= 300 for line in lines)
+    assert all(font.getlength(line) <= 300 for line in lines)
 
 
 def test_control_and_direction_characters_become_spaces() -> None:
@@ -260,3 +261,25 @@ def test_without_scores_there_are_no_badges_and_no_order_to_choose(tmp_path: Pat
     dom = browse(page, "#sort=best")
     assert captions(dom) == ["a", "b"]
     assert not badges(dom) and not order_shown(dom)
+
+
+def test_chinese_is_drawn_with_a_font_that_has_it() -> None:
+    text, font = render.drawable("一只狗 dog", 20)
+    if render.undrawable("一只狗"):
+        pytest.skip("no Chinese font is installed here")
+    assert text == "一只狗 dog"
+    missing = font.getmask("\uffff").getbbox(), bytes(font.getmask("\uffff"))
+    assert all((font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing for c in "一只狗dog")
+
+
+def test_what_no_font_has_is_left_out_never_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "FONTS", render.FONTS[:1])
+    monkeypatch.setattr(render, "packaged_fonts", list)
+    render.fonts.cache_clear()
+    try:
+        assert render.drawable("T恤 dog", 20)[0] == "T dog"
+        assert render.undrawable("T恤狗\u200d dog") == "恤狗"
+        picture = Image.new("RGB", (300, 300))
+        assert render.draw_caption(picture, "一只狗").tobytes() == render.draw_caption(picture, "").tobytes()
+    finally:
+        render.fonts.cache_clear()

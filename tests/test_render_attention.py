@@ -93,7 +93,7 @@ def test_panels_stand_in_reading_order_below_their_titles_and_apart() -> None:
 
 
 def test_a_title_wider_than_its_panel_is_cut() -> None:
-    font = render.load_font(17)
+    _, font = render.drawable("dog", 17)
     assert render.cut("dog", font, 120) == "dog"
     assert re.fullmatch("x{5,}…", render.cut("x" * 50, font, 120))
     assert font.getlength(render.cut("x" * 50, font, 120)) <= 120

@@ -151,5 +151,46 @@ def test_real_captions_survive_encoding_and_decoding(shared: Path) -> None:
     assert len(changed) <= len(captions) / 500
 
 
+CHINESE = {
+    "一只狗，在草地上。": ("一 只 狗 ， 在 草 地 上", "一只 狗 ， 在 草地 上"),
+    "穿Ｔ恤的２个男人 on the Beach！！": ("穿 t 恤 的 2 个 男 人 on the beach", "穿 t 恤 的 2 个 男人 on the beach"),
+    "两只猫🐱👨‍👩‍👧🇨🇳好👍🏽": ("两 只 猫 🐱 👨‍👩‍👧 🇨🇳 好 👍🏽", "两只 猫 🐱 👨‍👩‍👧 🇨🇳 好 👍🏽"),
+    "don’t 한국 カメラ3.5米《球》": ("don’t 한국 カ メ ラ 3.5 米 《 球 》", "don’t 한국 カ メ ラ 3.5 米 《 球 》"),
+    "。": ("", ""),
+}
+
+
+@pytest.mark.parametrize("text", CHINESE)
+def test_chinese_is_cut_into_characters_or_words_and_all_else_stays_whole(text: str) -> None:
+    characters, words = CHINESE[text]
+    assert vocab.TOKENISERS["zh-characters"]()(text) == characters.split()
+    assert vocab.TOKENISERS["zh"]()(text) == words.split()
+
+
+@pytest.mark.parametrize("text", CHINESE)
+@pytest.mark.parametrize("language", ["zh", "zh-characters"])
+def test_chinese_is_joined_without_blanks_but_between_foreign_words(language: str, text: str) -> None:
+    tokeniser = vocab.TOKENISERS[language]()
+    joined = tokeniser.join(tokeniser(text))
+    assert tokeniser(joined) == tokeniser(text)
+    assert joined.count(" ") == (2 if "Beach" in text else "한" in text)
+
+
+def test_a_vocabulary_remembers_how_chinese_is_cut() -> None:
+    captions = ["一只狗在草地上。", "一只猫"]
+    for language, first in (("zh", "一只"), ("zh-characters", "一")):
+        again = Vocabulary(**build_vocab(captions, 1, language).state())
+        assert again.words[4] == first or first in again.words
+        assert again.decode(again.encode(captions[0])[1:]) == "一只狗在草地上"
+
+
+def test_without_rjieba_the_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    with refused("rjieba", "pip install -r requirements-extras.txt", "zh-characters"):
+        build_vocab(["一只狗"], 1, "zh")
+
+
 def test_every_setting_of_data_language_has_a_tokeniser() -> None:
     assert all(load_config(overrides=[f"data.language={language}"]) for language in vocab.TOKENISERS)
