@@ -62,7 +62,7 @@ class EncoderConfig(Section):
     frozen: bool
     stages: list[str] | None
     stride_in_1x1: bool
-    image_size: Annotated[int, Field(ge=32, le=1024)]
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None
 
 
 class DecoderConfig(Section):

@@ -1,6 +1,7 @@
 """EncoderCNN: an ImageNet backbone cut before its classifier, giving a vector or a grid of features per picture."""
 
 import copy
+import difflib
 import hashlib
 import importlib
 import pickle
@@ -12,9 +13,17 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from config import EncoderConfig, UserError
 from data.transforms import Transform
+
+# Where to cut torchvision's classifiers that do more than `features, avgpool, classifier`: the last that knows places.
+LAST = {
+    **{"inception_v3": "Mixed_7c", "googlenet": "inception5b", "densenet": "relu", "shufflenet": "conv5"},
+    **{"mobilenet_v2": "features", "squeezenet": "features", "mnasnet": "layers"},
+    **{"vit": "encoder", "swin": "permute", "maxvit": "blocks"},
+}
 
 
 class EncoderCNN(nn.Module):
@@ -35,9 +44,10 @@ class EncoderCNN(nn.Module):
     def __init__(self, config: EncoderConfig, grid: bool = False, load: bool = True) -> None:
         super().__init__()
         self.config, self.grid = config, grid
-        network = build_network(config)
-        source = load_weights(network, config) if load and config.weights else None
-        self.backbone = cut_classifier(network).eval()
+        size = transform_for(config).image_size
+        network = build_network(config, size)
+        self.backbone = cut_classifier(network, config.name).eval()
+        source = load_weights(self.backbone, network, config) if load and config.weights else None
         self.identity = {
             "name": config.name,
             "source": str(source) if source else None,
@@ -48,12 +58,14 @@ class EncoderCNN(nn.Module):
         for stage in trained_stages(self.backbone, config):
             stage.requires_grad_(True)
         with torch.no_grad():
-            blank = torch.zeros(1, 3, config.image_size, config.image_size)
-            self.feature_shape = tuple(self(blank).shape[1:])
+            self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode normalised pictures (B, 3, S, S) as (B, D) or (B, L, D)."""
-        cells = self.backbone(images).flatten(2).transpose(1, 2)  # (B, L, D)
+        cells = self.backbone(images)
+        if isinstance(cells, dict):  # of create_feature_extractor
+            (cells,) = cells.values()
+        cells = cells[:, 1:] if cells.ndim == 3 else cells.flatten(2).transpose(1, 2)  # (B, L, D), no class token
         return cells if self.grid else cells.mean(1)
 
     def train(self, mode: bool = True) -> "EncoderCNN":
@@ -65,27 +77,36 @@ class EncoderCNN(nn.Module):
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
         """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
         fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)
-        fold_batchnorm(fast.backbone)
+        fold_batchnorm(fast.backbone, transform_for(self.config).image_size)
         return fast.to(dtype).to(memory_format=torch.channels_last)
 
 
 def transform_for(config: EncoderConfig) -> Transform:
-    """Return the transform that the backbone's weights were trained with."""
+    """Return the transform that the backbone's weights were trained with, at `encoder.image_size` where it is given."""
     if config.name == "efficientnet_lite0":
-        return Transform(config.image_size, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    return Transform(config.image_size)
+        return Transform(config.image_size or 224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    classifiers = torchvision.models.list_models(torchvision.models)
+    if config.name not in classifiers:
+        near = difflib.get_close_matches(config.name, [*classifiers, "efficientnet_lite0"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "use a torchvision classifier, such as resnet50"
+        raise UserError(f"encoder.name = '{config.name}' is unknown; {hint}")
+    known = torchvision.models.get_model_weights(config.name)
+    own = known[config.weights if config.weights in known.__members__ else "DEFAULT"].transforms()
+    return Transform(config.image_size or own.crop_size[0], tuple(own.mean), tuple(own.std))
 
 
-def build_network(config: EncoderConfig) -> nn.Module:
+def build_network(config: EncoderConfig, size: int) -> nn.Module:
     """Return the whole classification network with random weights."""
     if config.name == "efficientnet_lite0":
-        network = pip_module("efficientnet_lite_pytorch", "efficientnet-lite-pytorch").EfficientNet.from_name(
-            "efficientnet-lite0", image_size=config.image_size
-        )
-    elif config.name in torchvision.models.list_models(torchvision.models) and "resne" in config.name:
-        network = torchvision.models.get_model(config.name, weights=None)
+        library = pip_module("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+        network = library.EfficientNet.from_name("efficientnet-lite0", image_size=size)
     else:
-        raise UserError(f"encoder.name = '{config.name}' is unknown; use a torchvision ResNet or efficientnet_lite0")
+        settings: dict[str, Any] = {}
+        if config.name in ("inception_v3", "googlenet"):  # their first step turns the usual normalisation into theirs
+            settings = {"aux_logits": False, "transform_input": True, "init_weights": False}
+        if config.name.startswith("vit"):
+            settings = {"image_size": size}
+        network = torchvision.models.get_model(config.name, weights=None, **settings)
     if config.stride_in_1x1:
         move_stride(network, config.name)
     return network
@@ -100,42 +121,49 @@ def move_stride(network: nn.Module, name: str) -> None:
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
 
 
-def cut_classifier(network: nn.Module) -> nn.Sequential:
-    """Return what maps pictures (B, 3, S, S) to cells (B, D, h, w): everything before pooling and classifier."""
-    if hasattr(network, "extract_features"):  # EfficientNet-Lite applies its one activation twice
-        parts = dict(network.named_children())
-        stem = [("_conv_stem", parts["_conv_stem"]), ("_bn0", parts["_bn0"]), ("_relu0", parts["_swish"])]
-        head = [("_conv_head", parts["_conv_head"]), ("_bn1", parts["_bn1"]), ("_relu1", copy.copy(parts["_swish"]))]
-        return nn.Sequential(OrderedDict([*stem, *parts["_blocks"].named_children(), *head]))
-    return nn.Sequential(OrderedDict(list(network.named_children())[:-2]))
+def cut_classifier(network: nn.Module, name: str) -> nn.Module:
+    """Return what maps pictures (B, 3, S, S) to cells (B, D, h, w), or to a class token and cells (B, 1 + L, D)."""
+    if name == "efficientnet_lite0":  # it applies its one activation twice
+        own = dict(network.named_children())
+        stem = [("_conv_stem", own["_conv_stem"]), ("_bn0", own["_bn0"]), ("_relu0", own["_swish"])]
+        head = [("_conv_head", own["_conv_head"]), ("_bn1", own["_bn1"]), ("_relu1", copy.copy(own["_swish"]))]
+        return nn.Sequential(OrderedDict([*stem, *own["_blocks"].named_children(), *head]))
+    parts = list(network.named_children())
+    if parts[-2][0] == "avgpool":
+        return nn.Sequential(OrderedDict(parts[:-2]))
+    last = next(module for family, module in LAST.items() if name.startswith(family))
+    return create_feature_extractor(network.eval(), [last], suppress_diff_warning=True)
 
 
 def trained_stages(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module]:
     if config.frozen:
         return []
-    stages = dict(backbone.named_children())
+    stages = dict(backbone.named_modules())
     unknown = [name for name in config.stages or () if name not in stages]
     if unknown:
-        raise UserError(f"encoder.stages names {unknown[0]}, which {config.name} has not; it has {', '.join(stages)}")
-    return [stages[name] for name in (stages if config.stages is None else config.stages)]
+        names = ", ".join(name for name in stages if name and name.count(".") < 2)
+        raise UserError(f"encoder.stages names {unknown[0]}, which {config.name} has not; it has {names}")
+    return [backbone] if config.stages is None else [stages[name] for name in config.stages]
 
 
-def load_weights(network: nn.Module, config: EncoderConfig) -> Path:
-    """Load the weights named by `config` into the whole network and return their file."""
+def load_weights(backbone: nn.Module, network: nn.Module, config: EncoderConfig) -> Path:
+    """Load the weights named by `config` into the backbone of `network` and return their file; heads may differ."""
     path = find_weights(config)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
-    own = network.state_dict()
-    optional = tuple(f"{name}." for name, module in network.named_children() if isinstance(module, nn.Linear))
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(
             f"{path} does not hold a network's state_dict; save one with torch.save(net.state_dict(), FILE)"
         )
-    state = {str(name): tensor for name, tensor in state.items() if not str(name).startswith(optional)}
+    used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
+    parts = network.state_dict(keep_vars=True)
+    heads = ("AuxLogits.", "aux1.", "aux2.", *(name for name, tensor in parts.items() if id(tensor) not in used))
+    own = {name: tensor for name, tensor in parts.items() if not name.startswith(heads)}
+    state = {str(name): tensor for name, tensor in state.items() if not str(name).startswith(heads)}
     differ = [k for k in state if k not in own or own[k].shape != state[k].shape]
-    differ += [k for k in own if k not in state and not k.startswith(optional) and "num_batches" not in k]
+    differ += [k for k in own if k not in state and "num_batches" not in k]
     if differ:
         raise UserError(
             f"the weights in {path} do not fit {config.name}: {len(differ)} tensors differ, first "
@@ -191,10 +219,11 @@ def tensors_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fold_batchnorm(backbone: nn.Module) -> None:
+def fold_batchnorm(backbone: nn.Module, size: int) -> None:
     """Fold each BatchNorm that directly follows a convolution into it, in place (same outputs in eval mode).
 
-    Which norm follows which convolution is read off a forward pass, so this works for any backbone.
+    Which norm follows which convolution is read off a forward pass of one picture of `size`, so this works for any
+    backbone.
     """
     made_by: dict[int, str] = {}  # id of a convolution's output -> the convolution
     kept: list[torch.Tensor] = []  # those outputs, alive so that no id is used twice
@@ -215,7 +244,7 @@ def fold_batchnorm(backbone: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm2d):
             hooks.append(module.register_forward_pre_hook(lambda m, x, name=name: note_input(name, x[0])))
     with torch.no_grad():
-        backbone(torch.zeros(1, 3, 64, 64))
+        backbone(torch.zeros(1, 3, size, size))
     for hook in hooks:
         hook.remove()
     for conv_name, norm_name in pairs:

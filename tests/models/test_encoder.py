@@ -125,24 +125,18 @@ def test_making_the_fast_copy_leaves_the_encoder_as_it_was() -> None:
 
 
 def test_stride_in_1x1_moves_the_stride_of_each_stage() -> None:
-    network = build_network(config("encoder.name=resnet50", "encoder.stride_in_1x1=true"))
+    network = build_network(config("encoder.name=resnet50", "encoder.stride_in_1x1=true"), 64)
     for stage in ("layer2", "layer3", "layer4"):
         strides = [network.get_submodule(f"{stage}.0.{part}").stride for part in ("conv1", "conv2", "downsample.0")]
         assert strides == [(2, 2), (1, 1), (2, 2)]
     with torch.inference_mode():
-        assert cut_classifier(network).eval()(PICTURES).shape == (2, 2048, 2, 2)
+        assert cut_classifier(network, "resnet50").eval()(PICTURES).shape == (2, 2048, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
 def test_stride_in_1x1_needs_bottlenecks(name: str, refused: Callable) -> None:
     with refused("encoder.stride_in_1x1", name):
         EncoderCNN(config(f"encoder.name={name}", "encoder.stride_in_1x1=true"))
-
-
-@pytest.mark.parametrize("name", ["resnet51", "vgg16", "fcn_resnet50"])
-def test_an_unknown_encoder_is_refused(name: str, refused: Callable) -> None:
-    with refused("encoder.name", f"'{name}'"):
-        EncoderCNN(config(f"encoder.name={name}"))
 
 
 def test_a_weights_file_that_fits_is_loaded_and_named(weights: Path) -> None:
@@ -238,9 +232,10 @@ def test_efficientnet_lite0_has_the_weights_that_come_with_pip() -> None:
 
 def test_the_cut_efficientnet_gives_the_features_of_the_whole_one() -> None:
     torch.manual_seed(0)
-    network: Any = build_network(config("encoder.name=efficientnet_lite0")).eval()
+    network: Any = build_network(config("encoder.name=efficientnet_lite0"), 64).eval()
     with torch.inference_mode():
-        torch.testing.assert_close(cut_classifier(network).eval()(PICTURES), network.extract_features(PICTURES))
+        cut = cut_classifier(network, "efficientnet_lite0").eval()
+        torch.testing.assert_close(cut(PICTURES), network.extract_features(PICTURES))
 
 
 def test_each_backbone_has_the_transform_of_its_weights() -> None:
@@ -253,3 +248,67 @@ def test_real_caffe_weights_fit_a_resnet50(shared: Path) -> None:
     path = shared / "weights" / "resnet50-caffe-imagenet.pth"
     encoder = EncoderCNN(config("encoder.name=resnet50", "encoder.stride_in_1x1=true", f"encoder.weights={path}"))
     assert encoder.identity["sha256"] == "92ed41de830211aca2f2f5f42f1ff5720d3406dd953ae6c62f73250e600929e8"
+
+
+# Name, size, and what one picture of this size becomes: D, and L.
+ENCODERS = [
+    *(("resnet18", 64, 512, 4), ("resnet50", 64, 2048, 4), ("resnet101", 64, 2048, 4), ("resnet152", 64, 2048, 4)),
+    *(("efficientnet_b0", 64, 1280, 4), ("inception_v3", 139, 2048, 9), ("mobilenet_v3_large", 64, 960, 4)),
+    *(("convnext_tiny", 64, 768, 4), ("vit_b_16", 64, 768, 16), ("mobilenet_v2", 64, 1280, 4)),
+    *(("densenet121", 64, 1024, 4), ("swin_t", 64, 768, 4), ("shufflenet_v2_x0_5", 64, 1024, 4), ("vgg11", 64, 512, 4)),
+    *(("googlenet", 64, 1024, 4), ("regnet_y_400mf", 64, 440, 4), ("squeezenet1_1", 64, 512, 9)),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "width", "cells"), ENCODERS)
+def test_any_torchvision_classifier_can_be_cut(name: str, size: int, width: int, cells: int) -> None:
+    grid = EncoderCNN(config(f"encoder.name={name}", f"encoder.image_size={size}"), grid=True)
+    assert grid.feature_shape == (cells, width)
+    pictures = torch.rand(2, 3, size, size)
+    with torch.inference_mode():
+        slow, fast = grid(pictures), grid.for_inference(torch.float32)(pictures)
+        torch.testing.assert_close(fast / slow.abs().max(), slow / slow.abs().max(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("efficientnet_b3", 300), ("convnext_tiny", 224)])
+def test_pictures_are_as_large_as_the_weights_were_trained_with(name: str, size: int) -> None:
+    overrides = [f"encoder.name={name}", "encoder.weights=IMAGENET1K_V1"]
+    assert transform_for(load_config(overrides=overrides).encoder).image_size == size
+
+
+WHOLE = {  # size, the module behind the cut, and what it is given of the cells
+    "inception_v3": (139, "avgpool", lambda cells: cells),
+    "swin_t": (64, "avgpool", lambda cells: cells),
+    "densenet121": (64, "classifier", lambda cells: cells.mean((2, 3))),
+    "vit_b_16": (64, "heads", lambda cells: cells[:, 0]),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_cut_network_gives_what_the_whole_one_classifies(name: str) -> None:
+    torch.manual_seed(0)
+    size, head, given = WHOLE[name]
+    whole, picture, seen = build_network(config(f"encoder.name={name}"), size).eval(), torch.rand(1, 3, size, size), []
+    whole.get_submodule(head).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    whole(picture)
+    (cells,) = cut_classifier(whole, name)(picture).values()
+    torch.testing.assert_close(seen[0], given(cells))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("resnet51", "resnet"), ("vgg-16", "vgg16"), ("fcn_resnet50", "resnet50"), ("gpt", "torchvision")],
+)
+def test_an_unknown_backbone_is_refused_with_the_nearest(name: str, hint: str, refused: Callable) -> None:
+    with refused(f"encoder.name = '{name}'", hint):
+        EncoderCNN(config(f"encoder.name={name}"))
+
+
+def test_parts_of_stages_can_be_trained(refused: Callable) -> None:
+    settings = ("encoder.name=mobilenet_v3_small", "encoder.frozen=false")
+    encoder = EncoderCNN(config(*settings, "encoder.stages=[features.12]"))
+    trained = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("features.12.") for name in trained)
+    with refused("layer4", "features.12"):
+        EncoderCNN(config(*settings, "encoder.stages=[layer4]"))
