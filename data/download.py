@@ -1,0 +1,218 @@
+"""Fetch a dataset: python -m data.download flickr8k
+
+A download that was cut off goes on where it stopped; what is complete is checked against its checksum before it is
+unpacked. `--source` takes the files from a mirror, or from a folder, instead of the addresses below.
+"""
+
+import argparse
+import hashlib
+import http.client
+import shutil
+import stat
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from config import UserError, cli
+
+CHUNK = 1 << 20  # bytes
+PATIENCE = 60  # seconds without a byte
+ATTEMPTS = 5  # in a row without a byte
+FINISHED = ".downloaded"  # names of the files that are unpacked, one a line
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to fetch: `size` in bytes, roughly, for the disk; `checksum` as algorithm:digest, None where unknown."""
+
+    url: str
+    size: int
+    checksum: str | None
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+FLICKR8K_CN = "https://raw.githubusercontent.com/li-xirong/flickr8kcn/master/data"
+COCO = "http://images.cocodataset.org"
+KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
+IMAGES = Source(f"{FLICKR8K}/Flickr8k_Dataset.zip", 1_115_419_746, "md5:f18a1e2920de5bd84dae7cf08ec78978")
+TEXT = Source(f"{FLICKR8K}/Flickr8k_text.zip", 2_340_801, "md5:bf6c1abcb8e4a833b7f922104de18627")
+SOURCES = {  # name: where it goes by default, and what it is made of
+    "flickr8k": ("archive", [IMAGES, TEXT]),
+    "flickr8k_splits": ("archive", [TEXT]),
+    "flickr8k_cn": ("archive", [Source(f"{FLICKR8K_CN}/flickr8kzhc.caption.txt", 3_000_000, None)]),
+    "coco2014": (
+        "coco",
+        [
+            Source(f"{COCO}/zips/train2014.zip", 13_510_573_713, "md5:0da8c0bd3d6becc4dcb32757491aca88"),
+            Source(f"{COCO}/zips/val2014.zip", 6_645_013_297, "md5:a3d79f5ed8d289b7a7554ce06a5782b3"),
+            Source(
+                f"{COCO}/annotations/annotations_trainval2014.zip", 252_872_794, "md5:0a379cfc70b0e71301e0f377548639bd"
+            ),
+        ],
+    ),
+    "karpathy": (
+        "coco",
+        [
+            Source(
+                f"{KARPATHY}/caption_datasets.zip",
+                36_745_453,
+                "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
+            )
+        ],
+    ),
+}
+BY_HAND = {
+    "kaggle": """Flickr8k from Kaggle needs an account there:
+  1. open https://www.kaggle.com/datasets/adityajn105/flickr8k and download archive.zip
+  2. unpack it here, so that there are archive/captions.txt and archive/Images/
+  3. python -m data.download flickr8k_splits   adds the official lists of train, dev and test pictures""",
+    "flickr30k": """Flickr30k is given on request:
+  1. ask at https://shannon.cs.illinois.edu/DenotationGraph/ for flickr30k-images.tar.gz and flickr30k.tar.gz
+  2. unpack both in flickr30k/, so that there are flickr30k/flickr30k-images/ and flickr30k/results_20130124.token
+  3. python -m data.download karpathy --to flickr30k   adds the splits that papers use: dataset_flickr30k.json""",
+    "ai_challenger": """AI Challenger 2017 has no open address any more; copies are kept by those who took part:
+  1. get ai_challenger_caption_train_20170902.zip and ai_challenger_caption_validation_20170910.zip
+  2. unpack both in ai_challenger/, so that there are
+     ai_challenger/ai_challenger_caption_train_20170902/caption_train_annotations_20170902.json
+     and beside it the folder caption_train_images_20170902, and the same for validation""",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=[*SOURCES, *BY_HAND])
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="default: archive, or coco")
+    parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
+    args = parser.parse_args()
+    if args.dataset in BY_HAND:
+        print(BY_HAND[args.dataset])
+        return
+    folder, sources = SOURCES[args.dataset]
+    fetch(sources, args.to or Path(folder), args.source)
+    print(f"next: python -m data.annotations {args.to or folder}")
+
+
+def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> None:
+    """Download, check and unpack `sources` into `folder`, all but those that are there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marks = folder / FINISHED
+    finished = marks.read_text().splitlines() if marks.is_file() else []
+    left = [source for source in sources if source.name not in finished]
+    check_disk(left, folder)
+    for source in sources:
+        if source not in left:
+            print(f"{source.name} is unpacked in {folder}/ already")
+            continue
+        part = folder / f"{source.name}.part"
+        download(address(source, mirror), part, source)
+        check(part, source)
+        unpack(part, folder) if source.name.endswith(".zip") else shutil.copyfile(part, folder / source.name)
+        part.unlink()
+        finished.append(source.name)
+        marks.write_text("".join(f"{name}\n" for name in finished))
+
+
+def check_disk(sources: list[Source], folder: Path) -> None:
+    """Raise UserError unless the disk can take all files, unpacked about as large, and the largest archive."""
+    needed = sum(source.size for source in sources) + max((source.size for source in sources), default=0)
+    needed -= sum(part.stat().st_size for part in folder.glob("*.part"))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} has room for {free / 1e9:.1f} GB, and {needed / 1e9:.1f} GB are needed; make room or use --to"
+        )
+
+
+def address(source: Source, mirror: str | None) -> str:
+    if mirror is None:
+        return source.url
+    return f"{mirror.rstrip('/')}/{source.name}" if "://" in mirror else (Path(mirror) / source.name).resolve().as_uri()
+
+
+def download(url: str, part: Path, source: Source) -> None:
+    """Bring the file `part` to its end, from where it stops.
+
+    Raises UserError when the server has not got it, or drops the connection ATTEMPTS times in a row.
+    """
+    attempts = 0
+    with tqdm(total=source.size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar:
+        while attempts < ATTEMPTS:
+            before = size_of(part)
+            bar.n = before
+            try:
+                for written in receive(url, part):
+                    bar.update(written)
+                return
+            except urllib.error.HTTPError as error:
+                if error.code == 416 and before:  # it has no more bytes than these
+                    return
+                reason: object = f"{error.code} {error.reason}"
+                if error.code < 500:
+                    break
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                reason = getattr(error, "reason", error)
+            attempts = 0 if size_of(part) > before else attempts + 1
+    raise UserError(f"cannot download {url} ({reason}); the same command goes on, or name another place: --source")
+
+
+def receive(url: str, part: Path) -> Iterator[int]:
+    """Append what the file at `url` has beyond `part`; yields the number of bytes of each piece."""
+    begun = size_of(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        resumed = begun and answer.status == 206
+        with open(part, "ab" if resumed else "wb") as file:
+            missing = int(answer.headers["Content-Length"] or 0)
+            while piece := answer.read(CHUNK):
+                file.write(piece)
+                missing -= len(piece)
+                yield len(piece)
+    if missing > 0:
+        raise http.client.IncompleteRead(b"", missing)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def check(part: Path, source: Source) -> None:
+    """Raise UserError, and delete the file, unless it has the checksum of its source."""
+    if source.checksum is None:
+        return
+    algorithm, _, expected = source.checksum.partition(":")
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != expected:
+        part.unlink()
+        raise UserError(f"{source.name} came damaged ({algorithm} {found}, not {expected}), deleted; run this again")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip file; raises UserError, before a file is written, for members that would lie outside `folder`."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = [member for member in content.infolist() if not member.filename.startswith("__MACOSX/")]
+            for member in members:
+                name = PurePosixPath(member.filename.replace("\\", "/"))
+                link = stat.S_ISLNK(member.external_attr >> 16)
+                if name.is_absolute() or ".." in name.parts or ":" in name.parts[0] or link:
+                    raise UserError(f"{archive.stem} holds {member.filename!r}, which leaves the folder; do not use it")
+            for member in tqdm(members, desc=f"unpacking {archive.stem}", unit="file", disable=None):
+                content.extract(member, folder)
+    except zipfile.BadZipFile:
+        archive.unlink()
+        raise UserError(f"{archive.stem} is not a zip file, deleted; run this again or name another --source") from None
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
