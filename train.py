@@ -26,6 +26,7 @@ from data import annotations
 from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
 from data.features import encode_pictures
 from data.vocab import build_vocab
+from data.words import Words, cut
 from models.model import CaptionModel
 from objectives import SelfCritical, caption_loss, cross_entropy
 from optim import WeightAverage, learning_rate, make_optimiser
@@ -61,13 +62,14 @@ def main() -> int | None:
 
     table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
     report_data(table, config)
+    words = cut(table["caption"].tolist(), config.data.language, Path(config.data.cache))
     if saved:
         model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
     else:
-        model = build_model(config, table["caption"][table["split"] == "train"])
+        model = build_model(config, words.of((table["split"] == "train").to_numpy()))
     device = pick_device()
     model.to(device)
-    train_set, val_set = make_datasets(model, table, device)
+    train_set, val_set = make_datasets(model, table, words, device)
 
     trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
@@ -150,26 +152,35 @@ def report_data(table: pd.DataFrame, config: Config) -> None:
     print(f"data: {' and '.join(map(str, annotations.caption_files(config.data)))}: {', '.join(parts)}")
 
 
-def build_model(config: Config, captions: pd.Series) -> CaptionModel:
+def build_model(config: Config, words: Words) -> CaptionModel:
     """Return a new model with the vocabulary of these captions, or, with `train.start`, all that one has learned."""
+    data = config.data
     if not config.train.start:
-        return CaptionModel.build(config, build_vocab(captions, config.data.min_count, config.data.language))
+        return CaptionModel.build(config, build_vocab(words.count(), data.min_count, data.language))
     saved = load_checkpoint(config.train.start)
-    return CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
+    model = CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
+    if model.vocab.language != data.language:
+        raise UserError(
+            f"{config.train.start} writes {model.vocab.language}; go on with data.language={model.vocab.language}"
+        )
+    return model
 
 
-def make_datasets(model: CaptionModel, table: pd.DataFrame, device: torch.device) -> tuple[Flickr8kDataset, ...]:
+def make_datasets(
+    model: CaptionModel, table: pd.DataFrame, words: Words, device: torch.device
+) -> tuple[Flickr8kDataset, ...]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     folder = annotations.image_folder(model.config.data)
     features = mirrored = None
-    train, val = (table[table["split"] == split] for split in ("train", "val"))
+    in_train, in_val = ((table["split"] == split).to_numpy() for split in ("train", "val"))
+    train, val = table[in_train], table[in_val]
     if model.config.encoder.frozen:
         features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
         if model.config.train.mirror:
             mirrored = encode_pictures(model, train["image"].unique().tolist(), folder, device, mirrored=True)
     return (
-        Flickr8kDataset(train, model.vocab, folder, model.transform, features, mirrored),
-        Flickr8kDataset(val, model.vocab, folder, model.transform, features),
+        Flickr8kDataset(train, model.vocab, folder, model.transform, features, mirrored, words.of(in_train)),
+        Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val)),
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from data.transforms import Transform, open_picture
-from data.vocab import PAD, Vocabulary
+from data.vocab import EOS, PAD, SOS, Vocabulary
+from data.words import Words, cut_afresh
 
 
 class Features:
@@ -67,6 +68,7 @@ class Flickr8kDataset(Dataset):
         vocab: turns captions into ids.
         folder, transform: where pictures are read from, and how, when there are no `features`.
         mirrored: the features of the pictures' mirror images.
+        words: those of the captions, where they are cut already.
 
     Attributes:
         flipped: which pictures are shown mirrored (images,); `flip` draws them anew.
@@ -80,11 +82,13 @@ class Flickr8kDataset(Dataset):
         transform: Transform,
         features: Features | None = None,
         mirrored: Features | None = None,
+        words: Words | None = None,
     ) -> None:
         self.images = table["image"].drop_duplicates().tolist()
         place = {image: i for i, image in enumerate(self.images)}
         self.image_of = table["image"].map(place).to_numpy()  # (captions,)
-        self.tokens = [np.array(vocab.encode(caption), dtype=np.int64) for caption in table["caption"]]
+        words = words or cut_afresh(table["caption"].tolist(), vocab.language)
+        self.tokens = encode(words, vocab)
         self.lengths = np.array([len(ids) for ids in self.tokens])
         self.folder, self.transform = folder, transform
         self.features, self.mirrored = features, mirrored
@@ -116,6 +120,16 @@ class Flickr8kDataset(Dataset):
         if flipped.any() and self.mirrored:
             rows[flipped] = self.mirrored.take([name for name, flip in zip(names, flipped, strict=True) if flip])
         return rows
+
+
+def encode(words: Words, vocab: Vocabulary) -> list[np.ndarray]:
+    """Return the ids `<sos> w1 … wn <eos>` of each caption."""
+    lengths = 2 + np.diff(words.ends, prepend=0)  # (N,)
+    ends = lengths.cumsum()
+    ids = np.full(lengths.sum(), -1)
+    ids[ends - lengths], ids[ends - 1] = SOS, EOS
+    ids[ids < 0] = np.array(vocab.look_up(words.lexicon), dtype=np.int64)[words.ids]
+    return [ids[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
 def padded(captions: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:

@@ -17,6 +17,8 @@ from config import UserError
 
 Row = tuple[str, str | int, str, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
+WORD = re.compile(r"\w")
+PLAIN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a path below a folder
 SAMPLED = 1 << 16  # characters at the start of a file that tell its format
 SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
@@ -24,23 +26,20 @@ SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val",
 def read(path: Path, name: str = "auto") -> pd.DataFrame:
     """Return the table of a captions file; `name` overrules the format recognised.
 
-    Captions without a word are left out; `attrs` tells the format and their number.
+    Captions without a word are left out.
 
     Raises UserError for a file that cannot be read, naming the line or the entry at fault.
     """
     name = recognise(path) if name == "auto" else name
     try:
-        table = pd.DataFrame(READERS[name](path), columns=["image", "image_id", "caption", "split"])
+        rows = [(image, key, " ".join(caption.split()), split) for image, key, caption, split in READERS[name](path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
-    has_words = table["caption"].str.contains(r"\w")
-    table["caption"] = table["caption"].str.split().str.join(" ")
-    table.attrs |= {"format": name, "wordless": int((~has_words).sum())}
-    return table[has_words]
+    return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
 
 
 def recognise(path: Path) -> str:
@@ -176,7 +175,7 @@ def load_json(path: Path) -> Any:
 
 def written(image: str, caption: str, where: str) -> Row:
     """Return the row of a line someone wrote: without picture or words it is refused."""
-    if not re.search(r"\w", caption):
+    if not WORD.search(caption):
         raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
     image = inside(image, where)
     return image, image, caption, None
@@ -184,6 +183,8 @@ def written(image: str, caption: str, where: str) -> Row:
 
 def inside(image: str, where: str) -> str:
     """Return the path of a picture with forward slashes; raises UserError for one outside its folder."""
+    if PLAIN.fullmatch(image):
+        return image
     name = PurePosixPath(image.replace("\\", "/"))
     if not image or name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:", image):
         raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")

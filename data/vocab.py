@@ -15,6 +15,11 @@ PAD, SOS, EOS, UNK = range(4)
 # What pycocoevalcap's PTBTokenizer drops, and brackets.
 PUNCTUATION = frozenset("'' ' `` ` ( ) [ ] { } . ? ! , : - -- ... ;".split())  # noqa: SIM905
 
+# Most captions: words with single blanks or commas between them, and a full stop; but for what NLTK takes apart.
+SIMPLE_WORD = re.compile("[a-z]+(?:-[a-z]+)*")
+SIMPLE = re.compile(f" *(?:{SIMPLE_WORD.pattern}(?: ?,)? +)*{SIMPLE_WORD.pattern} *\\.? *")
+CONTRACTED = re.compile("cannot|gimme|gonna|gotta|lemme|wanna")
+
 HAN = "\u2e80-\u2fff\u3005-\u3007\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 OTHER = rf"[^\W{HAN}]"  # a letter or digit that is not Chinese
 EMOJI = "[\U0001f1e6-\U0001f1ff]{2}|\\S(?:[\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d\\S)*"  # flags, and joined ones
@@ -38,7 +43,10 @@ class EnglishTokeniser:
         self._words = NLTKWordTokenizer()
 
     def __call__(self, text: str) -> list[str]:
-        return [word for word in self._words.tokenize(text.lower()) if word not in PUNCTUATION]
+        text = text.lower()
+        if SIMPLE.fullmatch(text) and not CONTRACTED.search(text):
+            return SIMPLE_WORD.findall(text)  # what NLTK says too, ten times as fast
+        return [word for word in self._words.tokenize(text) if word not in PUNCTUATION]
 
     def join(self, words: Iterable[str]) -> str:
         """Return words as a sentence: `["a", "dog", "'s", "toy"]` becomes `a dog's toy`."""
@@ -113,7 +121,10 @@ class Vocabulary:
 
     def numericalize(self, text: str) -> list[int]:
         """Return the ids of the words in `text`, each in `range(len(self))`; unknown ones become `<unk>`."""
-        return [self._id_of.get(word, UNK) for word in self.tokenise(text)]
+        return self.look_up(self.tokenise(text))
+
+    def look_up(self, words: Iterable[str]) -> list[int]:
+        return [self._id_of.get(word, UNK) for word in words]
 
     def encode(self, caption: str) -> list[int]:
         """Return `<sos> w1 … wn <eos>` as ids."""
@@ -133,13 +144,16 @@ class Vocabulary:
         return {"words": self.words, "language": self.language}
 
 
-def build_vocab(captions: Iterable[str], min_count: int = 5, language: str = "en") -> Vocabulary:
+def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:
     """Return the vocabulary of the words seen at least `min_count` times in `captions`: give training captions only.
 
-    Raises UserError when no word is that frequent.
+    Their words may be given instead, counted. Raises UserError when no word is that frequent.
     """
-    tokenise = TOKENISERS[language]()
-    counts = Counter(word for caption in captions for word in tokenise(caption))
+    if isinstance(captions, Counter):
+        counts = captions
+    else:
+        tokenise = TOKENISERS[language]()
+        counts = Counter(word for caption in captions for word in tokenise(caption))
     words = sorted(word for word, count in counts.items() if count >= min_count and word not in SPECIALS)
     if not words:
         raise UserError(f"no word occurs {min_count} times in the training captions; lower data.min_count")
