@@ -423,7 +423,7 @@ class Trainer:
 def dry(model: CaptionModel) -> None:
     """Train without dropout: the captions drawn are then those whose probability is trained."""
     for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout1d)):
+        if isinstance(module, nn.Dropout):
             module.eval()
 
 

@@ -15,14 +15,13 @@ class AttentionRNN(Decoder):
 
     What the paper computes for each word is computed once for each picture where it can be. Cells are scored by the
     scaled product of their key with a query (Luong et al. 2015) rather than by a small network, and since attention and
-    gate only weigh cells and add them up, each cell is mapped to what it says to the LSTM before it is weighed.
-    Unlike the paper's, the query knows the last word, and output weights are the embeddings (Press and Wolf 2017).
+    gate only weigh cells and add them up, each cell is mapped to what it says to the LSTM before it is weighed. Unlike
+    the paper's, the query knows the last word.
     L cells of size D, H hidden size, E embedding size, N = B K captions, K of each picture.
     """
 
     grid: ClassVar[bool] = True
     heads = 1
-    hidden_cells = 0.3  # share of the cells kept from the decoder in training, lest it learn pictures by heart
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -30,7 +29,6 @@ class AttentionRNN(Decoder):
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
         self.dropout = nn.Dropout(config.dropout)
-        self.cell_dropout = nn.Dropout1d(self.hidden_cells)
         self.keys = nn.Linear(feature_size, hidden)
         self.first_state = nn.Linear(feature_size, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
@@ -39,13 +37,12 @@ class AttentionRNN(Decoder):
         self.from_state = nn.Linear(hidden, sum(self.parts), bias=False)
         self.from_cells = nn.Linear(feature_size, 4 * hidden, bias=False)
         self.gate = nn.Linear(hidden, 1)
-        self.deep = nn.Linear(embed + hidden + feature_size, embed)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.deep = nn.Linear(hidden + feature_size, embed)
+        self.output = nn.Linear(embed, vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start with logits of variance 1 or so, and a forget bias of 1 (Jozefowicz et al. 2015)."""
-        nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
+        """Start with a forget bias of 1 (Jozefowicz et al. 2015)."""
         with torch.no_grad():
             self.from_word.bias.split(self.parts)[1].view(4, -1)[1] += 1
 
@@ -54,7 +51,7 @@ class AttentionRNN(Decoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
-        words = self.embed(rows)  # (B K, T, E)
+        words = self.embedding(rows)  # (B K, T, E)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
         weight = self.from_state.weight
         read: list[torch.Tensor] = []
@@ -68,12 +65,11 @@ class AttentionRNN(Decoder):
             maps.append(attention)
         hidden, gate = torch.stack(hiddens, dim=1), torch.stack(gates, dim=1)  # (B K, T, H), (B K, T, 1)
         attention = torch.stack(maps, dim=2)  # (B, K, T, L)
-        seen = (attention.flatten(1, 2) @ memory[0]).unflatten(1, attention.shape[1:3]).flatten(0, 1)  # (B K, T, D)
+        seen = (attention.flatten(1, 2) @ memory[0]).view(*hidden.shape[:2], -1)  # (B K, T, D)
         states = self.read_out(words, hidden, gate * seen)  # (B K, T, E)
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        features = self.cell_dropout(features)  # (B, L, D), whole cells at once
         keys = self.keys(features)  # (B, L, H)
         keys = (keys * keys.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
         return features, keys, self.from_cells(features), self.first_state(features.mean(1))
@@ -84,7 +80,7 @@ class AttentionRNN(Decoder):
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
         h, c = state
-        words = self.embed(token)  # (N, E)
+        words = self.embedding(token)  # (N, E)
         h, c, gate, attention = self.look(self.from_word(words) + self.from_state(h), h, c, memory)
         seen = gate * (attention @ memory[0]).flatten(0, 1)  # (N, D)
         return self.output(self.read_out(words, h, seen)), (h, c), attention.flatten(0, 1).unsqueeze(1)
@@ -104,16 +100,9 @@ class AttentionRNN(Decoder):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c, gate, attention
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return embeddings of variance 1."""
-        return self.embedding(tokens) * self.embedding.embedding_dim**0.5
-
-    def output(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.embedding.weight, self.bias)
-
     def read_out(self, words: torch.Tensor, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return what `output` reads (..., E), of the last word, the state and what was seen (equation 7)."""
-        return self.dropout(self.deep(torch.cat([words, hidden, seen], dim=-1)))
+        return self.dropout(words + self.deep(torch.cat([hidden, seen], dim=-1)))
 
 
 class AddWithOneGradient(torch.autograd.Function):
