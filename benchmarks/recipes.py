@@ -3,8 +3,8 @@
     python -m benchmarks.recipes lstm --seeds 0 1 2 data.root=archive
     python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
 
-Writes benchmarks/results/flickr8k/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
-ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was stopped goes on.
+Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
+<dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was stopped goes on.
 A recipe with `train.start` goes on from the run with its own seed. Captions are those of the dev split: the test split
 is for the figures one publishes.
 """
@@ -26,7 +26,7 @@ import torch
 from config import FREE_AFTER_TRAINING, cli, flatten, load_config, parse_command_line, restore_config
 from utils import RUNS, load_checkpoint, write_atomically
 
-RESULTS = Path(__file__).parent / "results" / "flickr8k"
+RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,11 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in configs/, without .yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K")
+    parser.add_argument("--dataset", default="flickr8k", metavar="NAME", help="the folder of the results (flickr8k)")
     parser.add_argument("--variant", metavar="NAME", help="what the settings given make of the recipe: for ablations")
     args = parse_command_line(parser)
-    folder, name = RESULTS, args.recipe
+    folder, name = RESULTS / args.dataset, args.recipe
     if args.variant:
-        folder, name = RESULTS / "ablations", f"{args.recipe}-{args.variant}"
+        folder, name = folder / "ablations", f"{args.recipe}-{args.variant}"
     for seed in args.seeds:
         path = folder / f"{name}-seed{seed}.json"
         if path.is_file():
