@@ -4,9 +4,9 @@
     python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
 
 Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
-<dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was stopped goes on.
-A recipe with `train.start` goes on from the run with its own seed. Captions are those of the dev split: the test split
-is for the figures one publishes.
+<dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was
+stopped goes on. A recipe with `train.start` goes on from the run with its own seed. Captions are those of the dev
+split: the test split is for the figures one publishes.
 """
 
 import argparse

@@ -12,10 +12,13 @@ import torchvision
 from torch import nn
 
 from config import EncoderConfig, load_config
+from data import formats
+from data.dataset import Flickr8kDataset
+from data.features import encode_pictures
 from data.vocab import build_vocab
 from models.encoder import EncoderCNN, build_network, cut_classifier, transform_for
 from models.model import CaptionModel
-from objectives import caption_loss
+from objectives import caption_loss, cross_entropy
 from optim import make_optimiser
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -268,6 +271,36 @@ def test_any_torchvision_classifier_can_be_cut(name: str, size: int, width: int,
     with torch.inference_mode():
         slow, fast = grid(pictures), grid.for_inference(torch.float32)(pictures)
         torch.testing.assert_close(fast / slow.abs().max(), slow / slow.abs().max(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "attention"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("resnet18", 32), ("resnet50", 32), ("resnet101", 32), ("resnet152", 32), ("efficientnet_b0", 32)),
+        *(("inception_v3", 107), ("mobilenet_v3_large", 32), ("convnext_tiny", 32), ("vit_b_16", 32)),
+    ],
+)
+def test_pictures_are_encoded_learned_from_and_captioned(
+    name: str, size: int, decoder: str, drawn: Path, tmp_path: Path
+) -> None:
+    settings = [f"encoder.name={name}", "encoder.weights=null", f"encoder.image_size={size}", f"decoder.name={decoder}"]
+    sizes = ["decoder.embed_size=8", "decoder.hidden_size=8", f"data.cache={tmp_path}", "train.batch_size=10"]
+    table = formats.read(drawn / "captions.csv").iloc[:10]
+    model = CaptionModel.build(load_config(overrides=[*settings, *sizes]), build_vocab(table["caption"], 1))
+    for module in model.encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.mul_(0.5)  # random weights of 152 layers overflow
+    images = table["image"].unique().tolist()
+    features = encode_pictures(model, images, drawn / "images", torch.device("cpu"))
+    model.fit_statistics(features.take(images))
+    dataset = Flickr8kDataset(table, model.vocab, drawn / "images", model.transform, features)
+    optimiser, before = make_optimiser(model), [parameter.clone() for parameter in model.decoder.parameters()]
+    objective, loss = cross_entropy(model, dataset.__getitems__(list(range(10))))
+    objective.backward()
+    optimiser.step()
+    assert loss.isfinite() and not all(map(torch.equal, before, model.decoder.parameters()))
+    assert model.eval().describe(features.take(images))[0][0].log_prob < 0
 
 
 @pytest.mark.parametrize(("name", "size"), [("inception_v3", 299), ("efficientnet_b3", 300), ("convnext_tiny", 224)])
