@@ -15,8 +15,8 @@ class AttentionRNN(Decoder):
 
     What the paper computes for each word is computed once for each picture where it can be. Cells are scored by the
     scaled product of their key with a query (Luong et al. 2015) rather than by a small network, and since attention and
-    gate only weigh cells and add them up, each cell is mapped to what it says to the LSTM before it is weighed. Unlike
-    the paper's, the query knows the last word.
+    gate only weigh cells and add them up, each cell is mapped to what it says to LSTM and output before it is weighed.
+    Unlike the paper's, the query knows the last word.
     L cells of size D, H hidden size, E embedding size, N = B K captions, K of each picture.
     """
 
@@ -29,35 +29,40 @@ class AttentionRNN(Decoder):
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
         self.dropout = nn.Dropout(config.dropout)
-        self.keys = nn.Linear(feature_size, hidden)
-        self.first_state = nn.Linear(feature_size, 2 * hidden)
+        self.said = [
+            hidden,
+            4 * hidden,
+            embed,
+        ]  # of a cell: its key, what it says to the LSTM's gates, and to the output
+        self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what they say to the LSTM's gates
+        self.cells = nn.Linear(feature_size, hidden)
+        self.from_cells = nn.Linear(hidden, sum(self.said), bias=False)
+        self.first_state = nn.Linear(hidden, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
-        self.parts = [hidden, 4 * hidden]  # of what word and state say: the query, and what goes to the LSTM's gates
-        self.from_word = nn.Linear(embed, sum(self.parts))
-        self.from_state = nn.Linear(hidden, sum(self.parts), bias=False)
-        self.from_cells = nn.Linear(feature_size, 4 * hidden, bias=False)
+        self.from_word = nn.Linear(embed, sum(self.heard))
+        self.from_state = nn.Linear(hidden, sum(self.heard), bias=False)
         self.gate = nn.Linear(hidden, 1)
-        self.deep = nn.Linear(hidden + feature_size, embed)
+        self.deep = nn.Linear(hidden, embed)
         self.output = nn.Linear(embed, vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Start with a forget bias of 1 (Jozefowicz et al. 2015)."""
         with torch.no_grad():
-            self.from_word.bias.split(self.parts)[1].view(4, -1)[1] += 1
+            self.from_word.bias.split(self.heard)[1].view(4, -1)[1] += 1
 
     def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
-        words = self.embedding(rows)  # (B K, T, E)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
+        words, place = rows.T.unique(return_inverse=True)  # (W,), (T, B K): each word is read once
         weight = self.from_state.weight
         read: list[torch.Tensor] = []
-        heard = AddWithOneGradient.apply(self.from_word(words.transpose(0, 1)), weight, read)  # (T, B K, 5 H)
+        heard = AddWithOneGradient.apply(F.embedding(place, self.from_word(self.embedding(words))), weight, read)
         hiddens, gates, maps = [], [], []
-        for word in heard.unbind():
+        for word in heard.unbind():  # (B K, 5 H) each
             read.append(h.detach())
             h, c, gate, attention = self.look(word + F.linear(h, weight.detach()), h, c, memory)
             hiddens.append(h)
@@ -65,14 +70,15 @@ class AttentionRNN(Decoder):
             maps.append(attention)
         hidden, gate = torch.stack(hiddens, dim=1), torch.stack(gates, dim=1)  # (B K, T, H), (B K, T, 1)
         attention = torch.stack(maps, dim=2)  # (B, K, T, L)
-        seen = (attention.flatten(1, 2) @ memory[0]).view(*hidden.shape[:2], -1)  # (B K, T, D)
-        states = self.read_out(words, hidden, gate * seen)  # (B K, T, E)
+        seen = (attention.flatten(1, 2) @ memory[2]).view(*hidden.shape[:2], -1)  # (B K, T, E)
+        states = self.read_out(self.embedding(rows), hidden, gate * seen)  # (B K, T, E)
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        keys = self.keys(features)  # (B, L, H)
+        cells = self.cells(features)  # (B, L, H)
+        keys, to_gates, to_output = self.from_cells(cells).split(self.said, dim=2)  # (B, L, H or 4 H or E)
         keys = (keys * keys.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
-        return features, keys, self.from_cells(features), self.first_state(features.mean(1))
+        return keys, to_gates, to_output, self.first_state(cells.mean(1))
 
     def start(self, memory: Memory) -> State:
         h, c = memory[3].tanh().chunk(2, dim=1)  # (B, H) each
@@ -82,7 +88,7 @@ class AttentionRNN(Decoder):
         h, c = state
         words = self.embedding(token)  # (N, E)
         h, c, gate, attention = self.look(self.from_word(words) + self.from_state(h), h, c, memory)
-        seen = gate * (attention @ memory[0]).flatten(0, 1)  # (N, D)
+        seen = gate * (attention @ memory[2]).flatten(0, 1)  # (N, E)
         return self.output(self.read_out(words, h, seen)), (h, c), attention.flatten(0, 1).unsqueeze(1)
 
     def look(
@@ -92,17 +98,17 @@ class AttentionRNN(Decoder):
 
         Returns h and c (N, H), how open the gate was (N, 1), and where it looked (B, K, L).
         """
-        _, keys, values, _ = memory  # (B, H, L), (B, L, 4 H)
-        query, own = heard.split(self.parts, dim=1)
+        keys, to_gates, _, _ = memory  # (B, H, L), (B, L, 4 H)
+        query, own = heard.split(self.heard, dim=1)
         attention = (query.unflatten(0, (len(keys), -1)) @ keys).softmax(2)  # (B, K, L)
         gate = self.gate(h).sigmoid()  # (N, 1)
-        i, f, g, o = torch.addcmul(own, gate, (attention @ values).flatten(0, 1)).chunk(4, dim=1)
+        i, f, g, o = torch.addcmul(own, gate, (attention @ to_gates).flatten(0, 1)).chunk(4, dim=1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c, gate, attention
 
     def read_out(self, words: torch.Tensor, hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return what `output` reads (..., E), of the last word, the state and what was seen (equation 7)."""
-        return self.dropout(words + self.deep(torch.cat([hidden, seen], dim=-1)))
+        return self.dropout(words + self.deep(hidden) + seen)
 
 
 class AddWithOneGradient(torch.autograd.Function):

@@ -35,7 +35,7 @@ def test_the_attention_lstm_has_one_layer(refused: Callable) -> None:
 def test_the_lstm_looks_where_its_query_points() -> None:
     torch.manual_seed(0)
     decoder = AttentionRNN(load_config(overrides=["decoder.hidden_size=32"]).decoder, WIDTH, VOCAB).eval()
-    memory = _, keys, _, _ = decoder.prepare(torch.randn(1, CELLS, WIDTH))
+    memory = keys, _, _, _ = decoder.prepare(torch.randn(1, CELLS, WIDTH))
     decoder.from_word.weight.zero_()
     decoder.from_state.weight.zero_()
     decoder.from_word.bias[:32] = 1e4 * keys[0, :, 4] / keys[0, :, 4].square().sum()
