@@ -97,7 +97,8 @@ def test_what_is_shown_is_where_the_caption_shown_was_looked_for(
         expected = render.WordMaps(caption.split(), maps)
         assert texts[0] == caption and [word.strip() for word in looked[0]] == caption.split()
         shown = np.frombuffer(base64.b64decode(looked[1]), np.uint8).reshape(-1, 3, 3)
-        assert np.abs(shown.astype(int) - expected.levels()).max() <= 4  # of 255: sharp maps round differently in batches
+        off = np.abs(shown.astype(int) - expected.levels()).max()
+        assert off <= 4  # of 255: searched together, sharp maps round a little differently
         assert np.ptp(shown, axis=0).max() > 50  # words look at different places, or this would show nothing
         drawn = Image.open(url.replace(".jpg", "-attention.jpg"))
         sheet = render.draw_attention(open_picture(picture), expected)
