@@ -81,7 +81,7 @@ class AttentionRNN(Decoder):
         return keys, to_gates, to_output, self.first_state(cells.mean(1))
 
     def start(self, memory: Memory) -> State:
-        h, c = memory[3].tanh().chunk(2, dim=1)  # (B, H) each
+        h, c = memory[3].float().tanh().chunk(2, dim=1)  # (B, H) each; c adds up, which bf16 does badly
         return h, c
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
@@ -124,4 +124,4 @@ class AddWithOneGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return grad, grad.flatten(0, 1).T @ torch.cat(ctx.read), None
+        return grad, grad.flatten(0, 1).T @ torch.cat(ctx.read).to(grad.dtype), None

@@ -168,3 +168,16 @@ def test_the_gradient_of_teacher_forcing_is_that_of_the_steps(name: str) -> None
     total.backward()
     for parameter, gradient in zip(decoder.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in DECODERS.items() if kind.grid])  # LSTMs in bf16 need AVX512
+def test_in_bf16_the_gradient_points_where_it_does_in_fp32(name: str) -> None:
+    gradients = []
+    for enabled in (False, True):
+        decoder = build(name, "decoder.dropout=0").train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            hidden, _ = decoder.hidden(features(name), TOKENS[:, :-1], OWNER)
+            loss = caption_loss(decoder.output, hidden, TOKENS[:, 1:], 0)[0]
+        loss.backward()
+        gradients.append(torch.cat([part.grad.flatten() for part in decoder.parameters() if part.grad is not None]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
