@@ -148,17 +148,14 @@ def batch_indices(
     Captions of similar length stand together, or, `by_image`, whole pictures with all their captions, sorted by the
     longest. The order is drawn from `rng`, or, without one, is the same each time.
     """
-    if not by_image:
-        groups = [[i] for i in range(len(dataset))]
-    else:
-        order = np.argsort(dataset.image_of, kind="stable")
-        ends = np.cumsum(np.bincount(dataset.image_of))
-        groups = [order[start:end].tolist() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    per_batch = max(1, round(batch_size * len(groups) / len(dataset)))
-    longest = np.array([dataset.lengths[group].max() for group in groups])
-    shuffle = rng.permutation(len(groups)) if rng else np.arange(len(groups))
-    order = shuffle[np.argsort(longest[shuffle], kind="stable")]
-    batches = [order[start : start + per_batch] for start in range(0, len(order), per_batch)]
+    order = np.argsort(dataset.image_of, kind="stable") if by_image else np.arange(len(dataset))
+    sizes = np.bincount(dataset.image_of) if by_image else np.ones(len(dataset), dtype=np.int64)  # (groups,)
+    starts = np.cumsum(sizes) - sizes
+    per_batch = max(1, round(batch_size * len(sizes) / len(dataset)))
+    longest = np.maximum.reduceat(dataset.lengths[order], starts)
+    shuffle = rng.permutation(len(sizes)) if rng else np.arange(len(sizes))
+    shuffle = shuffle[np.argsort(longest[shuffle], kind="stable")]
+    batches = [shuffle[first : first + per_batch] for first in range(0, len(shuffle), per_batch)]
     if rng:
         batches = [batches[i] for i in rng.permutation(len(batches))]
-    return [[caption for group in batch for caption in groups[group]] for batch in batches]
+    return [np.concatenate([order[starts[g] : starts[g] + sizes[g]] for g in batch]).tolist() for batch in batches]

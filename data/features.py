@@ -132,7 +132,7 @@ class FeatureCache:
     def manifest(self) -> dict[str, Any]:
         """Return the manifest asked for, with `rows_done` as far as the cache on disk agrees with it."""
         try:
-            stats = [(self.folder / name).stat() for name in self.names]
+            stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
         except OSError as error:
             raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
         pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
