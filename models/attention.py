@@ -35,9 +35,8 @@ class AttentionRNN(Decoder):
             embed,
         ]  # of a cell: its key, what it says to the LSTM's gates, and to the output
         self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what they say to the LSTM's gates
-        self.cells = nn.Linear(feature_size, hidden)
-        self.from_cells = nn.Linear(hidden, sum(self.said), bias=False)
-        self.first_state = nn.Linear(hidden, 2 * hidden)
+        self.cells = nn.Linear(feature_size, sum(self.said))
+        self.first_state = nn.Linear(feature_size, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
         self.from_word = nn.Linear(embed, sum(self.heard))
         self.from_state = nn.Linear(hidden, sum(self.heard), bias=False)
@@ -75,10 +74,9 @@ class AttentionRNN(Decoder):
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        cells = self.cells(features)  # (B, L, H)
-        keys, to_gates, to_output = self.from_cells(cells).split(self.said, dim=2)  # (B, L, H or 4 H or E)
+        keys, to_gates, to_output = self.cells(features).split(self.said, dim=2)  # (B, L, H or 4 H or E)
         keys = (keys * keys.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
-        return keys, to_gates, to_output, self.first_state(cells.mean(1))
+        return keys, to_gates, to_output, self.first_state(features.mean(1))
 
     def start(self, memory: Memory) -> State:
         h, c = memory[3].float().tanh().chunk(2, dim=1)  # (B, H) each; c adds up, which bf16 does badly
