@@ -253,10 +253,10 @@ def caption_pictures(
         if not captioned:
             raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
         gallery.score(rate(captioned, model))
-    left_out = undrawable("".join(captions[0].text for _, captions in captioned))
+    left_out = sorted(set().union(*(undrawable(captions[0].text) for _, captions in captioned)))
     if left_out:
         print(
-            f"no font here has {left_out[:5]}{'…' if len(left_out) > 5 else ''}, left out in the JPGs; "
+            f"no font here has {''.join(left_out[:5])}{'…' if len(left_out) > 5 else ''}, left out in the JPGs; "
             "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
         )
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]

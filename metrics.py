@@ -137,7 +137,8 @@ def pick_tokeniser(name: str, language: str) -> tuple[str, Callable[[list[str]],
         raise UserError(f"the {name} tokeniser is not for data.language={language}; take --tokeniser auto or words")
     if chinese:
         if name == "words":
-            return f"rjieba-words-{importlib.metadata.version('rjieba')}", partial(by_words, TOKENISERS["zh"]())
+            tokenise = TOKENISERS["zh"]()  # which says what to install
+            return f"rjieba-words-{importlib.metadata.version('rjieba')}", partial(by_words, tokenise)
         return "characters", partial(by_words, TOKENISERS["zh-characters"]())
     if name == "ptb" and not has_java():
         raise UserError("the ptb tokeniser needs Java; install it (apt install default-jre-headless) or take another")

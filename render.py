@@ -41,8 +41,8 @@ PAGE = Path(__file__).with_name("render.html")
 ROWS, SCORES = "/* rows */", "/* scores */"  # where the page's template takes its data
 ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n(\n?)", re.DOTALL)  # only for a page with it
 
-# Control characters, marks that turn the direction of the text after them, and halves of characters.
 INVISIBLE = frozenset("\u200d\ufe0f")  # they join emoji
+# Control characters, marks that turn the direction of the text after them, and halves of characters.
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
@@ -125,14 +125,18 @@ def break_word(word: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]
 
 def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Return `text` without the characters that `undrawable` tells, and the font that has the others."""
-    font, glyphs = min(fonts(), key=lambda each: len(set(text) - each[1]))
+    font, glyphs = best_font(text)
     return "".join(character for character in text if character in glyphs), load_font(font, size)
 
 
-def undrawable(text: str) -> str:
+def undrawable(text: str) -> set[str]:
     """Return the characters of `text` that are not in the font that has most of them."""
-    left = min((set(text) - glyphs for _, glyphs in fonts()), key=len)
-    return "".join(sorted(left - INVISIBLE))
+    return set(text) - best_font(text)[1] - INVISIBLE
+
+
+def best_font(text: str) -> tuple[str, frozenset[str]]:
+    """Return the font that lacks the fewest characters of `text`, and the characters it has."""
+    return min(fonts(), key=lambda font: len(set(text) - font[1]))
 
 
 @functools.cache

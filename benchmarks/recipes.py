@@ -2,6 +2,7 @@
 
     python -m benchmarks.recipes lstm --seeds 0 1 2 data.root=archive
     python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
+    python -m benchmarks.recipes flickr8k_cn --dataset flickr8k_cn data.root=archive
 
 Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
 <dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was

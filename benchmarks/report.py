@@ -6,7 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each functi
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,18 @@ def fill(page: str) -> str:
     return page
 
 
-def dev_scores(dataset: str = "flickr8k", shown: Sequence[str] = SHOWN) -> str:
-    """Return the mean and standard deviation over seeds of each recipe, on the dataset's dev split."""
+def dev_scores() -> str:
+    """Return the mean and standard deviation over seeds of each recipe, on Flickr8k's dev split."""
     lines = [
-        f"| recipe | seeds | {' | '.join(NAMES[name] for name in shown)} | training |",
-        "|---" * (3 + len(shown)) + "|",
+        f"| recipe | seeds | {' | '.join(NAMES[name] for name in SHOWN)} | training |",
+        "|---" * (3 + len(SHOWN)) + "|",
     ]
     by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((HERE / "results" / dataset).glob("*-seed*.json")):
+    for path in sorted((HERE / "results" / "flickr8k").glob("*-seed*.json")):
         result = json.loads(path.read_text())
         by_recipe.setdefault(result["recipe"], []).append(result)
     for recipe, results in sorted(by_recipe.items(), key=lambda item: mean(r["scores"]["cider"] for r in item[1])):
-        cells = [spread([result["scores"][name] for result in results]) for name in shown]
+        cells = [spread([result["scores"][name] for result in results]) for name in SHOWN]
         minutes = mean(result["train_minutes"] for result in results)
         lines.append(f"| `configs/{recipe}.yaml` | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
     signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
@@ -63,9 +63,7 @@ def ablations() -> str:
         variant = json.loads(path.read_text())
         name = f"{variant['recipe']}-seed{variant['seed']}"
         base = json.loads((HERE / "results" / "flickr8k" / f"{name}.json").read_text())
-        settings, usual = (
-            defaults | result["config"] for result in (variant, base)
-        )  # files may be older than settings
+        settings, usual = (defaults | result["config"] for result in (variant, base))  # older than some settings
         changed = [f"`{key}={show(value)}`" for key, value in settings.items() if value != usual[key]]
         scores, before = variant["scores"], base["scores"]
         rows.append((name, "–", before["bleu4"], before["cider"], ""))
@@ -90,7 +88,6 @@ def spread(values: list[float]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"dev-scores": dev_scores, "ablations": ablations}
-CHINESE = [name for name in SHOWN if name != "meteor"]  # which knows no Chinese
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     pictures that are missing.
     """
     table, source = read_captions(config)
-    table, missing = find_pictures(table, image_folder(config), source)
+    folder = image_folder(config)
+    table, missing = find_pictures(table, folder, source)
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
-            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
-            f"{image_folder(config)} ({names}); add them or remove their rows"
+            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in {folder} ({names}); "
+            "add them or remove their rows"
         )
     if table["split"].isna().all():
         table["split"] = table["image"].map(saved_or_seeded(table, saved_splits))
@@ -235,13 +236,14 @@ def pictures(table: pd.DataFrame) -> pd.DataFrame:
 def describe(config: DataConfig) -> Iterator[str]:
     """Yield lines on a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
     table, source = read_captions(config)
-    table, missing = find_pictures(table, image_folder(config), source)
+    folder = image_folder(config)
+    table, missing = find_pictures(table, folder, source)
     drawn = table["split"].isna().all()
     if drawn:
         table["split"] = table["image"].map(saved_or_seeded(table, None))
-    kinds = sorted({formats.recognise(path) for path in caption_files(config)})
-    yield f"captions:   {source} ({', '.join(kinds)})"
-    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(config)}"
+    kind = formats.recognise(caption_files(config)[0]) if config.format == "auto" else config.format
+    yield f"captions:   {source} ({kind})"
+    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {folder}"
     yield from (f"            missing: {name}" for name in missing[:5])
     each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
     yield f"            {each.min()} to {each.max()} captions each, {len(table):,} in all, {twice:,} of them repeated"

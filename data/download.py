@@ -15,11 +15,12 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
 from config import UserError, cli
+from data.formats import leaves_folder
 
 CHUNK = 1 << 20  # bytes
 PATIENCE = 60  # seconds without a byte
@@ -79,7 +80,8 @@ BY_HAND = {
     "flickr30k": """Flickr30k is given on request:
   1. ask at https://shannon.cs.illinois.edu/DenotationGraph/ for flickr30k-images.tar.gz and flickr30k.tar.gz
   2. unpack both in flickr30k/, so that there are flickr30k/flickr30k-images/ and flickr30k/results_20130124.token
-  3. python -m data.download karpathy --to flickr30k   adds the splits that papers use: dataset_flickr30k.json""",
+  3. python -m data.download karpathy --to flickr30k   adds captions with the splits that papers use; train with
+     data.root=flickr30k data.captions=dataset_flickr30k.json""",
     "ai_challenger": """AI Challenger 2017 has no open address any more; copies are kept by those who took part:
   1. get ai_challenger_caption_train_20170902.zip and ai_challenger_caption_validation_20170910.zip
   2. unpack both in ai_challenger/, so that there are
@@ -116,8 +118,11 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
         part = folder / f"{source.name}.part"
         download(address(source, mirror), part, source)
         check(part, source)
-        unpack(part, folder) if source.name.endswith(".zip") else shutil.copyfile(part, folder / source.name)
-        part.unlink()
+        if source.name.endswith(".zip"):
+            unpack(part, folder)
+            part.unlink()
+        else:
+            part.replace(folder / source.name)
         finished.append(source.name)
         marks.write_text("".join(f"{name}\n" for name in finished))
 
@@ -203,9 +208,7 @@ def unpack(archive: Path, folder: Path) -> None:
         with zipfile.ZipFile(archive) as content:
             members = [member for member in content.infolist() if not member.filename.startswith("__MACOSX/")]
             for member in members:
-                name = PurePosixPath(member.filename.replace("\\", "/"))
-                link = stat.S_ISLNK(member.external_attr >> 16)
-                if name.is_absolute() or ".." in name.parts or ":" in name.parts[0] or link:
+                if leaves_folder(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{archive.stem} holds {member.filename!r}, which leaves the folder; do not use it")
             for member in tqdm(members, desc=f"unpacking {archive.stem}", unit="file", disable=None):
                 content.extract(member, folder)

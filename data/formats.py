@@ -95,7 +95,7 @@ def read_token(path: Path) -> list[Row]:
     Flickr8k.token.txt has captions of 2258277193_586949ec62.jpg.1, a picture that was never given away: left out.
     """
     found: dict[tuple[str, str, str], Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         parts = NUMBERED.fullmatch(line.strip())
@@ -140,8 +140,7 @@ def read_ai_challenger(path: Path) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[Row]:
     """Read one JSON object a line: `image`, `caption` or `captions`, and, if it likes, `image_id` and `split`."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return several(path, (json.loads(line) for line in lines if line.strip()), "image")
+    return several(path, (json.loads(line) for line in read_lines(path) if line.strip()), "image")
 
 
 def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
@@ -173,6 +172,11 @@ def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return lines between line ends alone: `splitlines` would also break at U+2028 and its like in a caption."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def written(image: str, caption: str, where: str) -> Row:
     """Return the row of a line someone wrote: without picture or words it is refused."""
     if not WORD.search(caption):
@@ -185,7 +189,12 @@ def inside(image: str, where: str) -> str:
     """Return the path of a picture with forward slashes; raises UserError for one outside its folder."""
     if PLAIN.fullmatch(image):
         return image
-    name = PurePosixPath(image.replace("\\", "/"))
-    if not image or name.is_absolute() or ".." in name.parts or re.match(r"[A-Za-z]:", image):
+    if not image or leaves_folder(image):
         raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")
-    return name.as_posix()
+    return PurePosixPath(image.replace("\\", "/")).as_posix()
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a path from a file, with slashes of either kind, leads out of the folder it is to be taken in."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:", name))

@@ -1,4 +1,4 @@
-"""Captions cut into words once and kept on disk: tokenising COCO takes a minute, reading its words again a second."""
+"""Captions cut into words once and kept on disk, so that training on a large dataset starts sooner the next time."""
 
 import hashlib
 import importlib.metadata
@@ -16,6 +16,7 @@ from data.vocab import TOKENISERS
 from utils import write_atomically
 
 CUT_BY = {"en": "nltk", "zh": "rjieba"}  # packages whose version may change the words
+BREAK = "\n"  # formats.read leaves none in a caption
 EDITION = 1  # of the tokenisers in data.vocab: raise it when they cut differently
 
 
@@ -43,10 +44,11 @@ class Words:
 
 def cut(captions: Sequence[str], language: str, cache: Path) -> Words:
     """Return the words of all `captions`, from `cache` where they were cut before."""
-    text = "\0".join(captions)
+    text = as_bytes(captions)
+    TOKENISERS[language]()  # which says what to install
     package = CUT_BY.get(language)
     cut_by = [EDITION, language, package and importlib.metadata.version(package), len(captions)]
-    key = hashlib.sha256(json.dumps(cut_by).encode() + text.encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(cut_by).encode() + text).hexdigest()[:12]
     path = cache / f"words-{key}.npz"
     return read(path) or write(path, cut_afresh(captions, language))
 
@@ -64,14 +66,19 @@ def read(path: Path) -> Words | None:
     """Return the words in a file, or None where there is none that can be read."""
     try:
         with np.load(path) as saved:
-            return Words(saved["lexicon"].tobytes().decode().split("\0"), saved["ids"], saved["ends"])
+            lexicon = saved["lexicon"].tobytes().decode(errors="surrogatepass").split(BREAK)
+            return Words(lexicon, saved["ids"], saved["ends"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def write(path: Path, words: Words) -> Words:
     buffer = io.BytesIO()
-    lexicon = np.frombuffer("\0".join(words.lexicon).encode(), dtype=np.uint8)
+    lexicon = np.frombuffer(as_bytes(words.lexicon), dtype=np.uint8)
     np.savez(buffer, lexicon=lexicon, ids=words.ids, ends=words.ends)
     write_atomically(path, buffer.getvalue())
     return words
+
+
+def as_bytes(texts: Sequence[str]) -> bytes:
+    return BREAK.join(texts).encode(errors="surrogatepass")  # JSON may hold halves of characters

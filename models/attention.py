@@ -29,12 +29,8 @@ class AttentionRNN(Decoder):
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
         self.dropout = nn.Dropout(config.dropout)
-        self.said = [
-            hidden,
-            4 * hidden,
-            embed,
-        ]  # of a cell: its key, what it says to the LSTM's gates, and to the output
-        self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what they say to the LSTM's gates
+        self.said = [hidden, 4 * hidden, embed]  # by a cell: its key, and what goes to the LSTM's gates and the output
+        self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what goes to the LSTM's gates
         self.cells = nn.Linear(feature_size, sum(self.said))
         self.first_state = nn.Linear(feature_size, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)

@@ -45,7 +45,12 @@ class EncoderCNN(nn.Module):
         super().__init__()
         self.config, self.grid = config, grid
         size = transform_for(config).image_size
-        network = build_network(config, size)
+        try:
+            network = build_network(config, size)
+        except AssertionError as error:
+            raise UserError(
+                f"encoder.image_size = {size} does not suit {config.name} ({error}); take another"
+            ) from None
         self.backbone = cut_classifier(network, config.name).eval()
         source = load_weights(self.backbone, network, config) if load and config.weights else None
         self.identity = {
@@ -57,8 +62,11 @@ class EncoderCNN(nn.Module):
         self.backbone.requires_grad_(False)
         for stage in trained_stages(self.backbone, config):
             stage.requires_grad_(True)
-        with torch.no_grad():
-            self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
+        try:
+            with torch.no_grad():
+                self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
+        except RuntimeError:  # nothing is left of it before the last stage
+            raise UserError(f"encoder.image_size = {size} is too small for {config.name}; take a larger one") from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode normalised pictures (B, 3, S, S) as (B, D) or (B, L, D)."""

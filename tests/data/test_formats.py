@@ -118,6 +118,14 @@ def test_byte_order_marks_windows_line_ends_and_empty_lines_do_not_matter(
     assert rows(load(root)) == expected
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "Flickr8k.token.txt"])
+def test_only_a_line_end_ends_a_line(name: str, root: Path) -> None:
+    caption = "A dog\u2028a cat\x85 a cow"
+    entry = json.dumps({"image": "a.jpg", "caption": caption}, ensure_ascii=False)
+    put(root, name, text=entry + "\n" if name.endswith("jsonl") else f"a.jpg#0\t{caption}\n")
+    assert load(root)["caption"].tolist() == ["A dog a cat a cow"]
+
+
 def test_a_format_named_overrules_the_one_recognised(root: Path, refused: Callable) -> None:
     put(root, "captions.txt", text="image,caption\na.jpg#0 x,A dog\n")
     put(root, "images/a.jpg#0 x")

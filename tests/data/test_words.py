@@ -1,5 +1,7 @@
 """Captions are cut into words once, and found again."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,21 @@ def test_other_captions_languages_and_editions_are_cut_anew(tmp_path: Path, monk
     monkeypatch.setattr(words, "EDITION", words.EDITION + 1)
     cut(CAPTIONS, "en", tmp_path)
     assert len(list(tmp_path.glob("words-*.npz"))) == 5
+
+
+def test_any_character_of_a_caption_is_kept(tmp_path: Path) -> None:
+    odd = ["a\0b dog", "half a \ud83d dog", "a\u2028dog"]
+    expected = as_lists(cut_afresh(odd, "en"))
+    assert as_lists(cut(odd, "en", tmp_path)) == expected == as_lists(cut(odd, "en", tmp_path))
+
+
+def test_a_missing_tokeniser_is_named_before_anything_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
+) -> None:
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    with refused("rjieba", "pip install"):
+        cut(["一只狗"], "zh", tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None])

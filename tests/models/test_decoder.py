@@ -181,3 +181,12 @@ def test_in_bf16_the_gradient_points_where_it_does_in_fp32(name: str) -> None:
         loss.backward()
         gradients.append(torch.cat([part.grad.flatten() for part in decoder.parameters() if part.grad is not None]))
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999
+
+
+def test_an_lstm_adds_up_its_memory_in_fp32_even_in_bf16() -> None:
+    decoder = build("attention")
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = decoder.prepare(features("attention"))
+        state = decoder.start(memory)
+        _, (_, c), _ = decoder.step(TOKENS[:2, 0], state, memory)
+    assert state[1].dtype == c.dtype == torch.float32

@@ -314,6 +314,12 @@ def test_pictures_are_as_large_as_the_weights_were_trained_with(name: str, size:
     assert transform_for(load_config(overrides=overrides).encoder).image_size == size
 
 
+@pytest.mark.parametrize(("name", "size"), [("vit_b_16", 100), ("alexnet", 32)])
+def test_a_picture_size_that_does_not_suit_the_backbone_is_refused(name: str, size: int, refused: Callable) -> None:
+    with refused(f"encoder.image_size = {size}", name):
+        EncoderCNN(config(f"encoder.name={name}", f"encoder.image_size={size}"))
+
+
 WHOLE = {  # size, the module behind the cut, and what it is given of the cells
     "inception_v3": (139, "avgpool", lambda cells: cells),
     "swin_t": (64, "avgpool", lambda cells: cells),
