@@ -33,7 +33,7 @@ Size = Annotated[int, Field(ge=1, le=8192)]
 
 # What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
 FREE_AFTER_TRAINING = {
-    *("data.root", "data.captions", "data.images", "data.cache", "encoder.weights"),
+    *("data.root", "data.captions", "data.images", "data.cache", "data.shard_rows", "encoder.weights"),
     *("train.num_workers", "train.log_every", "train.checkpoint_every"),
 }
 
@@ -54,6 +54,7 @@ class DataConfig(Section):
     language: Literal["en", "zh", "zh-characters"]
     min_count: PositiveInt
     cache: str
+    shard_rows: PositiveInt
 
 
 class EncoderConfig(Section):

@@ -19,6 +19,7 @@ from data import annotations
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
+from training import distributed
 from utils import RUNS, find_run, pick_device, write_atomically
 
 NAMES = {
@@ -63,7 +64,8 @@ def main() -> None:
     elif args.predictions:
         score_predictions(args)
     else:
-        score_run(args)
+        with distributed.processes():
+            score_run(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -118,6 +120,8 @@ def score_run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     captions = model.caption_all(features, names)
     rate = len(captions) / (time.perf_counter() - began)
+    if distributed.rank():
+        return
 
     out = Path(args.out) if args.out else path.parent
     predictions = out / f"predictions-{references.split}.json"

@@ -8,9 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
+from training import distributed
 from utils import RUNS, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
@@ -50,8 +51,24 @@ class Picture:
 Opened = tuple[Picture, Image.Image, torch.Tensor | None]  # small enough to keep; pixels (3, S, S) to be encoded
 
 
-def main() -> int | None:
+@dataclass(frozen=True)
+class Done:
+    """A picture with its captions, the first of them drawn below it in `file`; `size` is that of the picture there."""
+
+    picture: Picture
+    captions: list[Caption]
+    look: WordMaps | None
+    file: str
+    size: tuple[int, int]
+
+
+def main() -> None:
     args = parse_args()
+    with distributed.processes():
+        caption(args)
+
+
+def caption(args: argparse.Namespace) -> None:
     began = time.monotonic()
     checkpoints = choose_checkpoints(args)
     if not args.images:
@@ -79,7 +96,6 @@ def main() -> int | None:
         print(f"skipped: {reason}")
     print(f"wrote captions of {count(done)} in {time.monotonic() - began:.0f} s:")
     print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
-    return None
 
 
 def parse_args() -> argparse.Namespace:
@@ -227,29 +243,22 @@ def caption_pictures(
     A batch of pictures is read while the one before it is captioned, and no picture is kept.
     """
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
-    encode = encoding(model, features, device)
+    artist = Artist(model, encoding(model, features, device), pictures, num_captions, heads, out / "outputs")
+    found = work_in_turn(artist, pictures, None if features else model.transform)
+    if distributed.rank():
+        return [str(done) for done in found if isinstance(done, UserError)]
     broken: list[str] = []
     captioned: list[tuple[Picture, list[Caption]]] = []
-    taken: set[str] = set()
-    bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=not sys.stderr.isatty())
+    bar = tqdm(found, total=len(pictures), desc="captioning", unit="img", disable=distributed.bar_hidden())
     subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
     subtitle += "; point at a word to see where the model looked" if heads else ""
-    gallery = Gallery(out / PAGE, "Captions", subtitle, attention=heads is not None)
-    with bar, gallery, ThreadPoolExecutor(os.cpu_count()) as pool:
-        transform = None if features else model.transform
-        for batch in read_ahead(lambda picture: read(picture, transform), pictures, CAPTION_BATCH):
-            good = [item for item in batch if not isinstance(item, UserError)]
-            broken += [str(item) for item in batch if isinstance(item, UserError)]
-            bar.update(len(batch))
-            if not good:
-                continue
-            found = model.describe(encode(good), num_captions=num_captions, keep_attention=heads is not None)
-            best = [captions[0] for captions in found]
-            looks = [word_maps(caption, heads) for caption in best]
-            files = draw(good, best, looks, out / "outputs", taken, pool)
-            for opened, captions, look, file in zip(good, found, looks, files, strict=True):
-                show(gallery, f"outputs/{file}", opened, captions, look, model.config.search.max_length)
-                captioned.append((opened[0], captions))
+    with Gallery(out / PAGE, "Captions", subtitle, attention=heads is not None) as gallery:
+        for done in bar:
+            if isinstance(done, UserError):
+                broken.append(str(done))
+            else:
+                captioned.append((done.picture, done.captions))
+                show(gallery, done, model.config.search.max_length)
         if not captioned:
             raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
         gallery.score(rate(captioned, model))
@@ -262,6 +271,73 @@ def caption_pictures(
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
     write_atomically(out / "predictions.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
     return broken
+
+
+def work_in_turn(artist: "Artist", pictures: list[Picture], transform: Transform | None) -> Iterator[Done | UserError]:
+    """Yield what has become of all pictures; several processes take turns at the batches."""
+    batches = [pictures[first : first + CAPTION_BATCH] for first in range(0, len(pictures), CAPTION_BATCH)]
+    mine = [picture for batch in distributed.share(batches) for picture in batch]
+    opened = read_ahead(lambda picture: read(picture, transform), mine, CAPTION_BATCH)
+    for _ in range(0, len(batches), distributed.size()):  # in the last turn there may be nothing left for some
+        yield from distributed.gather(artist(next(opened, [])))
+
+
+class Artist:
+    """Captions opened pictures and writes them as JPGs: with the caption below, and with where the model looked.
+
+    Args:
+        pictures: all there are, in whichever process, so that no two get the same file name.
+        heads: whose maps are averaged, or None for no second JPG.
+    """
+
+    def __init__(
+        self,
+        model: CaptionModel,
+        encode: Callable[[list[Opened]], torch.Tensor],
+        pictures: list[Picture],
+        num_captions: int,
+        heads: slice | None,
+        folder: Path,
+    ) -> None:
+        self.model, self.encode, self.num_captions, self.heads, self.folder = model, encode, num_captions, heads, folder
+        taken: set[str] = set()
+        self.stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
+        self.seconds = {stem: unique_name(f"{stem}-attention", taken) for stem in self.stems.values() if heads}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+
+    def __call__(self, batch: list[Opened | UserError]) -> list[Done | UserError]:
+        """Return what has become of each picture: it is drawn, or what is wrong with it."""
+        good = [item for item in batch if not isinstance(item, UserError)]
+        found = iter(self.describe(good))
+        done = [item if isinstance(item, UserError) else self.done(item, next(found)) for item in batch]
+        jobs = [job for item, each in zip(batch, done, strict=True) for job in self.draw(item, each)]
+        for job in jobs:
+            job.result()
+        return done
+
+    def describe(self, opened: list[Opened]) -> list[list[Caption]]:
+        if not opened:
+            return []
+        return self.model.describe(
+            self.encode(opened), num_captions=self.num_captions, keep_attention=self.heads is not None
+        )
+
+    def done(self, opened: Opened, captions: list[Caption]) -> Done:
+        picture, shown, _ = opened
+        texts = [replace(caption, attention=None) for caption in captions]
+        file = f"{self.folder.name}/{self.stems[picture]}.jpg"
+        return Done(picture, texts, word_maps(captions[0], self.heads), file, shown.size)
+
+    def draw(self, item: Opened | UserError, done: Done | UserError) -> Iterator[Future[None]]:
+        if isinstance(item, UserError) or isinstance(done, UserError):
+            return
+        picture, shown, _ = item
+        stem = self.stems[picture]
+        yield self.pool.submit(save, draw_caption, shown, done.captions[0].text, self.folder / f"{stem}.jpg")
+        if done.look:
+            path = self.folder / f"{self.seconds[stem]}.jpg"
+            yield self.pool.submit(save, draw_attention, shown, done.look, path)
 
 
 def encoding(
@@ -294,40 +370,18 @@ def word_maps(caption: Caption, heads: slice | None) -> WordMaps | None:
     return WordMaps(caption.words, maps.unflatten(1, (side, side)).numpy())
 
 
-def draw(
-    opened: list[Opened],
-    captions: list[Caption],
-    looks: list[WordMaps | None],
-    folder: Path,
-    taken: set[str],
-    pool: ThreadPoolExecutor,
-) -> list[str]:
-    """Write each picture with its caption and, where there are `looks`, with them; return the first's file names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [unique_name(picture.path.stem, taken) for picture, _, _ in opened]
-    jobs = []
-    for (_, shown, _), caption, look, name in zip(opened, captions, looks, names, strict=True):
-        jobs.append(pool.submit(save, draw_caption, shown, caption.text, folder / f"{name}.jpg"))
-        if look:
-            file = f"{unique_name(f'{name}-attention', taken)}.jpg"
-            jobs.append(pool.submit(save, draw_attention, shown, look, folder / file))
-    for job in jobs:
-        job.result()
-    return [f"{name}.jpg" for name in names]
-
-
 def save(draw: Callable[..., Image.Image], picture: Image.Image, drawn: str | WordMaps, path: Path) -> None:
     draw(picture, drawn).save(path, quality=QUALITY)
 
 
-def show(
-    gallery: Gallery, file: str, opened: Opened, captions: list[Caption], look: WordMaps | None, max_length: int
-) -> None:
+def show(gallery: Gallery, done: Done, max_length: int) -> None:
     """Add a picture to the page; where there are several captions, each with how sure the model is of its words."""
-    picture, shown, _ = opened
-    texts = [caption.text for caption in captions]
-    sure = [per_word(caption, max_length) for caption in captions] if len(captions) > 1 else []
-    gallery.add(file, texts, picture.references, size=shown.size, name=picture.name, probabilities=sure, looks=look)
+    texts = [caption.text for caption in done.captions]
+    sure = [per_word(caption, max_length) for caption in done.captions] if len(texts) > 1 else []
+    picture = done.picture
+    gallery.add(
+        done.file, texts, picture.references, size=done.size, name=picture.name, probabilities=sure, looks=done.look
+    )
 
 
 def per_word(caption: Caption, max_length: int) -> float:

@@ -2,11 +2,8 @@
 
 import argparse
 import copy
-import json
 import math
-import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,50 +12,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics
-from config import Config, UserError, cli, load_config, parse_command_line, restore_config
+from config import Config, UserError, cli, load_config, parse_command_line
 from data import annotations
-from data.dataset import Batch, Features, Flickr8kDataset, batch_indices
+from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices, share_of
 from data.features import encode_pictures
 from data.vocab import build_vocab
 from data.words import Words, cut
 from models.model import CaptionModel
-from objectives import SelfCritical, caption_loss, cross_entropy
-from optim import WeightAverage, learning_rate, make_optimiser
-from utils import (
-    RUNS,
-    StopRequest,
-    find_run,
-    load_checkpoint,
-    pick_device,
-    pick_precision,
-    save_checkpoint,
-    seed_step,
-    write_atomically,
-)
+from training import distributed
+from training.objectives import Objective, caption_loss
+from training.optim import WeightAverage, learning_rate, make_optimiser
+from training.runs import refuse_existing, resume, start_run, write_log
+from utils import RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
 
-LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
-WRITTEN = (
-    *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
-    *("captions_result.html", "predictions.json", "loss_curve.png"),
-    *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in annotations.SPLITS),
-)
-RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
 SHOWN = 5  # validation captions printed after each epoch
 
 
-def main() -> int | None:
-    args = parse_args()
+def main() -> int:
+    with distributed.processes():
+        return train(parse_args())
+
+
+def train(args: argparse.Namespace) -> int:
+    if distributed.restarted():
+        go_on(args)
     config, saved = resume(args) if args.resume else (choose_config(args), None)
     run = RUNS / config.run
-    refuse_existing(run, args, config)
+    distributed.once(refuse_existing, run, args, config)
 
     table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
     report_data(table, config)
@@ -77,7 +65,7 @@ def main() -> int | None:
     else:
         if not config.train.start:
             model.fit_statistics(trainer.sample_features())
-        start_run(run, config, table)
+        distributed.once(start_run, run, config, table)
     return trainer.fit()
 
 
@@ -105,40 +93,12 @@ def choose_config(args: argparse.Namespace) -> Config:
     return load_config(Path(__file__).parent / "configs" / "sample.yaml", args.overrides)
 
 
-def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
-    """Return config and last.pth of the run to go on with; `args.overrides` keeps what is not its name."""
-    names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
-    args.overrides = [word for word in args.overrides if not word.startswith("run=")]
-    run = find_run("last.pth", args.run or next(iter(names), None))
-    if run.resolve().parent != RUNS.resolve():
-        raise UserError(f"{run} is not below {RUNS}/; move it there to go on with it")
-    saved = load_checkpoint(run / "last.pth")
-    missing = {"config", *RESUMED} - saved.keys()
-    if missing:
-        raise UserError(f"{run / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; train again")
-    return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
-
-
-def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None:
-    """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
-    if args.resume or args.overwrite or not run.exists():
-        return
-    if config.run == "sample" and config.data.format == "sample":
-        print(f"{run} is started again (name another run with run=NAME to keep it)")
-        return
-    raise UserError(
-        f"{run} exists already; go on with it: --resume --run {run.name}, "
-        "keep it and start another: run=NAME, or lose it: --overwrite"
-    )
-
-
-def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
-    """Clear the run's folder of what an earlier run wrote; write the resolved config and every picture's split."""
-    for name in WRITTEN:
-        (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "outputs", ignore_errors=True)
-    write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-    write_atomically(run / annotations.SAVED_SPLITS, json.dumps(annotations.splits_of(table)).encode())
+def go_on(args: argparse.Namespace) -> None:
+    """Make of the arguments that began a run those that take it up again: the processes before these died in it."""
+    run = args.run or choose_config(args).run
+    args.resume, args.overwrite = (RUNS / run / "last.pth").is_file(), True
+    if args.resume:
+        args.run, args.overrides = run, []
 
 
 def report_data(table: pd.DataFrame, config: Config) -> None:
@@ -224,7 +184,9 @@ class Trainer:
         self.optimiser = make_optimiser(model)
         self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
-        self.self_critical = SelfCritical(model, train_set) if self.config.self_critical_epochs else None
+        self.objective: nn.Module = Objective(model, train_set)
+        if distributed.size() > 1:
+            self.objective = DistributedDataParallel(self.objective, forward_sync_buffers=False)
         self.by_image = train_set.features is None or model.decoder.grid
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)
@@ -233,22 +195,23 @@ class Trainer:
     def restore(self, saved: dict[str, Any]) -> None:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.progress = Progress(**saved["progress"])
-        self.nll.fill_(saved["nll"])
+        self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
         self.average.restore(saved["averaged"])
 
     def save_last(self) -> None:
-        self.refuse_poison()
-        state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": float(self.nll)}
-        save_checkpoint(self.run / "last.pth", self.model.state() | state | {"averaged": self.average.weights})
+        """Write last.pth; to be called in all processes, of which the first one writes."""
+        nll = self.refuse_poison()
+        if distributed.rank() == 0:
+            state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": nll}
+            save_checkpoint(self.run / "last.pth", self.model.state() | state | {"averaged": self.average.weights})
 
     def fit(self) -> int:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
         self.save_last()
-        write_log(self.run / "loss_log.txt", self.progress.history)
+        distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
         with StopRequest() as stop:
             while self.progress.epoch < self.config.epochs and not self.has_stalled():
-                self.train_epoch(stop)
-                if stop.requested:
+                if not self.train_epoch(stop):
                     self.save_last()
                     print(f"\nstopped; go on with: python train.py --resume --run {self.run.name}")
                     return 130
@@ -262,10 +225,9 @@ class Trainer:
         return 0
 
     @property
-    def objective(self) -> Callable[[CaptionModel, Batch], tuple[torch.Tensor, torch.Tensor]]:
-        """That of the epoch under way: the last ones may be self-critical."""
-        critical = self.progress.epoch >= self.config.epochs - self.config.self_critical_epochs
-        return self.self_critical if self.self_critical and critical else cross_entropy
+    def critical(self) -> bool:
+        """Whether the epoch under way is self-critical, as the last ones may be."""
+        return self.progress.epoch >= self.config.epochs - self.config.self_critical_epochs
 
     def has_stalled(self) -> bool:
         patience = self.config.patience
@@ -274,76 +236,90 @@ class Trainer:
         print(f"no better CIDEr for {patience} epochs: stopping early")
         return True
 
-    def train_epoch(self, stop: StopRequest) -> None:
-        """Make the steps of the epoch that are still to be made, in an order drawn from (seed, epoch)."""
+    def train_epoch(self, stop: StopRequest) -> bool:
+        """Make the steps of the epoch that are still to be made, in an order drawn from (seed, epoch).
+
+        Returns False when it was asked to stop before their end.
+        """
         progress, config = self.progress, self.config
         rng = np.random.default_rng([config.seed, progress.epoch])
-        critical = self.objective is self.self_critical
-        batches = batch_indices(self.train_set, config.batch_size, self.by_image or critical, rng)
+        batches = batch_indices(self.train_set, config.batch_size, self.by_image or self.critical, rng)
+        shares = [
+            share_of(self.train_set, batch, distributed.rank(), distributed.size())
+            for batch in batches[progress.batch :]
+        ]
         if config.mirror:
             self.train_set.flip(rng)
         loader = DataLoader(
             self.train_set,
-            batch_sampler=batches[progress.batch :],
+            batch_sampler=[share.indices for share in shares],
             collate_fn=as_it_is,
             num_workers=config.num_workers if self.train_set.features is None else 0,
         )
         self.model.train()
-        if critical:
+        if self.critical:
             dry(self.model)
-        with tqdm(total=len(self.train_set), unit="caption", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(self.train_set), unit="caption", disable=distributed.bar_hidden()) as bar:
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
             bar.update(sum(map(len, batches[: progress.batch])))
-            for batch in loader:
-                loss = self.step(batch, self.learning_rate(len(batches)))
-                bar.update(len(batch.tokens))
+            for share, batch in zip(shares, loader, strict=True):
+                loss = self.step(batch, share, self.learning_rate(len(batches)))
+                bar.update(len(batches[progress.batch - 1]))
                 if progress.batch % config.log_every == 0 or progress.batch == len(batches):
-                    self.log_step(bar, len(batches), loss.item())
+                    self.log_step(bar, len(batches), loss)
                 if progress.step % config.checkpoint_every == 0:
                     self.save_last()
-                if stop.requested:
-                    return
+                if distributed.any_of(stop.requested):
+                    return False
+        return True
 
     def learning_rate(self, batches: int) -> float:
         """Return that of the next step: each objective has its own warm-up and its own cosine down to 0."""
         config = self.config
         first, last, peak = 0, config.epochs - config.self_critical_epochs, config.lr
-        if self.objective is self.self_critical:
+        if self.critical:
             first, last, peak = last, config.epochs, config.self_critical_lr
         step = (self.progress.epoch - first) * batches + self.progress.batch
         return learning_rate(step, (last - first) * batches, config.warmup_steps, peak)
 
-    def step(self, batch: Batch, lr: float) -> torch.Tensor:
-        """Make one optimiser step and return its unsmoothed loss; all noise is drawn from (seed, step)."""
+    def step(self, batch: Batch, share: Share, lr: float) -> torch.Tensor:
+        """Make one optimiser step, in which the processes weigh by their words; all noise is of (seed, step, rank).
+
+        Returns this process's part of the unsmoothed loss per word.
+        """
         config, progress = self.config, self.progress
         moved = batch.to(self.device)
-        seed_step(config.seed, progress.step)
+        seed_step(config.seed, progress.step, distributed.rank())
         for group in self.optimiser.param_groups:
             group["lr"] = group["scale"] * lr
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            objective, loss = self.objective(self.model, moved)
+            objective, loss = self.objective(moved, self.critical)
         self.optimiser.zero_grad()
-        objective.backward()
+        (objective * (share.part * distributed.size())).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimiser.step()
         self.average.update(progress.step)
         progress.step += 1
         progress.batch += 1
-        progress.words += batch.words
-        self.nll += loss * batch.words
-        return loss
+        progress.words += share.words
+        part = loss * share.part
+        self.nll += part * share.words
+        return part
 
-    def refuse_poison(self) -> None:
-        """Stop before a checkpoint is written by a model whose loss has become NaN or infinite."""
-        if not math.isfinite(float(self.nll)):
+    def refuse_poison(self) -> float:
+        """Return the sum of the epoch's losses; a model whose loss is NaN or infinite is stopped, never written."""
+        [nll] = distributed.total(float(self.nll))
+        if not math.isfinite(nll):
             raise UserError(
-                f"the loss became {float(self.nll)} before step {self.progress.step} of {self.run}; "
+                f"the loss became {nll} before step {self.progress.step} of {self.run}; "
                 "train a new run with a lower train.lr (the checkpoints there are from before)"
             )
+        return nll
 
-    def log_step(self, bar: tqdm, batches: int, loss: float) -> None:
+    def log_step(self, bar: tqdm, batches: int, part: torch.Tensor) -> None:
         """Show the loss of this step on the bar, or as a line where there is no terminal."""
         self.refuse_poison()
+        [loss] = distributed.total(part.item())
         perplexity = math.exp(min(loss, 700))
         if bar.disable:
             place = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}] Step [{self.progress.batch}/{batches}]"
@@ -357,7 +333,7 @@ class Trainer:
         with self.average.lent():
             self.validate()
         self.save_last()
-        write_log(self.run / "loss_log.txt", self.progress.history)
+        distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
 
     def validate(self) -> None:
         """Score the validation captions, and keep the weights as checkpoints.pth when they are the best so far."""
@@ -366,12 +342,12 @@ class Trainer:
         val_set.features = self.encoded(val_set, val_set.images)
         loss = self.validation_loss(val_set)
         captions = self.model.caption_all(val_set.features, val_set.images, self.model.config.search.greedy())
-        scores = metrics.score(captions, self.val_references, self.tokenise).corpus
+        scores = distributed.once(metrics.score, captions, self.val_references, self.tokenise).corpus
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "lr": round(self.optimiser.param_groups[0]["lr"], 8),
-            "train_loss": round(float(self.nll) / progress.words, 4),
+            "train_loss": round(self.refuse_poison() / progress.words, 4),
             "val_loss": round(loss, 4),
             "val_perplexity": round(math.exp(min(loss, 700)), 3),
             "val_bleu4": round(scores["bleu4"], 2),
@@ -381,7 +357,7 @@ class Trainer:
         progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
         self.nll.zero_()
         self.report_epoch(row, captions)
-        if row is progress.best:
+        if row is progress.best and distributed.rank() == 0:
             save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
 
     def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
@@ -408,8 +384,8 @@ class Trainer:
     @torch.inference_mode()
     def validation_loss(self, val_set: Flickr8kDataset) -> float:
         """Return the mean negative log-likelihood per word, by teacher forcing."""
-        total, words = 0.0, 0
-        for indices in batch_indices(val_set, EVAL_BATCH, self.by_image, rng=None):
+        total, words = 0.0, 0.0
+        for indices in distributed.share(batch_indices(val_set, EVAL_BATCH, self.by_image, rng=None)):
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -417,6 +393,7 @@ class Trainer:
                 loss = caption_loss(self.model.decoder.output, hidden, moved.targets, smoothing=0)[1]
             total += float(loss) * batch.words
             words += batch.words
+        total, words = distributed.total(total, words)
         return total / words
 
 
@@ -429,12 +406,6 @@ def dry(model: CaptionModel) -> None:
 
 def as_it_is(batch: Any) -> Any:
     return batch
-
-
-def write_log(path: Path, history: list[dict[str, float]]) -> None:
-    """Write the loss log whole: tab-separated, a header, one row per epoch."""
-    rows = [[str(row[column]) for column in LOG_COLUMNS] for row in history]
-    write_atomically(path, "".join("\t".join(cells) + "\n" for cells in [LOG_COLUMNS, *rows]).encode())
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool]
 
 def pick_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # which torchrun sets
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -145,6 +145,6 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Draw all noise of a step from (seed, step) alone, so that a run can be taken up at any step."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Draw all noise of a step from (seed, step, rank) alone, so that a run can be taken up at any step."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0]))

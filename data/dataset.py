@@ -15,15 +15,24 @@ from data.words import Words, cut_afresh
 
 
 class Features:
-    """Encoded pictures: `rows` (P, D) or (P, L, D) in fp16, usually a memory map, in the order of `names`."""
+    """Encoded pictures in the order of `names`.
 
-    def __init__(self, rows: np.ndarray, names: Sequence[str]) -> None:
-        self.rows = rows
+    Args:
+        shards: fp16 rows (P, D) or (P, L, D), usually memory maps, all but the last with as many pictures.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], names: Sequence[str]) -> None:
+        self.shards = shards
         self._row_of = {name: row for row, name in enumerate(names)}
 
     def take(self, names: Sequence[str]) -> torch.Tensor:
         """Return the features of these pictures (B, D) or (B, L, D)."""
-        return torch.from_numpy(self.rows[[self._row_of[name] for name in names]])
+        shard, row = np.divmod([self._row_of[name] for name in names], len(self.shards[0]))  # (B,) each
+        taken = np.empty((len(names), *self.shards[0].shape[1:]), dtype=self.shards[0].dtype)
+        for number in np.unique(shard):
+            here = shard == number
+            taken[here] = self.shards[number][row[here]]
+        return torch.from_numpy(taken)
 
 
 @dataclass
@@ -159,3 +168,32 @@ def batch_indices(
     if rng:
         batches = [batches[i] for i in rng.permutation(len(batches))]
     return [np.concatenate([order[starts[g] : starts[g] + sizes[g]] for g in batch]).tolist() for batch in batches]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a batch is for one of several processes.
+
+    Attributes:
+        indices: its captions.
+        words: real words in the whole batch; part: how many of them are here, from 0 to 1.
+    """
+
+    indices: list[int]
+    words: int
+    part: float
+
+
+def share_of(dataset: Flickr8kDataset, batch: Sequence[int], rank: int, size: int) -> Share:
+    """Return every `size`-th picture of a batch with its captions: each picture is read by one process alone.
+
+    Where no picture is left, a caption stands in whose part is 0, since all processes make each step.
+    """
+    words = int(dataset.lengths[batch].sum()) - len(batch)
+    if size == 1:
+        return Share(list(batch), words, 1.0)
+    picture = np.unique(dataset.image_of[batch], return_inverse=True)[1]  # (N,)
+    mine = np.asarray(batch)[picture % size == rank]
+    if not len(mine):
+        return Share(list(batch[:1]), words, 0.0)
+    return Share(mine.tolist(), words, (int(dataset.lengths[mine].sum()) - len(mine)) / words)

@@ -1,12 +1,13 @@
 """Frozen-encoder features, computed once per picture and kept on disk.
 
-`cache/<encoder>-<key>/` holds features.npy (fp16 rows, in the order of the picture names) and manifest.json: what made
-the rows, each picture's name, size and mtime, and `rows_done`. Rows count only once the manifest says so: after a
-kill, encoding goes on from there.
+`cache/<encoder>-<key>/00000/`, the first shard, holds features.npy (fp16 rows, in the order of the picture names) and
+manifest.json: what made the rows, each picture's name, size and mtime, and `rows_done`. Rows count only once the
+manifest says so: after a kill, encoding goes on from there.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from config import UserError
 from data.dataset import Features
 from data.transforms import open_picture
 from models.model import CaptionModel
+from training import distributed
 from utils import pick_precision, write_atomically
 
 Item = TypeVar("Item")
@@ -76,20 +78,17 @@ def encode_pictures(
         return FeatureCache(model, sorted(names), folder, device, mirrored).fill()
     extractor = Extractor(model, device)
     rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
-    return Features(rows.numpy(), names)
+    return Features([rows.numpy()], names)
 
 
 class FeatureCache:
-    """The features of the pictures `names` in `folder`, kept below `data.cache`.
-
-    Rows count when encoder, transform, precision and names are the same and the pictures' sizes and mtimes are too.
-    """
+    """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
 
     def __init__(
         self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, mirrored: bool = False
     ) -> None:
         self.model, self.names, self.folder, self.device, self.mirrored = model, names, folder, device, mirrored
-        self.identity = {
+        identity = {
             "encoder": model.encoder.identity,
             "grid": model.encoder.grid,
             "transform": asdict(model.transform),
@@ -97,31 +96,32 @@ class FeatureCache:
             "folder": str(folder.resolve()),
         }
         if mirrored:
-            self.identity["mirrored"] = True
-        key = hashlib.sha256(json.dumps([self.identity, names]).encode()).hexdigest()[:12]
+            identity["mirrored"] = True
+        key = hashlib.sha256(json.dumps([identity, names]).encode()).hexdigest()[:12]
         self.place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
+        rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
+        self.shards = [
+            Shard(self.place / f"{first // rows:05}", names[first : first + rows], folder, shape, identity)
+            for first in range(0, len(names), rows)
+        ]
 
     def find(self) -> Features | None:
         """Return the features when all of them are there, else None."""
-        return self.open() if self.manifest()["rows_done"] == len(self.names) else None
+        return self.open() if all(shard.is_whole() for shard in self.shards) else None
 
     def open(self) -> Features:
-        return Features(np.load(self.place / "features.npy", mmap_mode="r"), self.names)
+        return Features([shard.open() for shard in self.shards], self.names)
 
     def fill(self) -> Features:
-        """Return the features, after encoding those that are missing; one process at a time does so.
+        """Return the features, after encoding those that are missing; several processes share the shards.
 
         Raises UserError for a picture that cannot be read and for a disk that cannot take the rows.
         """
         try:
-            self.place.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.place / "lock"):
-                manifest = self.manifest()
-                if manifest["rows_done"] < len(self.names):
-                    paths = [self.folder / name for name in self.names]
-                    what = "mirrored pictures" if self.mirrored else "pictures"
-                    print(f"encoding {len(paths) - manifest['rows_done']:,} {what}, once, into {self.place}/")
-                    write_rows(self.place, manifest, paths, Extractor(self.model, self.device), self.mirrored)
+            missing = [shard for shard in distributed.share(self.shards) if not shard.is_whole()]
+            if missing:
+                self.encode(missing)
+            distributed.wait()
             return self.open()
         except OSError as error:
             reason = error.strerror or error
@@ -129,22 +129,80 @@ class FeatureCache:
                 f"cannot keep encoded pictures in {self.place}: {reason}; make room or set data.cache=FOLDER"
             ) from None
 
-    def manifest(self) -> dict[str, Any]:
-        """Return the manifest asked for, with `rows_done` as far as the cache on disk agrees with it."""
+    def encode(self, shards: list["Shard"]) -> None:
+        total = sum(len(shard.names) for shard in shards)
+        extractor = Extractor(self.model, self.device)
+        print(f"encoding {total:,} {'mirrored pictures' if self.mirrored else 'pictures'}, once, into {self.place}/")
+        done = 0
+        with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
+            for rows in (rows for shard in shards for rows in shard.fill(extractor, self.mirrored)):
+                bar.update(rows)
+                done += rows
+                if bar.disable and (done % SAVE_EVERY < rows or done == total):
+                    print(f"encoded {done:,} of {total:,}", flush=True)
+
+
+class Shard:
+    """The features of some pictures in a folder of their own, made by one process at a time.
+
+    Rows count when encoder, transform, precision and names are the same and the pictures' sizes and mtimes are too.
+    """
+
+    def __init__(
+        self, place: Path, names: list[str], folder: Path, shape: tuple[int, ...], identity: dict[str, Any]
+    ) -> None:
+        self.place, self.names, self.folder, self.identity = place, names, folder, identity
+        self.shape = [len(names), *shape]
+
+    def is_whole(self) -> bool:
+        return self.manifest()[0]["rows_done"] == len(self.names)
+
+    def open(self) -> np.ndarray:
+        return np.load(self.place / "features.npy", mmap_mode="r")
+
+    def fill(self, extractor: Extractor, mirrored: bool) -> Iterator[int]:
+        """Encode the rows that are missing; yields how many are there, then how many more.
+
+        Plain writes, not stores to a map, so that a full disk is an error.
+        """
+        self.place.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.place / "lock"):
+            manifest, reason = self.manifest()
+            if reason:
+                print(f"{self.place}: rows from {manifest['rows_done']:,} on are not used: {reason}")
+            done = manifest["rows_done"]
+            yield done
+            if done == len(self.names):
+                return
+            path = self.place / "features.npy"
+            mode = "r+" if done else "w+"
+            start = np.lib.format.open_memmap(path, mode, np.float16, tuple(self.shape)).offset
+            with open(path, "r+b") as file:
+                file.seek(start + done * 2 * math.prod(self.shape[1:]))
+                for pixels in extractor.read([self.folder / name for name in self.names[done:]], mirrored):
+                    file.write(extractor(pixels).numpy().tobytes())
+                    done += len(pixels)
+                    if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.names):
+                        file.flush()
+                        manifest["rows_done"] = done
+                        write_atomically(self.place / "manifest.json", json.dumps(manifest).encode())
+                    yield len(pixels)
+
+    def manifest(self) -> tuple[dict[str, Any], str | None]:
+        """Return the manifest asked for, with `rows_done` as far as what is on disk agrees, and why it does not."""
         try:
             stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
         except OSError as error:
             raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
         pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
-        shape = [len(self.names), *self.model.encoder.feature_shape]
-        wanted: dict[str, Any] = {"identity": self.identity, "shape": shape, "rows_done": 0, "pictures": pictures}
+        wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
         found = read_manifest(self.place)
         if found is None:
-            return wanted
+            return wanted, None
         reason = None
-        if found["identity"] != json.loads(json.dumps(self.identity)) or found["shape"] != shape:
+        if found["identity"] != json.loads(json.dumps(self.identity)) or found["shape"] != self.shape:
             reason = "another encoder made them"
-        elif not has_rows(self.place / "features.npy", shape):
+        elif not has_rows(self.place / "features.npy", self.shape):
             reason = "features.npy is missing or cut short"
         else:
             done = found["pictures"][: found["rows_done"]]
@@ -152,9 +210,7 @@ class FeatureCache:
             wanted["rows_done"] = changed[0] if changed else len(done)
             if changed:
                 reason = f"{self.names[changed[0]]} has changed since"
-        if reason:
-            print(f"{self.place}: rows from {wanted['rows_done']:,} on are not used: {reason}")
-        return wanted
+        return wanted, reason
 
 
 def read_manifest(place: Path) -> dict[str, Any] | None:
@@ -174,30 +230,3 @@ def has_rows(path: Path, shape: list[int]) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return rows.dtype == np.float16 and list(rows.shape) == shape
-
-
-def write_rows(place: Path, manifest: dict[str, Any], paths: list[Path], extractor: Extractor, mirrored: bool) -> None:
-    """Encode the rows from `rows_done` on. Plain writes, not stores to a map, so that a full disk is an error."""
-    shape, done = tuple(manifest["shape"]), manifest["rows_done"]
-    path = place / "features.npy"
-    if done == 0:
-        rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        start = rows.offset
-    else:
-        start = np.load(path, mmap_mode="r").offset
-    row_bytes = 2 * int(np.prod(shape[1:]))
-    with (
-        open(path, "r+b") as file,
-        tqdm(total=len(paths), initial=done, desc="encoding", unit="img", disable=None) as bar,
-    ):
-        file.seek(start + done * row_bytes)
-        for pixels in extractor.read(paths[done:], mirrored):
-            file.write(extractor(pixels).numpy().tobytes())
-            done += len(pixels)
-            bar.update(len(pixels))
-            if done - manifest["rows_done"] >= SAVE_EVERY or done == len(paths):
-                file.flush()
-                manifest["rows_done"] = done
-                write_atomically(place / "manifest.json", json.dumps(manifest).encode())
-                if bar.disable:
-                    print(f"encoded {done:,} of {len(paths):,}", flush=True)

@@ -18,6 +18,7 @@ from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
 from models.search import Hypothesis, search
 from models.transformer import TransformerDecoder
+from training import distributed
 from utils import load_checkpoint
 
 DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}
@@ -168,15 +169,16 @@ class CaptionModel(nn.Module):
     def caption_all(
         self, features: Features, names: Sequence[str], options: SearchConfig | None = None
     ) -> dict[str, str]:
-        """Return a caption for each of the pictures `names` among `features`."""
-        captions: dict[str, str] = {}
-        with tqdm(total=len(names), desc="captioning", unit="img", disable=None) as bar:
-            for first in range(0, len(names), CAPTION_BATCH):
-                batch = names[first : first + CAPTION_BATCH]
+        """Return a caption for each of the pictures `names` among `features`; several processes share the work."""
+        mine, captions = distributed.share(names), dict[str, str]()
+        with tqdm(total=len(mine), desc="captioning", unit="img", disable=distributed.bar_hidden()) as bar:
+            for first in range(0, len(mine), CAPTION_BATCH):
+                batch = mine[first : first + CAPTION_BATCH]
                 best = self.describe(features.take(batch), options)
                 captions |= {name: each[0].text for name, each in zip(batch, best, strict=True)}
                 bar.update(len(batch))
-        return captions
+        found = dict(distributed.gather(list(captions.items())))
+        return {name: found[name] for name in names}
 
 
 def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:

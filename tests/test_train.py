@@ -18,8 +18,9 @@ import train
 from config import load_config
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from optim import learning_rate
 from train import Progress
+from training.optim import learning_rate
+from training.runs import LOG_COLUMNS
 from utils import load_checkpoint
 
 SCRIPT = Path(train.__file__)
@@ -58,7 +59,7 @@ def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pyte
     assert run(*FAST, "run=first") == 0
     log = pd.read_csv("runs/first/loss_log.txt", sep="\t")
     assert log["epoch"].tolist() == [1, 2, 3]
-    assert log.columns.tolist() == list(train.LOG_COLUMNS)
+    assert log.columns.tolist() == list(LOG_COLUMNS)
     files = {path.name for path in Path("runs/first").iterdir()}
     assert files == {"config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
     printed = capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data import dataset, formats
-from data.dataset import Batch, Flickr8kDataset, batch_indices
+from data.dataset import Batch, Flickr8kDataset, batch_indices, share_of
 from data.features import Features
 from data.transforms import Transform
 from data.vocab import EOS, PAD, SOS, Vocabulary, build_vocab
@@ -29,7 +29,7 @@ def captions(vocab: Vocabulary) -> Flickr8kDataset:
     """61 captions of 21 pictures, whose feature is their number."""
     names = [f"{number // 3}.jpg" for number in range(len(CAPTIONS))]
     rows = np.arange(21, dtype=np.float16)[:, None]
-    features = Features(rows, [f"{number}.jpg" for number in range(21)])
+    features = Features([rows], [f"{number}.jpg" for number in range(21)])
     table = pd.DataFrame({"image": names, "caption": CAPTIONS})
     return Flickr8kDataset(table, vocab, Path(), Transform(32), features)
 
@@ -72,7 +72,7 @@ def test_a_batch_names_its_pictures(captions: Flickr8kDataset) -> None:
 
 def test_half_of_the_pictures_are_shown_mirrored(captions: Flickr8kDataset) -> None:
     names = [f"{number}.jpg" for number in range(21)]
-    captions.mirrored = Features(-np.arange(21, dtype=np.float16)[:, None], names)
+    captions.mirrored = Features([-np.arange(21, dtype=np.float16)[:, None]], names)
     for seed in (0, 1):
         captions.flip(np.random.default_rng(seed))
         shown = captions.__getitems__(list(range(61))).pictures.flatten()
@@ -153,3 +153,22 @@ def test_captions_of_one_length_stand_together(captions: Flickr8kDataset) -> Non
 def test_batches_of_different_lengths_are_mixed(captions: Flickr8kDataset) -> None:
     lengths = [captions.lengths[batch].max() for batch in batch_indices(captions, 5, False, np.random.default_rng(0))]
     assert lengths != sorted(lengths)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_processes_share_a_batch_by_pictures_and_weigh_by_words(captions: Flickr8kDataset, size: int) -> None:
+    batch = [60, 0, 30, 2, 31, 1]  # three pictures
+    shares = [share_of(captions, batch, rank, size) for rank in range(size)]
+    working = [share for share in shares if share.part]
+    assert sorted(index for share in working for index in share.indices) == sorted(batch)
+    images = [set(captions.image_of[share.indices]) for share in working]
+    assert sum(map(len, images)) == len(set.union(*images)) == 3
+    assert {share.words for share in shares} == {captions.__getitems__(batch).words}
+    assert sum(share.part for share in shares) == pytest.approx(1)
+    for share in working:
+        assert share.part == pytest.approx(captions.__getitems__(share.indices).words / share.words)
+
+
+def test_a_process_without_a_picture_stands_by(captions: Flickr8kDataset) -> None:
+    share = share_of(captions, [60], 1, 2)
+    assert share.indices == [60] and share.part == 0

@@ -1,5 +1,6 @@
 """The feature cache: each picture is encoded once, and rows of doubtful origin are never used."""
 
+import copy
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 
 from config import UserError, cli
 from data import features
-from data.features import Extractor, FeatureCache
+from data.features import Extractor, FeatureCache, Shard
 from data.transforms import open_picture
 from data.vocab import build_vocab
 from models.model import CaptionModel
@@ -183,25 +184,25 @@ def test_other_pictures_have_their_own_rows(cache: FeatureCache) -> None:
     assert FeatureCache(cache.model, NAMES[::-1], cache.folder, CPU).find() is None
 
 
-def edit_manifest(cache: FeatureCache, key: str, value: object) -> None:
-    path = cache.place / "manifest.json"
+def edit_manifest(shard: Shard, key: str, value: object) -> None:
+    path = shard.place / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
 
 
-DAMAGES: dict[str, Callable[[FeatureCache], object]] = {
-    "rows cut short": lambda cache: os.truncate(cache.place / "features.npy", 5000),
-    "rows empty": lambda cache: (cache.place / "features.npy").write_bytes(b""),
-    "rows lost": lambda cache: (cache.place / "features.npy").unlink(),
-    "rows of another shape": lambda cache: np.save(cache.place / "features.npy", np.zeros((12, 5), np.float16)),
-    "rows of another type": lambda cache: np.save(cache.place / "features.npy", np.zeros((12, 512), np.float32)),
-    "manifest cut short": lambda cache: os.truncate(cache.place / "manifest.json", 100),
-    "manifest empty": lambda cache: (cache.place / "manifest.json").write_text(""),
-    "manifest lost": lambda cache: (cache.place / "manifest.json").unlink(),
-    "manifest a list": lambda cache: (cache.place / "manifest.json").write_text("[1]"),
-    "manifest not text": lambda cache: (cache.place / "manifest.json").write_bytes(b"\xff\x00"),
-    "another identity": lambda cache: edit_manifest(cache, "identity", {}),
-    "pictures lost": lambda cache: edit_manifest(cache, "pictures", []),
-    "rows_done a word": lambda cache: edit_manifest(cache, "rows_done", "all"),
+DAMAGES: dict[str, Callable[[Shard], object]] = {
+    "rows cut short": lambda shard: os.truncate(shard.place / "features.npy", 5000),
+    "rows empty": lambda shard: (shard.place / "features.npy").write_bytes(b""),
+    "rows lost": lambda shard: (shard.place / "features.npy").unlink(),
+    "rows of another shape": lambda shard: np.save(shard.place / "features.npy", np.zeros((12, 5), np.float16)),
+    "rows of another type": lambda shard: np.save(shard.place / "features.npy", np.zeros((12, 512), np.float32)),
+    "manifest cut short": lambda shard: os.truncate(shard.place / "manifest.json", 100),
+    "manifest empty": lambda shard: (shard.place / "manifest.json").write_text(""),
+    "manifest lost": lambda shard: (shard.place / "manifest.json").unlink(),
+    "manifest a list": lambda shard: (shard.place / "manifest.json").write_text("[1]"),
+    "manifest not text": lambda shard: (shard.place / "manifest.json").write_bytes(b"\xff\x00"),
+    "another identity": lambda shard: edit_manifest(shard, "identity", {}),
+    "pictures lost": lambda shard: edit_manifest(shard, "pictures", []),
+    "rows_done a word": lambda shard: edit_manifest(shard, "rows_done", "all"),
 }
 
 
@@ -211,11 +212,37 @@ def test_a_damaged_cache_is_encoded_again(
 ) -> None:
     cache.fill()
     encoded.clear()
-    DAMAGES[damage](cache)
+    DAMAGES[damage](cache.shards[0])
     assert cache.find() is None
     rows = cache.fill().take(NAMES)
     assert sum(encoded) == 12
     torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+
+
+@pytest.fixture
+def in_shards(archive: Path, tiny_model: CaptionModel, tiny_config: Callable) -> FeatureCache:
+    """The same pictures in shards of five."""
+    model = copy.copy(tiny_model)
+    model.config = tiny_config("data.shard_rows=5")
+    return FeatureCache(model, NAMES, archive / "images", CPU)
+
+
+def test_shards_hold_what_one_file_does(in_shards: FeatureCache, tiny_model: CaptionModel) -> None:
+    rows = in_shards.fill()
+    assert [len(shard.open()) for shard in in_shards.shards] == [5, 5, 2]
+    mixed = NAMES[::-3] + NAMES[:3]
+    torch.testing.assert_close(
+        rows.take(mixed).float(), direct(tiny_model, in_shards.folder, mixed), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_a_change_costs_its_own_shard_alone(in_shards: FeatureCache, encoded: list[int]) -> None:
+    in_shards.fill()
+    encoded.clear()
+    DAMAGES["rows lost"](in_shards.shards[1])
+    assert in_shards.find() is None
+    in_shards.fill()
+    assert sum(encoded) == 5
 
 
 def test_a_broken_picture_is_named(cache: FeatureCache, encoded: list[int], refused: Callable) -> None:

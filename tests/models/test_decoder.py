@@ -10,7 +10,7 @@ from data.vocab import EOS, PAD, SOS
 from models.decoder import Decoder
 from models.model import DECODERS
 from models.search import search
-from objectives import caption_loss
+from training.objectives import caption_loss
 
 V, D, L = 300, 24, 9
 TOKENS = torch.tensor([[SOS, 5, 6, 7, 8, EOS], [SOS, 9, 5, EOS, PAD, PAD], [SOS, 7, 7, 10, EOS, PAD]])

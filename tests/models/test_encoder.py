@@ -18,8 +18,8 @@ from data.features import encode_pictures
 from data.vocab import build_vocab
 from models.encoder import EncoderCNN, build_network, cut_classifier, transform_for
 from models.model import CaptionModel
-from objectives import caption_loss, cross_entropy
-from optim import make_optimiser
+from training.objectives import caption_loss, cross_entropy
+from training.optim import make_optimiser
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.model import CaptionModel
-from optim import WeightAverage, learning_rate, make_optimiser
+from training.optim import WeightAverage, learning_rate, make_optimiser
 
 
 def test_the_learning_rate_warms_up_in_equal_steps() -> None:

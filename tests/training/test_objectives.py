@@ -14,7 +14,7 @@ from torch import nn
 from data.dataset import Batch, Flickr8kDataset, padded
 from data.vocab import EOS, PAD, SOS, UNK, build_vocab
 from models.model import CaptionModel
-from objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
+from training.objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
 
 AS_THEY_ARE = nn.Identity()  # hidden states are logits here
 TARGETS = torch.tensor([[5, 6, 2, PAD], [7, 2, PAD, PAD]])

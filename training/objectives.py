@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import nn
 
 from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
@@ -15,6 +16,21 @@ from models.search import NEVER, search
 Words = Sequence[Hashable]
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of lengths other than the reference's
+
+
+class Objective(nn.Module):
+    """What training makes small, as one module, so that DistributedDataParallel can run it."""
+
+    def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
+        super().__init__()
+        self.model = model
+        self.self_critical = SelfCritical(model, dataset) if model.config.train.self_critical_epochs else None
+
+    def forward(self, batch: Batch, critical: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the objective of this epoch, whether self-critical or not, and the plain loss per word."""
+        if critical and self.self_critical:
+            return self.self_critical(self.model, batch)
+        return cross_entropy(self.model, batch)
 
 
 def cross_entropy(model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,109 @@
+"""Several processes that work as one, started by torchrun: each takes its share and learns what the others found.
+
+Without torchrun every function here gives everything to the one process there is. What is exchanged on the way of the
+gradients goes by NCCL between GPUs; all else, and everything on CPUs, by gloo.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+
+PATIENCE = timedelta(days=1)  # the first process may score or encode for long; of dead ones torchrun knows at once
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """Return the place of this process among all, from 0: that one alone writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) has started this process in the place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Work with the processes torchrun has started, if it did, until the block ends.
+
+    Raises UserError when another one ends too early.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    with contextlib.ExitStack() as stack:
+        if rank():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+                raise UserError("another process of this job has ended; what it said last tells why") from error
+            raise
+    dist.destroy_process_group()
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """Return every n-th of these items, of n processes, beginning with this one's."""
+    return items[rank() :: size()]
+
+
+def gather(found: list[Result]) -> list[Result]:
+    """Return what all processes have found, the first one's first."""
+    if size() == 1:
+        return found
+    parts: list[list[Result]] = [[]] * size()
+    dist.all_gather_object(parts, found)
+    return [each for part in parts for each in part]
+
+
+def once(function: Callable[..., Result], *args: object) -> Result:
+    """Call the function in the first process, when all have come so far, and return its result in all."""
+    if size() == 1:
+        return function(*args)
+    wait()
+    box = [function(*args) if rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]  # type: ignore[return-value]
+
+
+def wait() -> None:
+    """Wait until all processes have come so far."""
+    total(0)
+
+
+def total(*values: float) -> list[float]:
+    """Return the sums of these numbers over all processes."""
+    if size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether the flag is up in any process."""
+    return total(flag) != [0]
+
+
+def bar_hidden() -> bool:
+    """Whether progress bars stay away: there is no terminal, or another process shows them."""
+    return rank() > 0 or not sys.stderr.isatty()
