@@ -138,6 +138,9 @@ def make_datasets(
         features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
         if model.config.train.mirror:
             mirrored = encode_pictures(model, train["image"].unique().tolist(), folder, device, mirrored=True)
+    for known in (features, mirrored):
+        if known:
+            known.move(device)
     return (
         Flickr8kDataset(train, model.vocab, folder, model.transform, features, mirrored, words.of(in_train)),
         Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val)),

@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from utils import write_atomically
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-SHOWN = [name for name in NAMES if name != "spice"]
 
 
 def main() -> None:
@@ -36,18 +36,20 @@ def fill(page: str) -> str:
     return page
 
 
-def dev_scores() -> str:
-    """Return the mean and standard deviation over seeds of each recipe, on Flickr8k's dev split."""
-    lines = [
-        f"| recipe | seeds | {' | '.join(NAMES[name] for name in SHOWN)} | training |",
-        "|---" * (3 + len(SHOWN)) + "|",
-    ]
+def dev_scores(dataset: str) -> str:
+    """Return the mean and standard deviation over seeds of each recipe, on the dev split of a dataset."""
     by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((HERE / "results" / "flickr8k").glob("*-seed*.json")):
+    for path in sorted((HERE / "results" / dataset).glob("*-seed*.json")):
         result = json.loads(path.read_text())
         by_recipe.setdefault(result["recipe"], []).append(result)
+    known = [result["scores"] for results in by_recipe.values() for result in results]
+    shown = [name for name in NAMES if any(scores[name] is not None for scores in known)]
+    lines = [
+        f"| recipe | seeds | {' | '.join(NAMES[name] for name in shown)} | training |",
+        "|---" * (3 + len(shown)) + "|",
+    ]
     for recipe, results in sorted(by_recipe.items(), key=lambda item: mean(r["scores"]["cider"] for r in item[1])):
-        cells = [spread([result["scores"][name] for result in results]) for name in SHOWN]
+        cells = [spread([result["scores"][name] for result in results]) for name in shown]
         minutes = mean(result["train_minutes"] for result in results)
         lines.append(f"| `configs/{recipe}.yaml` | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
     signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
@@ -87,7 +89,11 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-TABLES: dict[str, Callable[[], str]] = {"dev-scores": dev_scores, "ablations": ablations}
+TABLES: dict[str, Callable[[], str]] = {
+    "dev-scores": partial(dev_scores, "flickr8k"),
+    "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+    "ablations": ablations,
+}
 
 
 if __name__ == "__main__":

@@ -18,21 +18,29 @@ class Features:
     """Encoded pictures in the order of `names`.
 
     Args:
-        shards: fp16 rows (P, D) or (P, L, D), usually memory maps, all but the last with as many pictures.
+        shards: fp16 rows (P, D) or (P, L, D), usually of files on disk, all but the last with as many pictures.
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], names: Sequence[str]) -> None:
+    def __init__(self, shards: Sequence[torch.Tensor], names: Sequence[str]) -> None:
         self.shards = shards
         self._row_of = {name: row for row, name in enumerate(names)}
 
     def take(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the features of these pictures (B, D) or (B, L, D)."""
+        """Return the features of these pictures (B, D) or (B, L, D), where the shards are."""
         shard, row = np.divmod([self._row_of[name] for name in names], len(self.shards[0]))  # (B,) each
-        taken = np.empty((len(names), *self.shards[0].shape[1:]), dtype=self.shards[0].dtype)
+        taken = self.shards[0].new_empty(len(names), *self.shards[0].shape[1:])
         for number in np.unique(shard):
-            here = shard == number
-            taken[here] = self.shards[number][row[here]]
-        return torch.from_numpy(taken)
+            here = np.flatnonzero(shard == number)
+            taken[torch.from_numpy(here)] = self.shards[number][torch.from_numpy(row[here])]
+        return taken
+
+    def move(self, device: torch.device) -> None:
+        """Hold all of them on a GPU from now on, where they take no more than half of what is free there."""
+        if (
+            device.type == "cuda"
+            and 2 * sum(shard.nbytes for shard in self.shards) < torch.cuda.mem_get_info(device)[0]
+        ):
+            self.shards = [shard.to(device) for shard in self.shards]
 
 
 @dataclass
@@ -52,7 +60,10 @@ class Batch:
     images: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        parts = (self.pictures, self.tokens, self.owner, self.images)
+        """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
+        parts = [self.pictures, self.tokens, self.owner, self.images]
+        if device.type == "cuda":
+            parts = [part if part.is_cuda else part.pin_memory() for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
     @property
@@ -127,7 +138,8 @@ class Flickr8kDataset(Dataset):
             return torch.stack([each.flip(2) if flip else each for each, flip in zip(pixels, flipped, strict=True)])
         rows = self.features.take(names)
         if flipped.any() and self.mirrored:
-            rows[flipped] = self.mirrored.take([name for name, flip in zip(names, flipped, strict=True) if flip])
+            shown = np.flatnonzero(flipped)
+            rows[torch.from_numpy(shown)] = self.mirrored.take([names[place] for place in shown])
         return rows
 
 

@@ -78,7 +78,7 @@ def encode_pictures(
         return FeatureCache(model, sorted(names), folder, device, mirrored).fill()
     extractor = Extractor(model, device)
     rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
-    return Features([rows.numpy()], names)
+    return Features([rows], names)
 
 
 class FeatureCache:
@@ -157,8 +157,9 @@ class Shard:
     def is_whole(self) -> bool:
         return self.manifest()[0]["rows_done"] == len(self.names)
 
-    def open(self) -> np.ndarray:
-        return np.load(self.place / "features.npy", mmap_mode="r")
+    def open(self) -> torch.Tensor:
+        """Return the rows as they lie on disk: what is read of them takes memory that the system can have back."""
+        return torch.from_numpy(np.load(self.place / "features.npy", mmap_mode="c"))
 
     def fill(self, extractor: Extractor, mirrored: bool) -> Iterator[int]:
         """Encode the rows that are missing; yields how many are there, then how many more.

@@ -29,7 +29,7 @@ def captions(vocab: Vocabulary) -> Flickr8kDataset:
     """61 captions of 21 pictures, whose feature is their number."""
     names = [f"{number // 3}.jpg" for number in range(len(CAPTIONS))]
     rows = np.arange(21, dtype=np.float16)[:, None]
-    features = Features([rows], [f"{number}.jpg" for number in range(21)])
+    features = Features([torch.from_numpy(rows)], [f"{number}.jpg" for number in range(21)])
     table = pd.DataFrame({"image": names, "caption": CAPTIONS})
     return Flickr8kDataset(table, vocab, Path(), Transform(32), features)
 
@@ -72,7 +72,7 @@ def test_a_batch_names_its_pictures(captions: Flickr8kDataset) -> None:
 
 def test_half_of_the_pictures_are_shown_mirrored(captions: Flickr8kDataset) -> None:
     names = [f"{number}.jpg" for number in range(21)]
-    captions.mirrored = Features([-np.arange(21, dtype=np.float16)[:, None]], names)
+    captions.mirrored = Features([-torch.arange(21.0).half()[:, None]], names)
     for seed in (0, 1):
         captions.flip(np.random.default_rng(seed))
         shown = captions.__getitems__(list(range(61))).pictures.flatten()
