@@ -91,6 +91,7 @@ class TrainConfig(Section):
     self_critical_samples: PositiveInt
     self_critical_lr: PositiveFloat
     mirror: bool
+    corners: Annotated[int, Field(ge=0, le=4)]
     ema: Fraction
     patience: PositiveInt | None
     seed: NonNegativeInt

@@ -22,6 +22,7 @@ from config import Config, UserError, cli, load_config, parse_command_line
 from data import annotations
 from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices, share_of
 from data.features import encode_pictures
+from data.transforms import View, other_views
 from data.vocab import build_vocab
 from data.words import Words, cut
 from models.model import CaptionModel
@@ -131,18 +132,20 @@ def make_datasets(
 ) -> tuple[Flickr8kDataset, ...]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     folder = annotations.image_folder(model.config.data)
-    features = mirrored = None
+    features: Features | None = None
+    views: dict[View, Features | None] = dict.fromkeys(
+        other_views(model.config.train.mirror, model.config.train.corners)
+    )
     in_train, in_val = ((table["split"] == split).to_numpy() for split in ("train", "val"))
     train, val = table[in_train], table[in_val]
     if model.config.encoder.frozen:
         features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
-        if model.config.train.mirror:
-            mirrored = encode_pictures(model, train["image"].unique().tolist(), folder, device, mirrored=True)
-    for known in (features, mirrored):
+        views = {view: encode_pictures(model, train["image"].unique().tolist(), folder, device, view) for view in views}
+    for known in (features, *views.values()):
         if known:
             known.move(device)
     return (
-        Flickr8kDataset(train, model.vocab, folder, model.transform, features, mirrored, words.of(in_train)),
+        Flickr8kDataset(train, model.vocab, folder, model.transform, features, views, words.of(in_train)),
         Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val)),
     )
 
@@ -251,8 +254,7 @@ class Trainer:
             share_of(self.train_set, batch, distributed.rank(), distributed.size())
             for batch in batches[progress.batch :]
         ]
-        if config.mirror:
-            self.train_set.flip(rng)
+        self.train_set.choose_views(rng)
         loader = DataLoader(
             self.train_set,
             batch_sampler=[share.indices for share in shares],

@@ -1,6 +1,6 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from data.transforms import Transform, open_picture
+from data.transforms import WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
 from data.words import Words, cut_afresh
 
@@ -87,11 +87,11 @@ class Flickr8kDataset(Dataset):
         table: rows of one split, as `annotations.load` gives them.
         vocab: turns captions into ids.
         folder, transform: where pictures are read from, and how, when there are no `features`.
-        mirrored: the features of the pictures' mirror images.
+        views: other ways to show the pictures, each with its features where there are `features`.
         words: those of the captions, where they are cut already.
 
     Attributes:
-        flipped: which pictures are shown mirrored (images,); `flip` draws them anew.
+        shown: how each picture is shown now (images,): 0, whole, or one of `views`, counted from 1.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Flickr8kDataset(Dataset):
         folder: Path,
         transform: Transform,
         features: Features | None = None,
-        mirrored: Features | None = None,
+        views: Mapping[View, Features | None] | None = None,
         words: Words | None = None,
     ) -> None:
         self.images = table["image"].drop_duplicates().tolist()
@@ -111,12 +111,12 @@ class Flickr8kDataset(Dataset):
         self.tokens = encode(words, vocab)
         self.lengths = np.array([len(ids) for ids in self.tokens])
         self.folder, self.transform = folder, transform
-        self.features, self.mirrored = features, mirrored
-        self.flipped = np.zeros(len(self.images), dtype=bool)
+        self.features, self.views = features, views or {}
+        self.shown = np.zeros(len(self.images), dtype=np.int64)
 
-    def flip(self, rng: np.random.Generator) -> None:
-        """Show half of the pictures mirrored from now on."""
-        self.flipped = rng.random(len(self.images)) < 0.5
+    def choose_views(self, rng: np.random.Generator) -> None:
+        """Draw how each picture is shown from now on."""
+        self.shown = rng.integers(1 + len(self.views), size=len(self.images))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -132,14 +132,18 @@ class Flickr8kDataset(Dataset):
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""
-        names, flipped = [self.images[image] for image in images], self.flipped[images]
+        names, shown = [self.images[image] for image in images], self.shown[images]
         if self.features is None:
-            pixels = [self.transform.resize(open_picture(self.folder / name)) for name in names]
-            return torch.stack([each.flip(2) if flip else each for each, flip in zip(pixels, flipped, strict=True)])
+            views = [WHOLE, *self.views]
+            opened = [open_picture(self.folder / name) for name in names]
+            return torch.stack(
+                [self.transform.resize(*pair) for pair in zip(opened, (views[i] for i in shown), strict=True)]
+            )
         rows = self.features.take(names)
-        if flipped.any() and self.mirrored:
-            shown = np.flatnonzero(flipped)
-            rows[torch.from_numpy(shown)] = self.mirrored.take([names[place] for place in shown])
+        for number, features in enumerate(self.views.values(), start=1):
+            here = np.flatnonzero(shown == number)
+            if features and len(here):
+                rows[torch.from_numpy(here)] = features.take([names[place] for place in here])
         return rows
 
 

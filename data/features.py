@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from config import UserError
 from data.dataset import Features
-from data.transforms import open_picture
+from data.transforms import WHOLE, View, open_picture
 from models.model import CaptionModel
 from training import distributed
 from utils import pick_precision, write_atomically
@@ -53,11 +53,10 @@ class Extractor:
             rows.append(encoded.to(torch.float16).cpu())
         return torch.cat(rows)
 
-    def read(self, paths: Sequence[Path], mirrored: bool = False) -> Iterator[torch.Tensor]:
-        """Yield the pictures, or their mirror images, as uint8 batches (b, 3, S, S)."""
-        for pictures in read_ahead(lambda path: self.transform.resize(open_picture(path)), paths, self.batch):
-            pixels = torch.stack(pictures)
-            yield pixels.flip(3) if mirrored else pixels
+    def read(self, paths: Sequence[Path], view: View = WHOLE) -> Iterator[torch.Tensor]:
+        """Yield a view of each picture as uint8 batches (b, 3, S, S)."""
+        for pictures in read_ahead(lambda path: self.transform.resize(open_picture(path), view), paths, self.batch):
+            yield torch.stack(pictures)
 
 
 def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch: int) -> Iterator[list[Result]]:
@@ -71,11 +70,11 @@ def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch:
 
 
 def encode_pictures(
-    model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device, mirrored: bool = False
+    model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device, view: View = WHOLE
 ) -> Features:
     """Return the features of these pictures in `folder`: from the cache, filled, where the encoder is frozen."""
     if model.config.encoder.frozen:
-        return FeatureCache(model, sorted(names), folder, device, mirrored).fill()
+        return FeatureCache(model, sorted(names), folder, device, view).fill()
     extractor = Extractor(model, device)
     rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
     return Features([rows], names)
@@ -85,9 +84,9 @@ class FeatureCache:
     """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
 
     def __init__(
-        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, mirrored: bool = False
+        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, view: View = WHOLE
     ) -> None:
-        self.model, self.names, self.folder, self.device, self.mirrored = model, names, folder, device, mirrored
+        self.model, self.names, self.folder, self.device, self.view = model, names, folder, device, view
         identity = {
             "encoder": model.encoder.identity,
             "grid": model.encoder.grid,
@@ -95,8 +94,7 @@ class FeatureCache:
             "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
             "folder": str(folder.resolve()),
         }
-        if mirrored:
-            identity["mirrored"] = True
+        identity |= {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
         key = hashlib.sha256(json.dumps([identity, names]).encode()).hexdigest()[:12]
         self.place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
         rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
@@ -132,10 +130,11 @@ class FeatureCache:
     def encode(self, shards: list["Shard"]) -> None:
         total = sum(len(shard.names) for shard in shards)
         extractor = Extractor(self.model, self.device)
-        print(f"encoding {total:,} {'mirrored pictures' if self.mirrored else 'pictures'}, once, into {self.place}/")
+        what = "pictures" if self.view == WHOLE else "views of pictures"
+        print(f"encoding {total:,} {what}, once, into {self.place}/")
         done = 0
         with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
-            for rows in (rows for shard in shards for rows in shard.fill(extractor, self.mirrored)):
+            for rows in (rows for shard in shards for rows in shard.fill(extractor, self.view)):
                 bar.update(rows)
                 done += rows
                 if bar.disable and (done % SAVE_EVERY < rows or done == total):
@@ -161,7 +160,7 @@ class Shard:
         """Return the rows as they lie on disk: what is read of them takes memory that the system can have back."""
         return torch.from_numpy(np.load(self.place / "features.npy", mmap_mode="c"))
 
-    def fill(self, extractor: Extractor, mirrored: bool) -> Iterator[int]:
+    def fill(self, extractor: Extractor, view: View) -> Iterator[int]:
         """Encode the rows that are missing; yields how many are there, then how many more.
 
         Plain writes, not stores to a map, so that a full disk is an error.
@@ -180,7 +179,7 @@ class Shard:
             start = np.lib.format.open_memmap(path, mode, np.float16, tuple(self.shape)).offset
             with open(path, "r+b") as file:
                 file.seek(start + done * 2 * math.prod(self.shape[1:]))
-                for pixels in extractor.read([self.folder / name for name in self.names[done:]], mirrored):
+                for pixels in extractor.read([self.folder / name for name in self.names[done:]], view):
                     file.write(extractor(pixels).numpy().tobytes())
                     done += len(pixels)
                     if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.names):

@@ -13,7 +13,33 @@ from config import UserError
 
 # What Pillow raises for damaged files, by format.
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+PART = 0.8  # of the sides, in a view of a corner
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is shown: mirrored or not, whole or one of its corners (0 to 3), 80 % of each side."""
+
+    mirrored: bool = False
+    corner: int | None = None
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        if self.corner is not None:
+            width, height = (round(PART * side) for side in picture.size)
+            left = (picture.width - width) * (self.corner % 2)
+            top = (picture.height - height) * (self.corner // 2)
+            picture = picture.crop((left, top, left + width, top + height))
+        return ImageOps.mirror(picture) if self.mirrored else picture
+
+
+WHOLE = View()
+
+
+def other_views(mirror: bool, corners: int) -> list[View]:
+    """Return the views that training has beside the whole picture: its mirror image, and so many of its corners."""
+    views = [View(mirrored=True)] if mirror else []
+    return views + [View(mirror and corner % 2 == 1, corner) for corner in range(corners)]
 
 
 @dataclass(frozen=True)
@@ -28,9 +54,9 @@ class Transform:
         """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
         return self.normalise(self.resize(picture))
 
-    def resize(self, picture: Image.Image) -> torch.Tensor:
-        """Return the picture as a uint8 tensor (3, image_size, image_size)."""
-        pixels = v2.functional.pil_to_tensor(picture)
+    def resize(self, picture: Image.Image, view: View = WHOLE) -> torch.Tensor:
+        """Return a view of the picture as a uint8 tensor (3, image_size, image_size)."""
+        pixels = v2.functional.pil_to_tensor(view(picture))
         return F.resize(pixels, [self.image_size, self.image_size], antialias=True)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:

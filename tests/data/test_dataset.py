@@ -13,7 +13,7 @@ from PIL import Image
 from data import dataset, formats
 from data.dataset import Batch, Flickr8kDataset, batch_indices, share_of
 from data.features import Features
-from data.transforms import Transform
+from data.transforms import Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary, build_vocab
 
 CAPTIONS = ["one", "one two", "one two three"] * 20 + ["one two three four five six"]
@@ -70,27 +70,28 @@ def test_a_batch_names_its_pictures(captions: Flickr8kDataset) -> None:
     assert [captions.images[place] for place in batch.images] == ["0.jpg", "10.jpg", "20.jpg"]
 
 
-def test_half_of_the_pictures_are_shown_mirrored(captions: Flickr8kDataset) -> None:
+def test_pictures_are_shown_in_every_view_as_often(captions: Flickr8kDataset) -> None:
     names = [f"{number}.jpg" for number in range(21)]
-    captions.mirrored = Features([-torch.arange(21.0).half()[:, None]], names)
+    for view, sign in ((View(mirrored=True), -1), (View(corner=0), 100)):
+        captions.views = {**captions.views, view: Features([sign * torch.arange(21.0).half()[:, None]], names)}
     for seed in (0, 1):
-        captions.flip(np.random.default_rng(seed))
-        shown = captions.__getitems__(list(range(61))).pictures.flatten()
-        expected = torch.arange(21) * torch.where(torch.from_numpy(captions.flipped), -1, 1)
-        assert torch.equal(shown, expected.half())
-        assert 5 < captions.flipped.sum() < 16
+        captions.choose_views(np.random.default_rng(seed))
+        read = captions.__getitems__(list(range(61))).pictures.flatten()
+        assert torch.equal(read, torch.arange(21).half() * torch.tensor([1, -1, 100])[captions.shown])
+        assert min(Counter(captions.shown.tolist())[view] for view in range(3)) > 2
     again = copy.copy(captions)
-    again.flip(np.random.default_rng(0))
-    assert (again.flipped != captions.flipped).any()
+    again.choose_views(np.random.default_rng(0))
+    assert (again.shown != captions.shown).any()
 
 
-def test_pixels_are_mirrored_from_left_to_right(archive: Path, vocab: Vocabulary) -> None:
+def test_pixels_are_shown_in_the_view_chosen(archive: Path, vocab: Vocabulary) -> None:
     table = formats.read(archive / "captions.csv")
-    pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32))
-    plain = pixels[0].pictures
-    pixels.flipped[0] = True
-    assert torch.equal(pixels[0].pictures, plain.flip(3))
-    assert not torch.equal(pixels[0].pictures, plain)
+    views = dict.fromkeys([View(mirrored=True), View(corner=3)])
+    pixels = Flickr8kDataset(table, vocab, archive / "images", Transform(32), views=views)
+    picture = open_picture(archive / "images" / pixels.images[0])
+    for shown, view in enumerate([View(), *views]):
+        pixels.shown[0] = shown
+        assert torch.equal(pixels[0].pictures[0], Transform(32).resize(view(picture)))
 
 
 def test_each_picture_of_a_batch_is_read_once(

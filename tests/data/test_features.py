@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from config import UserError, cli
 from data import features
 from data.features import Extractor, FeatureCache, Shard
-from data.transforms import open_picture
+from data.transforms import View, open_picture
 from data.vocab import build_vocab
 from models.model import CaptionModel
 from utils import save_checkpoint
@@ -171,7 +171,7 @@ def test_mirror_images_have_their_own_rows(
     cache: FeatureCache, archive: Path, tiny_model: CaptionModel, encoded: list[int]
 ) -> None:
     cache.fill()
-    mirrored = FeatureCache(tiny_model, NAMES, archive / "images", CPU, mirrored=True).fill().take(NAMES)
+    mirrored = FeatureCache(tiny_model, NAMES, archive / "images", CPU, View(mirrored=True)).fill().take(NAMES)
     assert sum(encoded) == 24
     for name in NAMES:
         ImageOps.mirror(open_picture(cache.folder / name)).save(cache.folder / name, lossless=True, format="WEBP")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from config import UserError
-from data.transforms import Transform, open_picture
+from data.transforms import Transform, View, open_picture, other_views
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
@@ -130,6 +130,28 @@ def test_the_whole_picture_is_resized_without_a_crop(size: tuple[int, int]) -> N
     assert (pixels.shape, pixels.dtype) == ((3, 40, 40), torch.uint8)
     corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].T.int()
     assert (corners - torch.tensor([RED, GREEN, BLUE, BLACK])).abs().max() <= 3
+
+
+def test_a_view_is_the_mirror_image_or_a_corner() -> None:
+    numbers = np.arange(50, dtype=np.uint8).reshape(5, 10)  # rows, columns
+    picture = Image.fromarray(numbers)
+    views = {
+        View(): numbers,
+        View(mirrored=True): numbers[:, ::-1],
+        View(corner=0): numbers[:4, :8],
+        View(corner=1): numbers[:4, 2:],
+        View(corner=2): numbers[1:, :8],
+        View(mirrored=True, corner=3): numbers[1:, 2:][:, ::-1],
+    }
+    for view, seen in views.items():
+        assert np.array_equal(np.asarray(view(picture)), seen)
+
+
+def test_half_of_the_corners_are_mirrored_where_pictures_are() -> None:
+    assert other_views(mirror=False, corners=0) == []
+    assert other_views(mirror=True, corners=0) == [View(mirrored=True)]
+    assert [view.mirrored for view in other_views(mirror=True, corners=4)] == [True, False, True, False, True]
+    assert other_views(mirror=False, corners=2) == [View(corner=0), View(corner=1)]
 
 
 def test_pixels_are_normalised_with_the_mean_and_std_of_the_weights() -> None:
