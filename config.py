@@ -168,7 +168,10 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
         if name not in values:
             raise UserError(unknown_setting(name, "the command line", values))
         if name not in FREE_AFTER_TRAINING and not name.startswith("search."):
-            raise UserError(f"{name} is fixed in the checkpoint; train a new run to change it")
+            raise UserError(
+                f"{name} is fixed in the checkpoint; train a new run to change it, "
+                "with train.start=FILE to keep what was learned"
+            )
     return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
 
 

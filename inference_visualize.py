@@ -182,11 +182,8 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
     if asked == MEAN:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
-        known = f"heads 1 to {heads}" if heads > 1 else "one head"
-        raise UserError(
-            f"--attention {asked}: the decoder of {named} has {known}; name one of them, "
-            "or say --attention alone for their mean"
-        )
+        known = f"heads 1 to {heads}; name one of them, or" if heads > 1 else "one head;"
+        raise UserError(f"--attention {asked}: the decoder of {named} has {known} say --attention alone")
     return slice(int(asked) - 1, int(asked))
 
 

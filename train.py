@@ -118,6 +118,13 @@ def build_model(config: Config, words: Words) -> CaptionModel:
     data = config.data
     if not config.train.start:
         return CaptionModel.build(config, build_vocab(words.count(), data.min_count, data.language))
+    if not Path(config.train.start).is_file():
+        run = Path(config.train.start).parent.name
+        recipe = f"configs/{run}.yaml" if (Path(__file__).parent / f"configs/{run}.yaml").is_file() else "RECIPE"
+        raise UserError(
+            f"there is no checkpoint at train.start = {config.train.start}; "
+            f"train it first (python train.py --config {recipe}) or name another"
+        )
     saved = load_checkpoint(config.train.start)
     model = CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
     if model.vocab.language != data.language:

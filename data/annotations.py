@@ -79,6 +79,8 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
+    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
+        raise UserError(f"the captions of {source} are Chinese; say data.language=zh, or zh-characters")
     official = official_splits(paths[0].parent)
     if official is not None:
         table["split"] = table["image"].map(official)
@@ -95,8 +97,11 @@ def caption_files(config: DataConfig) -> list[Path]:
     """
     paths = find_captions(config)
     if not paths:
-        wanted = config.captions or f"{config.root}/captions.csv"
-        raise UserError(f"there is no captions file at {wanted}; put it there or say where it is: data.root=FOLDER")
+        wanted = f"file {config.captions}" if config.captions else "captions file"
+        raise UserError(
+            f"there is no {wanted} in {config.root}/; put it there (python -m data.download tells how), "
+            "or say where it is: data.root=FOLDER data.captions=FILE"
+        )
     splits = [split_named(path) for path in paths]
     if len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
         names = ", ".join(path.name for path in paths)
@@ -279,7 +284,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print what a folder of captions and pictures holds.")
     parser.add_argument("path", type=Path, help="the folder, such as archive, or a captions file in it")
     args = parse_command_line(parser)
-    root, captions = (args.path, []) if args.path.is_dir() else (args.path.parent, [f"data.captions={args.path}"])
+    if not args.path.exists():
+        raise UserError(f"there is no folder or captions file {args.path}; check the path")
+    root, captions = args.path, list[str]()
+    if args.path.is_file():  # which COCO has in a folder beside those of pictures
+        root = args.path.parent.parent if args.path.parent.name == "annotations" else args.path.parent
+        captions = [f"data.captions={args.path}"]
     for line in describe(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):
         print(line)
 

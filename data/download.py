@@ -5,6 +5,7 @@ unpacked. `--source` takes the files from a mirror, or from a folder, instead of
 """
 
 import argparse
+import difflib
 import hashlib
 import http.client
 import shutil
@@ -88,14 +89,19 @@ BY_HAND = {
      ai_challenger/ai_challenger_caption_train_20170902/caption_train_annotations_20170902.json
      and beside it the folder caption_train_images_20170902, and the same for validation""",
 }
+KNOWN = [*SOURCES, *BY_HAND]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=[*SOURCES, *BY_HAND])
+    parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(KNOWN)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="default: archive, or coco")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
     args = parser.parse_args()
+    if args.dataset not in KNOWN:
+        near = difflib.get_close_matches(args.dataset, KNOWN, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(KNOWN)}"
+        raise UserError(f"there is no dataset {args.dataset} to download; {hint}")
     if args.dataset in BY_HAND:
         print(BY_HAND[args.dataset])
         return

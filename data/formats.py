@@ -140,7 +140,8 @@ def read_ai_challenger(path: Path) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[Row]:
     """Read one JSON object a line: `image`, `caption` or `captions`, and, if it likes, `image_id` and `split`."""
-    return several(path, (json.loads(line) for line in read_lines(path) if line.strip()), "image")
+    lines = enumerate(read_lines(path), start=1)
+    return several(path, (as_json(line, path, number) for number, line in lines if line.strip()), "image")
 
 
 def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
@@ -170,6 +171,13 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 
 def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def as_json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend it") from None
 
 
 def read_lines(path: Path) -> list[str]:

@@ -47,9 +47,10 @@ class EncoderCNN(nn.Module):
         size = transform_for(config).image_size
         try:
             network = build_network(config, size)
-        except AssertionError as error:
+        except AssertionError:  # of a ViT, whose name ends with the size of its patches
             raise UserError(
-                f"encoder.image_size = {size} does not suit {config.name} ({error}); take another"
+                f"encoder.image_size = {size} cannot be cut into the patches of {config.name}; "
+                f"take a multiple of {config.name.rpartition('_')[2]}"
             ) from None
         self.backbone = cut_classifier(network, config.name).eval()
         source = load_weights(self.backbone, network, config) if load and config.weights else None

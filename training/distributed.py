@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,11 +48,11 @@ def processes() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     with contextlib.ExitStack() as stack:
-        if rank():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+            if rank():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
@@ -80,9 +80,16 @@ def once(function: Callable[..., Result], *args: object) -> Result:
     if size() == 1:
         return function(*args)
     wait()
-    box = [function(*args) if rank() == 0 else None]
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function(*args)
+        except UserError as error:
+            box[1] = error
     dist.broadcast_object_list(box)
-    return box[0]  # type: ignore[return-value]
+    if box[1]:
+        raise box[1] if rank() == 0 else SystemExit(2)  # said once
+    return box[0]
 
 
 def wait() -> None:

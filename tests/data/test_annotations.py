@@ -122,8 +122,10 @@ def test_missing_pictures_are_counted_and_the_first_five_shown(load: Load, refus
 
 
 def test_a_missing_captions_file_or_picture_folder_is_refused(load: Load, refused: Callable, tmp_path: Path) -> None:
-    with refused(f"{tmp_path}/captions.csv", "data.root="):
+    with refused(f"no captions file in {tmp_path}/", "data.download", "data.root="):
         annotations.load(load_config(overrides=[f"data.root={tmp_path}"]).data)
+    with refused(f"no file dogs.json in {tmp_path}/", "data.captions="):
+        annotations.load(load_config(overrides=[f"data.root={tmp_path}", "data.captions=dogs.json"]).data)
     with refused(f"{tmp_path}/images", "data.images="):
         load(TWO, pictures=())
 

@@ -90,7 +90,8 @@ def put(root: Path, *names: str, text: str | bytes = b"") -> None:
 
 
 def load(root: Path, *overrides: str, saved: dict[str, list[str]] | None = None) -> pd.DataFrame:
-    return annotations.load(load_config(overrides=[f"data.root={root}", *overrides]).data, saved)
+    words = [f"data.root={root}", "data.language=zh-characters", *overrides]  # which takes captions in any language
+    return annotations.load(load_config(overrides=words).data, saved)
 
 
 def rows(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -116,6 +117,12 @@ def test_byte_order_marks_windows_line_ends_and_empty_lines_do_not_matter(
     name, text, _, expected = known
     put(root, name, text=change(text))
     assert rows(load(root)) == expected
+
+
+def test_chinese_captions_are_never_cut_as_english_ones(root: Path, refused: Callable) -> None:
+    put(root, "flickr8kzhc.caption.txt", text=CHINESE)
+    with refused("flickr8kzhc.caption.txt", "data.language=zh"):
+        load(root, "data.language=en")
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "Flickr8k.token.txt"])
@@ -221,7 +228,7 @@ def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "not JSON"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "line 2 is not JSON"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog", "split": "all"}', "entry 1"),
         ("captions.jsonl", '{"image": "../a.jpg", "caption": "A dog"}', "entry 1"),
         ("captions.jsonl", '{"picture": "a.jpg", "caption": "A dog"}', "'image'"),
