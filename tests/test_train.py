@@ -268,6 +268,15 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoints(
     assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())
 
 
+def test_a_start_that_is_not_there_is_refused_with_the_recipe_that_makes_it(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*FAST, "train.start=runs/attention/checkpoints.pth") == 2
+    error = capsys.readouterr().err
+    assert "runs/attention/checkpoints.pth" in error and "--config configs/attention.yaml" in error
+    assert not Path("runs").exists()
+
+
 def test_resuming_without_a_run_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,15 @@ def test_what_has_no_open_address_is_told_step_by_step(
     assert "  1. " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "hint"), [("flickr9k", "did you mean flickr8k?"), ("cifar", "karpathy")])
+def test_an_unknown_dataset_is_refused_with_the_nearest(
+    name: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, name) == 2
+    error = capsys.readouterr().err
+    assert name in error and hint in error and error.count("\n") == 1
+
+
 def test_what_flickr8k_unpacks_to_is_found(server: Server, tmp_path: Path) -> None:
     text = {
         "Flickr8k.token.txt": b"a.jpg#0\tA dog .\n",

@@ -314,9 +314,11 @@ def test_pictures_are_as_large_as_the_weights_were_trained_with(name: str, size:
     assert transform_for(load_config(overrides=overrides).encoder).image_size == size
 
 
-@pytest.mark.parametrize(("name", "size"), [("vit_b_16", 100), ("alexnet", 32)])
-def test_a_picture_size_that_does_not_suit_the_backbone_is_refused(name: str, size: int, refused: Callable) -> None:
-    with refused(f"encoder.image_size = {size}", name):
+@pytest.mark.parametrize(("name", "size", "hint"), [("vit_b_16", 100, "multiple of 16"), ("alexnet", 32, "larger")])
+def test_a_picture_size_that_does_not_suit_the_backbone_is_refused(
+    name: str, size: int, hint: str, refused: Callable
+) -> None:
+    with refused(f"encoder.image_size = {size}", name, hint):
         EncoderCNN(config(f"encoder.name={name}", f"encoder.image_size={size}"))
 
 
