@@ -50,7 +50,7 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.ExitStack() as stack:
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+            join("cpu:gloo,cuda:nccl" if cuda else "gloo")
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
@@ -59,6 +59,18 @@ def processes() -> Iterator[None]:
                 raise UserError("another process of this job has ended; what it said last tells why") from error
             raise
     dist.destroy_process_group()
+
+
+def join(backend: str) -> None:
+    """Meet the other processes.
+
+    On one machine torchrun keeps its store of addresses when it starts the processes again; those of the dead ones
+    are in it, so that each start writes its own under a name of its own.
+    """
+    store, place, count = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=place, world_size=count, timeout=PATIENCE)
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
