@@ -31,8 +31,9 @@ class AttentionRNN(Decoder):
         self.dropout = nn.Dropout(config.dropout)
         self.said = [hidden, 4 * hidden, embed]  # by a cell: its key, and what goes to the LSTM's gates and the output
         self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what goes to the LSTM's gates
-        self.cells = nn.Linear(feature_size, sum(self.said))
-        self.first_state = nn.Linear(feature_size, 2 * hidden)
+        self.narrow = nn.Linear(feature_size, hidden)
+        self.cells = nn.Linear(hidden, sum(self.said))
+        self.first_state = nn.Linear(hidden, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
         self.from_word = nn.Linear(embed, sum(self.heard))
         self.from_state = nn.Linear(hidden, sum(self.heard), bias=False)
@@ -56,10 +57,11 @@ class AttentionRNN(Decoder):
         weight = self.from_state.weight
         read: list[torch.Tensor] = []
         heard = AddWithOneGradient.apply(F.embedding(place, self.from_word(self.embedding(words))), weight, read)
+        weight = weight.detach().to(heard.dtype)  # once, which autocast would do for each word
         hiddens, gates, maps = [], [], []
         for word in heard.unbind():  # (B K, 5 H) each
             read.append(h.detach())
-            h, c, gate, attention = self.look(word + F.linear(h, weight.detach()), h, c, memory)
+            h, c, gate, attention = self.look(word + F.linear(h, weight), h, c, memory)
             hiddens.append(h)
             gates.append(gate)
             maps.append(attention)
@@ -70,9 +72,11 @@ class AttentionRNN(Decoder):
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        keys, to_gates, to_output = self.cells(features).split(self.said, dim=2)  # (B, L, H or 4 H or E)
+        cells = self.narrow(features)  # (B, L, H)
+        keys, to_gates, to_output = self.cells(cells).split(self.said, dim=2)  # (B, L, H or 4 H or E)
         keys = (keys * keys.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
-        return keys, to_gates, to_output, self.first_state(features.mean(1))
+        parts = (part.contiguous() for part in (keys, to_gates, to_output))  # read once per word: in one piece each
+        return *parts, self.first_state(cells.mean(1))
 
     def start(self, memory: Memory) -> State:
         h, c = memory[3].float().tanh().chunk(2, dim=1)  # (B, H) each; c adds up, which bf16 does badly

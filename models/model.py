@@ -15,7 +15,7 @@ from data.transforms import Transform
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
 from models.decoder import Decoder, DecoderRNN
-from models.encoder import EncoderCNN, transform_for
+from models.encoder import EncoderCNN, tensors_sha256, transform_for
 from models.search import Hypothesis, search
 from models.transformer import TransformerDecoder
 from training import distributed
@@ -97,7 +97,7 @@ class CaptionModel(nn.Module):
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
 
-        The backbone's tensors are among them only where they cannot be found again: fine-tuned or random ones.
+        The backbone's tensors are among them only where they cannot be found again: random or fine-tuned ones.
         """
         inside = not self.config.encoder.frozen or self.encoder.identity["source"] is None
         return {
@@ -187,7 +187,7 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
         encoder = EncoderCNN(config.encoder, grid, load=False)
         fit(encoder.backbone.state_dict(), saved["backbone"], where)
         encoder.backbone.load_state_dict(saved["backbone"])
-        encoder.identity = identity
+        encoder.identity = identity | {"source": None, "sha256": tensors_sha256(encoder.backbone)}  # what it has become
         return encoder
     weights = config.encoder.weights
     if weights == saved["config"]["encoder"]["weights"] and Path(identity["source"]).is_file():

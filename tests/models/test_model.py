@@ -10,6 +10,7 @@ import torchvision
 
 from config import Config
 from data.vocab import SPECIALS, build_vocab
+from models.encoder import EncoderCNN
 from models.model import CaptionModel
 from utils import load_checkpoint, save_checkpoint
 
@@ -158,6 +159,15 @@ def test_a_fine_tuned_backbone_is_inside(tmp_path: Path, weights: Path, tiny_con
     again = CaptionModel.from_checkpoint(tmp_path / "a.pth")
     assert torch.equal(logits(again), logits(model))
     assert all(parameter.requires_grad for parameter in again.encoder.parameters())
+
+
+def test_a_fine_tuned_backbone_can_be_frozen_as_it_is(tmp_path: Path, weights: Path, tiny_config: Callable) -> None:
+    model = build(tiny_config("encoder.frozen=false", f"encoder.weights={weights}"))
+    model.encoder.backbone.get_parameter("conv1.weight").data.mul_(1.1)
+    frozen = tiny_config("encoder.frozen=true", f"encoder.weights={weights}").model_dump()
+    again = CaptionModel.from_state(model.state() | {"config": frozen}, "a.pth").eval()
+    assert again.encoder.identity["sha256"] != EncoderCNN(again.config.encoder).identity["sha256"]  # its own features
+    assert torch.equal(logits(CaptionModel.from_state(again.state(), "b.pth").eval()), logits(model))
 
 
 @pytest.mark.parametrize("words", [[*VOCAB.words, "zebra"], VOCAB.words[:-1]])
