@@ -17,6 +17,54 @@ from utils import write_atomically
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+DECODERS = ("lstm", "attention", "transformer")
+# Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
+FIGURES = (
+    (
+        "5 epochs of Flickr8k from JPEGs to a trained LSTM, against a frozen ResNet run once per caption in fp32 "
+        "(both measured on a slice and scaled by pictures and captions)",
+        "**{seed_style_ratio:.0f} times as fast**: {own_minutes} min, not {seed_style_minutes}",
+    ),
+    (
+        "encoding JPEGs with ResNet-50",
+        "{encode_images_per_second:.0f} pictures/s, {encode_share_of_matmul_ceiling:.0%} of what the processor can "
+        "multiply ({matmul_gflops:,} GFLOP/s)",
+    ),
+    (
+        "captioning {captioned_pictures:,} JPEGs with a beam of 3, drawn and with a page, against encoding them",
+        "{caption_s:.1f} s, not {encoder_s:.1f}: {caption_over_encoder:.2f} times",
+    ),
+    ("a beam of 5 against the same search picture by picture", "at least **{beam_over_per_image:.1f} times as fast**"),
+    (
+        "an epoch on cached features, validation apart, against forward and backward alone in memory",
+        "at most {train_over_bare_loop:.2f} times as long",
+    ),
+    (
+        "2 processes of one thread against 1 of two",
+        "{ddp_ratio:.2f} times the captions/s, {ddp_process_memory_gb} GB each",
+    ),
+    (
+        "memory of training on {stream_captions[1]:,} captions in tars against {stream_captions[0]:,}",
+        "{stream_memory_growth:.2f} times: {stream_memory_gb[1]:.2f} GB, not {stream_memory_gb[0]:.2f}",
+    ),
+    (
+        "start of `train.py`, `evaluate.py`, `inference_visualize.py`, `visualize_loss.py`, to `--help`",
+        "{start_train_s:.1f}, {start_evaluate_s:.1f}, {start_inference_visualize_s:.1f}, "
+        "{start_visualize_loss_s:.1f} s",
+    ),
+)
+PER_DECODER = (
+    ("captions/s in training", "{captions_per_second:,.0f}"),
+    ("ms a step of 64 captions", "{step_ms:.0f}"),
+    ("of them reading", "{data_share:.1%}"),
+    ("against forward and backward alone", "{over_bare_loop:.2f} x"),
+    ("peak memory", "{train_memory_gb} GB"),
+    (
+        "captions/s by greedy search, beam 3, beam 5",
+        "{beam1_images_per_second:,.0f}, {beam3_images_per_second:,.0f}, {beam5_images_per_second:,.0f}",
+    ),
+    ("beam 5 against picture by picture", "{beam5_over_per_image:.1f} x"),
+)
 
 
 def main() -> None:
@@ -75,6 +123,27 @@ def ablations() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """Return what benchmarks/speed.py has measured; nothing where it has not been run."""
+    path = HERE / "results" / "speed.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    lines = ["| what | measured |", "|---" * 2 + "|"]
+    lines += [f"| {what.format(**found)} | {told.format(**found)} |" for what, told in FIGURES]
+    lines += ["", f"| | {' | '.join(DECODERS)} |", "|---" * (1 + len(DECODERS)) + "|"]
+    for what, told in PER_DECODER:
+        own = [{key.removeprefix(f"{name}_"): value for key, value in found.items()} for name in DECODERS]
+        lines.append(f"| {what} | {' | '.join(told.format(**each) for each in own)} |")
+    machine = found["environment"]
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}, "
+        f"Python {machine['python']}, PyTorch {machine['torch']}; load before: {machine['load']}.",
+    ]
+    return "\n".join(lines)
+
+
 def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -93,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dev-scores": partial(dev_scores, "flickr8k"),
     "chinese-scores": partial(dev_scores, "flickr8k_cn"),
     "ablations": ablations,
+    "speed": speed,
 }
 
 

@@ -102,22 +102,25 @@ class Tar:
 
 def find(config: DataConfig) -> list[Tar]:
     """Return the tars that `data.shards` names, taken apart by several processes in turn; none without the setting."""
-    if not config.shards:
-        return []
-    folder, cut_by = Path(config.cache) / "tars", words.cut_by(config.language)
-    tars = []
-    for path in expand(config.shards):
-        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
-        tars.append(Tar(path, folder / f"{path.stem}-{key}", cut_by))
+    tars = named(config)
     new = [tar for tar in distributed.share(tars) if not tar.is_known()]
     if new:
-        print(f"reading the captions of {len(new):,} tars, once, into {folder}/")
+        print(f"reading the captions of {len(new):,} tars, once, into {config.cache}/tars/")
     for tar in tqdm(new, unit="tar", disable=distributed.bar_hidden() or not new):
         take_apart(tar, config.language)
     distributed.wait()
     for tar in tars:
         if not tar.is_known():
             raise UserError(f"{tar.path} changed while it was read; start again")
+    return tars
+
+
+def named(config: DataConfig) -> list[Tar]:
+    """Return the tars that `data.shards` names, whether there or not."""
+    cut_by, tars = words.cut_by(config.language), []
+    for path in expand(config.shards) if config.shards else []:
+        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
+        tars.append(Tar(path, Path(config.cache) / "tars" / f"{path.stem}-{key}", cut_by))
     return tars
 
 
@@ -159,7 +162,7 @@ def samples(path: Path) -> Iterator[dict[str, Any]]:
 
 def take_apart(tar: Tar, language: str) -> None:
     """Write the words of its train captions, and what is held out as files, into the tar's place."""
-    tar.stamp = stamp_of(tar.path)
+    stamp = stamp_of(tar.path)
     tar.place.mkdir(parents=True, exist_ok=True)
     with FileLock(tar.place / "lock"):
         if tar.is_known():
@@ -180,15 +183,21 @@ def take_apart(tar: Tar, language: str) -> None:
                 file.write_bytes(sample[ending])
                 held_out.append(json.dumps({"image": f"{tar.place.name}/{file.name}", **row}))
         write_atomically(tar.place / HELD_OUT, "\n".join(held_out).encode())
-        numbers = [*stamp_of(tar.path)[1:], len(names), len(captions), len(held_out)]
-        words.write(
-            tar.place / INDEX,
-            words.cut_afresh(captions, language),
-            names=as_json(names),
-            repeats=np.array(repeats, dtype=np.int64),
-            numbers=np.array(numbers, dtype=np.int64),
-            cut_by=as_json(tar.cut_by),
-        )
+        tar.stamp, tar.held_out = stamp, len(held_out)
+        write_index(tar, names, repeats, words.cut_afresh(captions, language))
+
+
+def write_index(tar: Tar, names: list[str], repeats: list[int], cut: words.Words) -> None:
+    """Write what is known of a tar, last of all: it has been taken apart from then on."""
+    numbers = [*tar.stamp[1:], len(names), sum(repeats), tar.held_out]
+    words.write(
+        tar.place / INDEX,
+        cut,
+        names=as_json(names),
+        repeats=np.array(repeats, dtype=np.int64),
+        numbers=np.array(numbers, dtype=np.int64),
+        cut_by=as_json(tar.cut_by),
+    )
 
 
 def as_json(value: list[Any]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The README's tables are those of the committed results."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,21 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
 def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
     with refused("dev-scores"):
         report.fill("no place")
+
+
+def test_the_speed_table_tells_every_figure_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.speed() == ""
+    told = " ".join(text for row in report.FIGURES for text in row)
+    found: dict[str, Any] = dict.fromkeys(re.findall(r"{(\w+)", told), 2.5)
+    found |= {"stream_captions": [10, 1000], "stream_memory_gb": [0.5, 0.51], "captioned_pictures": 1000}
+    for _, text in report.PER_DECODER:
+        found |= {f"{name}_{key}": 7 for name in report.DECODERS for key in re.findall(r"{(\w+)", text)}
+    found["transformer_step_ms"] = 99.4
+    machine = {"processor": "Z80", "threads": 1, "capability": "DEFAULT", "python": "3", "torch": "2", "load": 0.0}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "speed.json").write_text(json.dumps(found | {"environment": machine}))
+    table = report.speed()
+    assert "memory of training on 1,000 captions in tars against 10 | 2.50 times: 0.51 GB, not 0.50 |" in table
+    assert "| ms a step of 64 captions | 7 | 7 | 99 |" in table
+    assert table.splitlines()[-1].startswith("Z80, 1 threads")
