@@ -213,6 +213,8 @@ def parse_overrides(overrides: list[str], defaults: dict[str, Any]) -> dict[str,
         name, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"'{word}' is neither an option nor a setting; write settings as key.sub=value")
+        if name == "data.shards" and name in parsed:
+            raise UserError("data.shards is given several times, as a shell makes of braces; write it in quotes")
         try:
             value = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError, RecursionError):

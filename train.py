@@ -5,6 +5,7 @@ import copy
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,7 @@ def train(args: argparse.Namespace) -> int:
         model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
     else:
         in_train = (table["split"] == "train").to_numpy()
-        model = build_model(config, tars.count_words(shards) if shards else words.of(in_train).count())
+        model = build_model(config, lambda: tars.count_words(shards) if shards else words.of(in_train).count())
     device = pick_device()
     model.to(device)
     train_set, val_set = make_datasets(model, table, words, shards, device)
@@ -122,11 +123,11 @@ def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:
     print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
 
 
-def build_model(config: Config, words: Counter[str]) -> CaptionModel:
+def build_model(config: Config, count_words: Callable[[], Counter[str]]) -> CaptionModel:
     """Return a new model with a vocabulary of these words, or, with `train.start`, all that one has learned."""
     data = config.data
     if not config.train.start:
-        return CaptionModel.build(config, build_vocab(words, data.min_count, data.language))
+        return CaptionModel.build(config, build_vocab(count_words(), data.min_count, data.language))
     if not Path(config.train.start).is_file():
         run = Path(config.train.start).parent.name
         recipe = f"configs/{run}.yaml" if (Path(__file__).parent / f"configs/{run}.yaml").is_file() else "RECIPE"

@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results/: `python -m benchmarks.report`.
+"""Write the tables of the README and of docs/ from benchmarks/results/: `python -m benchmarks.report`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each function in TABLES.
 """
@@ -16,7 +16,13 @@ from evaluate import NAMES
 from utils import write_atomically
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, SCALING = HERE.parent / "README.md", HERE.parent / "docs" / "scaling.md"
+DATASETS = {  # pictures and captions
+    "Flickr8k, train and dev": (7_000, 35_000),
+    "COCO 2017, train and val": (123_287, 616_767),
+    "Conceptual 12M": (12_423_374, 12_423_374),
+    "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
+}
 DECODERS = ("lstm", "attention", "transformer")
 # Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
 FIGURES = (
@@ -68,18 +74,18 @@ PER_DECODER = (
 
 
 def main() -> None:
-    page = README.read_text(encoding="utf-8")
-    write_atomically(README, fill(page).encode())
-    print(f"wrote the tables of {README}")
+    for path in TABLES:
+        write_atomically(path, fill(path, path.read_text(encoding="utf-8")).encode())
+        print(f"wrote the tables of {path}")
 
 
-def fill(page: str) -> str:
+def fill(path: Path, page: str) -> str:
     """Return the page with its tables written anew."""
-    for name, table in TABLES.items():
+    for name, table in TABLES[path].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         found = re.findall(f"{start}.*?{end}", page, flags=re.DOTALL)
         if len(found) != 1:
-            raise UserError(f"{README} has {len(found)} places for {start} … {end}; it should have one")
+            raise UserError(f"{path} has {len(found)} places for {start} … {end}; it should have one")
         page = page.replace(found[0], f"{start}\n{table()}\n{end}")
     return page
 
@@ -144,6 +150,38 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def scaling() -> str:
+    """Return what datasets take: disk by arithmetic, time by the rates that benchmarks/speed.py has measured."""
+    path = HERE / "results" / "speed.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    lines = [
+        "| dataset | pictures | captions | pooled features | 7 x 7 features | words | encoding | LSTM epoch |",
+        "|---" * 8 + "|",
+    ]
+    for name, (pictures, captions) in DATASETS.items():
+        encoding, epoch, words = "–", "–", "–"
+        if found:
+            encoding = as_time(pictures / found["encode_images_per_second"])
+            epoch = as_time(captions / found["lstm_captions_per_second"])
+            words = as_bytes(captions * found["stream_bytes_per_caption"])
+        disk = [as_bytes(pictures * cells * 2048 * 2) for cells in (1, 49)]
+        cells = [name, f"{pictures:,}", f"{captions:,}", *disk, words, encoding, epoch]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def as_bytes(number: float) -> str:
+    unit, size = next((pair for pair in (("TB", 1e12), ("GB", 1e9)) if number >= pair[1]), ("MB", 1e6))
+    return f"{number / size:.3g} {unit}"
+
+
+def as_time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -158,11 +196,14 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "dev-scores": partial(dev_scores, "flickr8k"),
-    "chinese-scores": partial(dev_scores, "flickr8k_cn"),
-    "ablations": ablations,
-    "speed": speed,
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "dev-scores": partial(dev_scores, "flickr8k"),
+        "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+        "ablations": ablations,
+        "speed": speed,
+    },
+    SCALING: {"scaling": scaling},
 }
 
 

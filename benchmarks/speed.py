@@ -292,6 +292,7 @@ def streaming(sizes: Sequence[int]) -> dict[str, Any]:
     return {
         "stream_captions": list(sizes),
         "stream_memory_gb": [gb and round(gb, 3) for gb in (few, many)],
+        "stream_bytes_per_caption": round(large["bytes_per_caption"], 1),
         "stream_memory_growth": round(many / few, 3) if few else None,
     }
 

@@ -26,6 +26,7 @@ from training.epoch import Epoch
 from utils import pick_device, write_atomically
 
 PICTURES = 1000  # in a tar
+DIFFERENT = 2500  # words, few enough that any number of captions has all of them: models are then of one size
 STEPS = 200
 
 
@@ -41,7 +42,7 @@ def main() -> None:
 def write_tars(root: Path, captions: int) -> Config:
     """Write what is left of tars with so many captions once they are encoded, and return how to train on it."""
     last = captions // (PICTURES * EACH) - 1
-    config = make_config(root, f"data.shards={root}/{{00000..{last:05}}}.tar")
+    config = make_config(root, f"data.shards={root}/{{00000..{last:05}}}.tar", "data.min_count=1")
     rng, device = np.random.default_rng(0), pick_device()
     model = CaptionModel.build(config, Vocabulary(["<pad>", "<sos>", "<eos>", "<unk>"]))
     made_by = identity(model, device, WHOLE)
@@ -49,7 +50,7 @@ def write_tars(root: Path, captions: int) -> Config:
     for tar in tars.named(config.data):
         tar.stamp, tar.pictures = [tar.path.name, 0, 0], PICTURES
         names = [f"{number:06}" for number in range(PICTURES)]
-        tars.write_index(tar, names, [EACH] * PICTURES, make_words(PICTURES * EACH, rng))
+        tars.write_index(tar, names, [EACH] * PICTURES, make_words(PICTURES * EACH, rng, DIFFERENT))
         shard = Shard(encoded_place(model, made_by) / tar.place.name, tar, model.encoder.feature_shape, made_by)
         shard.place.mkdir(parents=True)
         np.save(shard.place / "features.npy", rows)
@@ -73,7 +74,14 @@ def train(config: Config, root: Path) -> dict[str, Any]:
         for number, (share, batch, _) in enumerate(epoch.read(0)):
             if number % every == 0:
                 trainer.step(batch, share, config.train.lr)
-    return {"captions": len(train_set), "windows": len(epoch.windows), "batches": len(epoch), "memory_gb": peak.gb}
+    return {
+        "captions": len(train_set),
+        "vocabulary": len(vocab),
+        "windows": len(epoch.windows),
+        "batches": len(epoch),
+        "memory_gb": peak.gb,
+        "bytes_per_caption": sum((tar.place / tars.INDEX).stat().st_size for tar in shards) / len(train_set),
+    }
 
 
 def no_captions(model: CaptionModel) -> Flickr8kDataset:

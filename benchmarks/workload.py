@@ -36,12 +36,12 @@ DECODERS: dict[str, Sequence[str]] = {  # as configs/ trains them
 }
 
 
-def make_words(captions: int, rng: np.random.Generator) -> Words:
-    """Return the words of so many captions."""
+def make_words(captions: int, rng: np.random.Generator, different: int = WORDS) -> Words:
+    """Return the words of so many captions, `different` ones at most."""
     lengths = np.clip(rng.normal(LENGTH, SPREAD, captions), 4, 30).astype(int)  # (captions,)
     letters = np.array(list("abcdefghijklmnopqrst"))
-    lexicon = ["".join(letters[[rank // 400, rank // 20 % 20, rank % 20]]) for rank in range(WORDS + 1)]
-    return Words(lexicon, np.minimum(rng.zipf(1.3, lengths.sum()), WORDS).astype(np.int32), np.cumsum(lengths))
+    lexicon = ["".join(letters[[rank // 400, rank // 20 % 20, rank % 20]]) for rank in range(different + 1)]
+    return Words(lexicon, np.minimum(rng.zipf(1.3, lengths.sum()), different).astype(np.int32), np.cumsum(lengths))
 
 
 def write_dataset(root: Path, pictures: int, drawn: int) -> list[Path]:

@@ -2,7 +2,7 @@
 
     python -m data.tars tars data.root=archive
 
-writes any dataset as tars/00000.tar …, and `python train.py data.shards=tars/{00000..00001}.tar` trains on them. A
+writes any dataset as tars/00000.tar …, and `python train.py "data.shards=tars/{00000..00001}.tar"` trains on them. A
 sample is a picture (`key.jpg`) beside its captions (`key.json`: {"captions": ["A dog runs."], "split": "train"}, where
 no split means train); so img2dataset and others write them.
 
@@ -296,7 +296,8 @@ def main() -> None:
     config = load_config(overrides=args.overrides).data
     expand("")  # which says what to install
     last = export(config, args.out, max(1, args.pictures)) - 1
-    print(f"wrote {last + 1} tars; train on them with: python train.py data.shards={args.out}/{{00000..{last:05}}}.tar")
+    pattern = f"{args.out.as_posix()}/{{00000..{last:05}}}.tar"
+    print(f'wrote {last + 1} tars; train on them with: python train.py "data.shards={pattern}"')
 
 
 if __name__ == "__main__":

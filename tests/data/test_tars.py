@@ -234,6 +234,11 @@ def test_tars_are_not_written_over(exported: DataConfig, refused: Callable) -> N
         tars.export(load_config().data, Path("tars"), 4)
 
 
+def test_braces_that_the_shell_has_taken_are_refused(refused: Callable) -> None:
+    with refused("data.shards", "quotes"):
+        load_config(overrides=["data.shards=tars/00000.tar", "data.shards=tars/00001.tar"])
+
+
 def test_what_training_on_tars_cannot_do_is_refused() -> None:
     for word in ("encoder.frozen=false", "train.self_critical_epochs=1"):
         with pytest.raises(UserError, match=r"data\.shards"):
