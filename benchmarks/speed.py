@@ -153,10 +153,7 @@ def training(trainer: Trainer, train_set: Flickr8kDataset) -> dict[str, Any]:
 
 
 def searching(model: CaptionModel, train_set: Flickr8kDataset) -> dict[str, Any]:
-    """Measure captions a second, and a beam of 5 against searching picture by picture, its beams as a batch.
-
-    The model was trained by `training`, so that its captions are about as long as those it has seen.
-    """
+    """Measure captions a second, and a beam of 5 against searching picture by picture, its beams as a batch."""
     model.eval()
     names = train_set.images[:CAPTION_BATCH]
     assert train_set.features

@@ -154,18 +154,28 @@ def test_a_tar_may_go_once_it_is_encoded(exported: DataConfig, tiny_model: Capti
     assert rows(stream(tars.find(exported), tiny_model)).keys() == whole.keys()
 
 
-def test_the_same_key_in_two_tars_is_two_pictures(
+def test_each_caption_has_its_picture_where_tars_share_keys_and_differ_in_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: CaptionModel
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder, colour in (("a", "red"), ("b", "blue")):
-        write_tar(Path(folder, "0.tar"), {"1.jpg": picture(colour), "1.json": {"captions": [f"all {colour}"]}})
-    dataset = stream(found("{a,b}/0.tar"), tiny_model)
-    [window] = dataset.windows([0])
+    for folder, colours in (("a", ["red"]), ("b", ["blue", "green", "white"])):
+        write_tar(
+            Path(folder, "0.tar"),
+            {
+                f"{number}.{ending}": content
+                for number, colour in enumerate(colours)
+                for ending, content in (("jpg", picture(colour)), ("json", {"captions": [f"all {colour}"]}))
+            },
+        )
+    [window] = stream(found("{a,b}/0.tar"), tiny_model).windows([0])
     opened = window.open()
-    assert len(set(opened.images)) == 2 and opened.features
-    red, blue = opened.features.take(opened.images)
-    assert not torch.equal(red, blue)
+    assert len(opened) == 4
+    for index in range(4):
+        colour = tiny_model.vocab.decode(opened[index].tokens[0, 1:].tolist()).split()[-1]
+        Path("own.jpg").write_bytes(picture(colour))
+        with torch.inference_mode():
+            own = tiny_model.encoder(tiny_model.transform(open_picture("own.jpg"))[None])
+        torch.testing.assert_close(opened[index].pictures.float(), own, rtol=2e-3, atol=2e-3)
 
 
 def test_a_key_cannot_lead_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
