@@ -33,7 +33,7 @@ Size = Annotated[int, Field(ge=1, le=8192)]
 
 # What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
 FREE_AFTER_TRAINING = {
-    *("data.root", "data.captions", "data.images", "data.cache", "data.shard_rows", "encoder.weights"),
+    *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
     *("train.num_workers", "train.log_every", "train.checkpoint_every"),
 }
 
@@ -50,11 +50,17 @@ class DataConfig(Section):
     root: str
     captions: str | None
     images: str | None
+    shards: str | None
     format: Literal["auto", "csv", "token", "karpathy", "coco", "ai_challenger", "jsonl", "sample"]
     language: Literal["en", "zh", "zh-characters"]
     min_count: PositiveInt
     cache: str
     shard_rows: PositiveInt
+
+    @property
+    def source(self) -> str:
+        """Return where captions and pictures come from, for messages."""
+        return self.shards or self.root
 
 
 class EncoderConfig(Section):
@@ -207,11 +213,13 @@ def parse_overrides(overrides: list[str], defaults: dict[str, Any]) -> dict[str,
         name, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"'{word}' is neither an option nor a setting; write settings as key.sub=value")
+        if name == "data.shards" and name in parsed:
+            raise UserError("data.shards is given several times, as a shell makes of braces; write it in quotes")
         try:
             value = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
-        takes_text = isinstance(defaults.get(name), str) or name in ("data.captions", "data.images")
+        takes_text = isinstance(defaults.get(name), str) or name in ("data.captions", "data.images", "data.shards")
         parsed[name] = text if takes_text and value is not None else value
     return parsed
 
@@ -246,6 +254,11 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         ) from None
     if config.train.self_critical_epochs > config.train.epochs:
         raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
+    if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
+        raise UserError(
+            "data.shards goes with encoder.frozen=true and train.self_critical_epochs=0: a trained backbone reads "
+            "single pictures, and self-critical training all captions at once"
+        )
     if config.train.doubly_stochastic and config.decoder.name == "lstm":
         raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return config

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 import metrics
 from config import Config, UserError, cli, load_config, parse_command_line
-from data import annotations
+from data import annotations, tars
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
@@ -37,7 +37,7 @@ class References:
     split: str
     rows: pd.DataFrame
     captions: dict[str, list[str]]
-    training: list[str]
+    training: Iterable[str]
     language: str
     tokeniser: str
     tokenise: Callable[[list[str]], list[str]]
@@ -172,13 +172,15 @@ def search_of(predictions: Path, references: References) -> str:
 
 
 def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
-    split, rows = annotations.choose_split(table, args.split, config.data.root)
+    split, rows = annotations.choose_split(table, args.split, config.data.source)
     tokeniser, tokenise = metrics.pick_tokeniser(args.tokeniser, config.data.language)
     return References(
         split=split,
         rows=rows,
         captions=annotations.references(rows),
-        training=table["caption"][table["split"] == "train"].tolist(),
+        training=tars.train_captions(config.data)
+        if config.data.shards
+        else table["caption"][table["split"] == "train"],
         language=config.data.language,
         tokeniser=tokeniser,
         tokenise=tokenise,

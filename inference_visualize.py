@@ -193,7 +193,7 @@ def split_pictures(
     """Return the pictures of a split of the model's own dataset, and their features where all are in the cache."""
     data = model.config.data
     table = annotations.load(data, annotations.read_splits(run))
-    _, chosen = annotations.choose_split(table, split, data.root)
+    _, chosen = annotations.choose_split(table, split, data.source)
     folder = annotations.image_folder(data)
     pictures = [
         Picture(folder / image, image, image_id, tuple(captions))

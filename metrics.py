@@ -258,7 +258,7 @@ def describe(
     end like "with a". repetition: share in which a word follows itself or three words in a row come twice.
     """
     texts = [tokenise(caption) for caption in captions]
-    known = {letters(caption) for caption in training}
+    known = set(map(letters, captions)).intersection(map(letters, training))  # which may be more than memory holds
     words, pairs = ([gram for text in texts for gram in ngrams(text, n)] for n in (1, 2))
 
     def share(flags: Iterable[bool]) -> float:

@@ -4,29 +4,32 @@ import argparse
 import copy
 import math
 import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics
 from config import Config, UserError, cli, load_config, parse_command_line
-from data import annotations
-from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices, share_of
+from data import annotations, tars
+from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
+from data.stream import StreamedDataset
+from data.tars import Tar
 from data.transforms import View, other_views
 from data.vocab import build_vocab
 from data.words import Words, cut
 from models.model import CaptionModel
 from training import distributed
+from training.epoch import Epoch
 from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
 from training.runs import refuse_existing, resume, start_run, write_log
@@ -50,15 +53,17 @@ def train(args: argparse.Namespace) -> int:
     distributed.once(refuse_existing, run, args, config)
 
     table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
-    report_data(table, config)
+    shards = tars.find(config.data)
+    report_data(table, shards, config)
     words = cut(table["caption"].tolist(), config.data.language, Path(config.data.cache))
     if saved:
         model = CaptionModel.from_state(saved, str(run / "last.pth"), args.overrides)
     else:
-        model = build_model(config, words.of((table["split"] == "train").to_numpy()))
+        in_train = (table["split"] == "train").to_numpy()
+        model = build_model(config, lambda: tars.count_words(shards) if shards else words.of(in_train).count())
     device = pick_device()
     model.to(device)
-    train_set, val_set = make_datasets(model, table, words, device)
+    train_set, val_set = make_datasets(model, table, words, shards, device)
 
     trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
@@ -102,22 +107,27 @@ def go_on(args: argparse.Namespace) -> None:
         args.run, args.overrides = run, []
 
 
-def report_data(table: pd.DataFrame, config: Config) -> None:
+def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:
     parts = []
     for split in annotations.SPLITS:
         rows = table[table["split"] == split]
-        if rows.empty and split != "test":
-            raise UserError(f"{config.data.root} has no {split} pictures; mend its split lists or add captions")
-        if not rows.empty:
-            parts.append(f"{split} {rows['image'].nunique():,} pictures with {len(rows):,} captions")
-    print(f"data: {' and '.join(map(str, annotations.caption_files(config.data)))}: {', '.join(parts)}")
+        pictures, captions = rows["image"].nunique(), len(rows)
+        if shards and split == "train":
+            pictures, captions = sum(tar.pictures for tar in shards), sum(tar.captions for tar in shards)
+        if not captions and split != "test":
+            mend = f"name {split} in the JSON of some pictures" if shards else "mend its split lists or add captions"
+            raise UserError(f"{config.data.source} has no {split} pictures; {mend}")
+        if captions:
+            parts.append(f"{split} {pictures:,} pictures with {captions:,} captions")
+    files = [config.data.shards] if shards else annotations.caption_files(config.data)
+    print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
 
 
-def build_model(config: Config, words: Words) -> CaptionModel:
-    """Return a new model with the vocabulary of these captions, or, with `train.start`, all that one has learned."""
+def build_model(config: Config, count_words: Callable[[], Counter[str]]) -> CaptionModel:
+    """Return a new model with a vocabulary of these words, or, with `train.start`, all that one has learned."""
     data = config.data
     if not config.train.start:
-        return CaptionModel.build(config, build_vocab(words.count(), data.min_count, data.language))
+        return CaptionModel.build(config, build_vocab(count_words(), data.min_count, data.language))
     if not Path(config.train.start).is_file():
         run = Path(config.train.start).parent.name
         recipe = f"configs/{run}.yaml" if (Path(__file__).parent / f"configs/{run}.yaml").is_file() else "RECIPE"
@@ -135,8 +145,8 @@ def build_model(config: Config, words: Words) -> CaptionModel:
 
 
 def make_datasets(
-    model: CaptionModel, table: pd.DataFrame, words: Words, device: torch.device
-) -> tuple[Flickr8kDataset, ...]:
+    model: CaptionModel, table: pd.DataFrame, words: Words, shards: list[Tar], device: torch.device
+) -> tuple[Flickr8kDataset | StreamedDataset, Flickr8kDataset]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     folder = annotations.image_folder(model.config.data)
     features: Features | None = None
@@ -147,14 +157,15 @@ def make_datasets(
     train, val = table[in_train], table[in_val]
     if model.config.encoder.frozen:
         features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
+    if model.config.encoder.frozen and not shards:
         views = {view: encode_pictures(model, train["image"].unique().tolist(), folder, device, view) for view in views}
     for known in (features, *views.values()):
         if known:
             known.move(device)
-    return (
-        Flickr8kDataset(train, model.vocab, folder, model.transform, features, views, words.of(in_train)),
-        Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val)),
-    )
+    val_set = Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val))
+    if shards:
+        return StreamedDataset(shards, model, list(views), device), val_set
+    return Flickr8kDataset(train, model.vocab, folder, model.transform, features, views, words.of(in_train)), val_set
 
 
 @dataclass
@@ -185,7 +196,7 @@ class Trainer:
     def __init__(
         self,
         model: CaptionModel,
-        train_set: Flickr8kDataset,
+        train_set: Flickr8kDataset | StreamedDataset,
         val_set: Flickr8kDataset,
         val_references: dict[str, list[str]],
         run: Path,
@@ -200,7 +211,7 @@ class Trainer:
         self.objective: nn.Module = Objective(model, train_set)
         if distributed.size() > 1:
             self.objective = DistributedDataParallel(self.objective, forward_sync_buffers=False)
-        self.by_image = train_set.features is None or model.decoder.grid
+        self.by_image = model.decoder.grid or not model.config.encoder.frozen
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
@@ -255,30 +266,18 @@ class Trainer:
         Returns False when it was asked to stop before their end.
         """
         progress, config = self.progress, self.config
-        rng = np.random.default_rng([config.seed, progress.epoch])
-        batches = batch_indices(self.train_set, config.batch_size, self.by_image or self.critical, rng)
-        shares = [
-            share_of(self.train_set, batch, distributed.rank(), distributed.size())
-            for batch in batches[progress.batch :]
-        ]
-        self.train_set.choose_views(rng)
-        loader = DataLoader(
-            self.train_set,
-            batch_sampler=[share.indices for share in shares],
-            collate_fn=as_it_is,
-            num_workers=config.num_workers if self.train_set.features is None else 0,
-        )
+        epoch = Epoch(self.train_set, config, progress.epoch, self.by_image or self.critical)
+        batches = len(epoch)
         self.model.train()
         if self.critical:
             dry(self.model)
         with tqdm(total=len(self.train_set), unit="caption", disable=distributed.bar_hidden()) as bar:
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
-            bar.update(sum(map(len, batches[: progress.batch])))
-            for share, batch in zip(shares, loader, strict=True):
-                loss = self.step(batch, share, self.learning_rate(len(batches)))
-                bar.update(len(batches[progress.batch - 1]))
-                if progress.batch % config.log_every == 0 or progress.batch == len(batches):
-                    self.log_step(bar, len(batches), loss)
+            for share, batch, captions in epoch.read(progress.batch):
+                loss = self.step(batch, share, self.learning_rate(batches))
+                bar.update(captions - bar.n)
+                if progress.batch % config.log_every == 0 or progress.batch == batches:
+                    self.log_step(bar, batches, loss)
                 if progress.step % config.checkpoint_every == 0:
                     self.save_last()
                 if distributed.any_of(stop.requested):
@@ -383,9 +382,10 @@ class Trainer:
             print(f"    {image}: {caption}")
 
     def sample_features(self) -> torch.Tensor:
-        """Return features of training pictures, evenly spread, at most STATISTICS of them."""
-        images = self.train_set.images[:: -(-len(self.train_set.images) // STATISTICS)]
-        return self.encoded(self.train_set, images).take(images)
+        """Return features of training pictures, evenly spread over a window, at most STATISTICS of them."""
+        dataset = self.train_set.windows([self.config.seed, 0])[0].open()
+        images = dataset.images[:: -(-len(dataset.images) // STATISTICS)]
+        return self.encoded(dataset, images).take(images)
 
     def encoded(self, dataset: Flickr8kDataset, images: list[str]) -> Features:
         """Return features of these pictures: those at hand, or, where the backbone is trained, fresh ones."""
@@ -414,10 +414,6 @@ def dry(model: CaptionModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results/: `python -m benchmarks.report`.
+"""Write the tables of the README and of docs/ from benchmarks/results/: `python -m benchmarks.report`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each function in TABLES.
 """
@@ -16,22 +16,76 @@ from evaluate import NAMES
 from utils import write_atomically
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+README, SCALING = HERE.parent / "README.md", HERE.parent / "docs" / "scaling.md"
+DATASETS = {  # pictures and captions
+    "Flickr8k, train and dev": (7_000, 35_000),
+    "COCO 2017, train and val": (123_287, 616_767),
+    "Conceptual 12M": (12_423_374, 12_423_374),
+    "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
+}
+DECODERS = ("lstm", "attention", "transformer")
+# Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
+FIGURES = (
+    (
+        "5 epochs of Flickr8k from JPEGs to a trained LSTM, against a frozen ResNet run once per caption in fp32 "
+        "(both measured on a slice and scaled by pictures and captions)",
+        "**{seed_style_ratio:.0f} times as fast**: {own_minutes} min, not {seed_style_minutes}",
+    ),
+    (
+        "encoding JPEGs with ResNet-50",
+        "{encode_images_per_second:.0f} pictures/s, {encode_share_of_matmul_ceiling:.0%} of what the processor can "
+        "multiply ({matmul_gflops:,} GFLOP/s)",
+    ),
+    (
+        "captioning {captioned_pictures:,} JPEGs with a beam of 3, drawn and with a page, against encoding them",
+        "{caption_s:.1f} s, not {encoder_s:.1f}: {caption_over_encoder:.2f} times",
+    ),
+    ("a beam of 5 against the same search picture by picture", "at least **{beam_over_per_image:.1f} times as fast**"),
+    (
+        "an epoch on cached features, validation apart, against forward and backward alone in memory",
+        "at most {train_over_bare_loop:.2f} times as long",
+    ),
+    (
+        "2 processes of one thread against 1 of two",
+        "{ddp_ratio:.2f} times the captions/s, {ddp_process_memory_gb} GB each",
+    ),
+    (
+        "memory of training on {stream_captions[1]:,} captions in tars against {stream_captions[0]:,}",
+        "{stream_memory_growth:.2f} times: {stream_memory_gb[1]:.2f} GB, not {stream_memory_gb[0]:.2f}",
+    ),
+    (
+        "start of `train.py`, `evaluate.py`, `inference_visualize.py`, `visualize_loss.py`, to `--help`",
+        "{start_train_s:.1f}, {start_evaluate_s:.1f}, {start_inference_visualize_s:.1f}, "
+        "{start_visualize_loss_s:.1f} s",
+    ),
+)
+PER_DECODER = (
+    ("captions/s in training", "{captions_per_second:,.0f}"),
+    ("ms a step of 64 captions", "{step_ms:.0f}"),
+    ("of them reading", "{data_share:.1%}"),
+    ("against forward and backward alone", "{over_bare_loop:.2f} x"),
+    ("peak memory", "{train_memory_gb} GB"),
+    (
+        "captions/s by greedy search, beam 3, beam 5",
+        "{beam1_images_per_second:,.0f}, {beam3_images_per_second:,.0f}, {beam5_images_per_second:,.0f}",
+    ),
+    ("beam 5 against picture by picture", "{beam5_over_per_image:.1f} x"),
+)
 
 
 def main() -> None:
-    page = README.read_text(encoding="utf-8")
-    write_atomically(README, fill(page).encode())
-    print(f"wrote the tables of {README}")
+    for path in TABLES:
+        write_atomically(path, fill(path, path.read_text(encoding="utf-8")).encode())
+        print(f"wrote the tables of {path}")
 
 
-def fill(page: str) -> str:
+def fill(path: Path, page: str) -> str:
     """Return the page with its tables written anew."""
-    for name, table in TABLES.items():
+    for name, table in TABLES[path].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         found = re.findall(f"{start}.*?{end}", page, flags=re.DOTALL)
         if len(found) != 1:
-            raise UserError(f"{README} has {len(found)} places for {start} … {end}; it should have one")
+            raise UserError(f"{path} has {len(found)} places for {start} … {end}; it should have one")
         page = page.replace(found[0], f"{start}\n{table()}\n{end}")
     return page
 
@@ -75,6 +129,59 @@ def ablations() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    """Return what benchmarks/speed.py has measured; nothing where it has not been run."""
+    path = HERE / "results" / "speed.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    lines = ["| what | measured |", "|---" * 2 + "|"]
+    lines += [f"| {what.format(**found)} | {told.format(**found)} |" for what, told in FIGURES]
+    lines += ["", f"| | {' | '.join(DECODERS)} |", "|---" * (1 + len(DECODERS)) + "|"]
+    for what, told in PER_DECODER:
+        own = [{key.removeprefix(f"{name}_"): value for key, value in found.items()} for name in DECODERS]
+        lines.append(f"| {what} | {' | '.join(told.format(**each) for each in own)} |")
+    machine = found["environment"]
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}, "
+        f"Python {machine['python']}, PyTorch {machine['torch']}; load before: {machine['load']}.",
+    ]
+    return "\n".join(lines)
+
+
+def scaling() -> str:
+    """Return what datasets take: disk by arithmetic, time by the rates that benchmarks/speed.py has measured."""
+    path = HERE / "results" / "speed.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    lines = [
+        "| dataset | pictures | captions | pooled features | 7 x 7 features | words | encoding | LSTM epoch |",
+        "|---" * 8 + "|",
+    ]
+    for name, (pictures, captions) in DATASETS.items():
+        encoding, epoch, words = "–", "–", "–"
+        if found:
+            encoding = as_time(pictures / found["encode_images_per_second"])
+            epoch = as_time(captions / found["lstm_captions_per_second"])
+            words = as_bytes(captions * found["stream_bytes_per_caption"])
+        disk = [as_bytes(pictures * cells * 2048 * 2) for cells in (1, 49)]
+        cells = [name, f"{pictures:,}", f"{captions:,}", *disk, words, encoding, epoch]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def as_bytes(number: float) -> str:
+    unit, size = next((pair for pair in (("TB", 1e12), ("GB", 1e9)) if number >= pair[1]), ("MB", 1e6))
+    return f"{number / size:.3g} {unit}"
+
+
+def as_time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -89,10 +196,14 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "dev-scores": partial(dev_scores, "flickr8k"),
-    "chinese-scores": partial(dev_scores, "flickr8k_cn"),
-    "ablations": ablations,
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "dev-scores": partial(dev_scores, "flickr8k"),
+        "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+        "ablations": ablations,
+        "speed": speed,
+    },
+    SCALING: {"scaling": scaling},
 }
 
 

@@ -51,6 +51,8 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     what the files say of splits decides; else `saved_splits` (of the run, see `splits_of`) or a seeded split by
     picture, 80/10/10.
 
+    Of `data.shards` these are the pictures held out, unpacked: see `data.tars`.
+
     Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder, and
     pictures that are missing.
     """
@@ -70,6 +72,10 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
 
 def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     """Return the table as the files have it, with the splits they and lists beside them tell, and the files' names."""
+    if config.shards:
+        table, source = tars_held_out(config), config.shards
+        refuse_chinese_as_english(table, config)
+        return table, source
     if config.format == "sample":
         sample.draw(Path(config.root))
     paths = caption_files(config)
@@ -79,8 +85,7 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
-    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
-        raise UserError(f"the captions of {source} are Chinese; say data.language=zh, or zh-characters")
+    refuse_chinese_as_english(table, config)
     official = official_splits(paths[0].parent)
     if official is not None:
         table["split"] = table["image"].map(official)
@@ -88,6 +93,17 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     if table.empty:
         raise UserError(f"the split lists in {paths[0].parent} name none of the pictures in {source}; check the lists")
     return table, source
+
+
+def tars_held_out(config: DataConfig) -> pd.DataFrame:
+    from data import tars  # which needs torch
+
+    return tars.held_out(config)
+
+
+def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig) -> None:
+    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
+        raise UserError(f"the captions of {config.source} are Chinese; say data.language=zh, or zh-characters")
 
 
 def caption_files(config: DataConfig) -> list[Path]:
@@ -130,6 +146,8 @@ def split_named(path: Path) -> str | None:
 
 def image_folder(config: DataConfig) -> Path:
     """Return the folder that the `image` column is relative to: `data.root` itself when folders in it hold pictures."""
+    if config.shards:
+        return Path(config.cache) / "tars"
     root = Path(config.root)
     places = [Path(config.images), root / config.images] if config.images else [root / name for name in IMAGE_FOLDERS]
     for place in places:

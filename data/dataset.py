@@ -1,6 +1,6 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +18,23 @@ class Features:
     """Encoded pictures in the order of `names`.
 
     Args:
-        shards: fp16 rows (P, D) or (P, L, D), usually of files on disk, all but the last with as many pictures.
+        shards: fp16 rows (P, D) or (P, L, D), usually of files on disk.
     """
 
     def __init__(self, shards: Sequence[torch.Tensor], names: Sequence[str]) -> None:
         self.shards = shards
         self._row_of = {name: row for row, name in enumerate(names)}
+        self._ends = np.cumsum([len(shard) for shard in shards])  # (shards,)
 
     def take(self, names: Sequence[str]) -> torch.Tensor:
         """Return the features of these pictures (B, D) or (B, L, D), where the shards are."""
-        shard, row = np.divmod([self._row_of[name] for name in names], len(self.shards[0]))  # (B,) each
+        place = np.array([self._row_of[name] for name in names])  # (B,)
+        shard = np.searchsorted(self._ends, place, side="right")  # (B,)
         taken = self.shards[0].new_empty(len(names), *self.shards[0].shape[1:])
         for number in np.unique(shard):
             here = np.flatnonzero(shard == number)
-            taken[torch.from_numpy(here)] = self.shards[number][torch.from_numpy(row[here])]
+            row = place[here] - self._ends[number] + len(self.shards[number])
+            taken[torch.from_numpy(here)] = self.shards[number][torch.from_numpy(row)]
         return taken
 
     def move(self, device: torch.device) -> None:
@@ -80,6 +83,22 @@ class Batch:
         return self.tokens[:, 1:]  # (N, T): w1 … wn <eos>
 
 
+@dataclass(frozen=True)
+class Window:
+    """Captions that are in memory together while an epoch is read: all, or, of a `StreamedDataset`, some.
+
+    Attributes:
+        pictures, captions: how many there are.
+        seed: what the order of its captions is drawn from.
+        open: brings them into memory.
+    """
+
+    pictures: int
+    captions: int
+    seed: list[int]
+    open: Callable[[], "Flickr8kDataset"]
+
+
 class Flickr8kDataset(Dataset):
     """One item per caption, whatever format the captions came from.
 
@@ -113,6 +132,10 @@ class Flickr8kDataset(Dataset):
         self.folder, self.transform = folder, transform
         self.features, self.views = features, views or {}
         self.shown = np.zeros(len(self.images), dtype=np.int64)
+
+    def windows(self, seed: Sequence[int]) -> list[Window]:
+        """Return the parts in which an epoch is read: here one."""
+        return [Window(len(self.images), len(self), list(seed), lambda: self)]
 
     def choose_views(self, rng: np.random.Generator) -> None:
         """Draw how each picture is shown from now on."""
@@ -176,7 +199,7 @@ def batch_indices(
     order = np.argsort(dataset.image_of, kind="stable") if by_image else np.arange(len(dataset))
     sizes = np.bincount(dataset.image_of) if by_image else np.ones(len(dataset), dtype=np.int64)  # (groups,)
     starts = np.cumsum(sizes) - sizes
-    per_batch = max(1, round(batch_size * len(sizes) / len(dataset)))
+    per_batch = groups_per_batch(len(sizes), len(dataset), batch_size)
     longest = np.maximum.reduceat(dataset.lengths[order], starts)
     shuffle = rng.permutation(len(sizes)) if rng else np.arange(len(sizes))
     shuffle = shuffle[np.argsort(longest[shuffle], kind="stable")]
@@ -184,6 +207,16 @@ def batch_indices(
     if rng:
         batches = [batches[i] for i in rng.permutation(len(batches))]
     return [np.concatenate([order[starts[g] : starts[g] + sizes[g]] for g in batch]).tolist() for batch in batches]
+
+
+def groups_per_batch(groups: int, captions: int, batch_size: int) -> int:
+    return max(1, round(batch_size * groups / captions))
+
+
+def batch_count(window: Window, batch_size: int, by_image: bool) -> int:
+    """Return how many batches `batch_indices` makes of a window, without opening it."""
+    groups = window.pictures if by_image else window.captions
+    return -(-groups // groups_per_batch(groups, window.captions, batch_size))
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from filelock import FileLock
+from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
@@ -29,6 +32,7 @@ from utils import pick_precision, write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Opener = Callable[[], Image.Image]  # opens a picture, wherever it lies
 
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
 SAVE_EVERY = 256  # pictures between two manifests: the most a kill can cost
@@ -53,20 +57,22 @@ class Extractor:
             rows.append(encoded.to(torch.float16).cpu())
         return torch.cat(rows)
 
-    def read(self, paths: Sequence[Path], view: View = WHOLE) -> Iterator[torch.Tensor]:
+    def read(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[torch.Tensor]:
         """Yield a view of each picture as uint8 batches (b, 3, S, S)."""
-        for pictures in read_ahead(lambda path: self.transform.resize(open_picture(path), view), paths, self.batch):
+        for pictures in read_ahead(lambda opener: self.transform.resize(opener(), view), openers, self.batch):
             yield torch.stack(pictures)
 
 
-def read_ahead(function: Callable[[Item], Result], items: Sequence[Item], batch: int) -> Iterator[list[Result]]:
+def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch: int) -> Iterator[list[Result]]:
     """Yield `function` of the items in batches, computed by threads one batch ahead of the caller."""
+    waiting, ahead = iter(items), list[Future[Result]]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead: list[Future[Result]] = []
-        for first in range(0, len(items) + batch, batch):
-            ready, ahead = ahead, [pool.submit(function, item) for item in items[first : first + batch]]
+        while True:
+            ready, ahead = ahead, [pool.submit(function, item) for item in islice(waiting, batch)]
             if ready:
                 yield [future.result() for future in ready]
+            elif not ahead:
+                return
 
 
 def encode_pictures(
@@ -76,42 +82,55 @@ def encode_pictures(
     if model.config.encoder.frozen:
         return FeatureCache(model, sorted(names), folder, device, view).fill()
     extractor = Extractor(model, device)
-    rows = torch.cat([extractor(pixels) for pixels in extractor.read([folder / name for name in names])])
+    rows = torch.cat([extractor(pixels) for pixels in extractor.read(Files(list(names), folder).openers())])
     return Features([rows], names)
 
 
-class FeatureCache:
-    """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
+class Source(Protocol):
+    """Pictures in a fixed order, of which the features make a shard."""
+
+    def __len__(self) -> int: ...
+
+    def stamps(self) -> list[list[Any]]:
+        """Return name, size and mtime of what the pictures lie in: of each, or of one file for all."""
+        ...
+
+    def openers(self, first: int = 0) -> Iterable[Opener]:
+        """Return what opens each picture from this place on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pictures that are files in a folder."""
+
+    names: list[str]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def stamps(self) -> list[list[Any]]:
+        try:
+            stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
+        except OSError as error:
+            raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
+
+    def openers(self, first: int = 0) -> Iterable[Opener]:
+        return (partial(open_picture, self.folder / name) for name in self.names[first:])
+
+
+class Shards:
+    """The features of pictures from several sources, a shard for each, in the folder `place`."""
 
     def __init__(
-        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, view: View = WHOLE
+        self, model: CaptionModel, device: torch.device, view: View, place: Path, shards: list["Shard"]
     ) -> None:
-        self.model, self.names, self.folder, self.device, self.view = model, names, folder, device, view
-        identity = {
-            "encoder": model.encoder.identity,
-            "grid": model.encoder.grid,
-            "transform": asdict(model.transform),
-            "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
-            "folder": str(folder.resolve()),
-        }
-        identity |= {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
-        key = hashlib.sha256(json.dumps([identity, names]).encode()).hexdigest()[:12]
-        self.place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
-        rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
-        self.shards = [
-            Shard(self.place / f"{first // rows:05}", names[first : first + rows], folder, shape, identity)
-            for first in range(0, len(names), rows)
-        ]
+        self.model, self.device, self.view, self.place, self.shards = model, device, view, place, shards
 
-    def find(self) -> Features | None:
-        """Return the features when all of them are there, else None."""
-        return self.open() if all(shard.is_whole() for shard in self.shards) else None
-
-    def open(self) -> Features:
-        return Features([shard.open() for shard in self.shards], self.names)
-
-    def fill(self) -> Features:
-        """Return the features, after encoding those that are missing; several processes share the shards.
+    def complete(self) -> None:
+        """Encode what is missing; several processes share the shards.
 
         Raises UserError for a picture that cannot be read and for a disk that cannot take the rows.
         """
@@ -120,7 +139,6 @@ class FeatureCache:
             if missing:
                 self.encode(missing)
             distributed.wait()
-            return self.open()
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
@@ -128,7 +146,7 @@ class FeatureCache:
             ) from None
 
     def encode(self, shards: list["Shard"]) -> None:
-        total = sum(len(shard.names) for shard in shards)
+        total = sum(len(shard.source) for shard in shards)
         extractor = Extractor(self.model, self.device)
         what = "pictures" if self.view == WHOLE else "views of pictures"
         print(f"encoding {total:,} {what}, once, into {self.place}/")
@@ -141,20 +159,59 @@ class FeatureCache:
                     print(f"encoded {done:,} of {total:,}", flush=True)
 
 
-class Shard:
-    """The features of some pictures in a folder of their own, made by one process at a time.
-
-    Rows count when encoder, transform, precision and names are the same and the pictures' sizes and mtimes are too.
-    """
+class FeatureCache(Shards):
+    """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
 
     def __init__(
-        self, place: Path, names: list[str], folder: Path, shape: tuple[int, ...], identity: dict[str, Any]
+        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, view: View = WHOLE
     ) -> None:
-        self.place, self.names, self.folder, self.identity = place, names, folder, identity
-        self.shape = [len(names), *shape]
+        self.names, self.folder = names, folder
+        made_by = identity(model, device, view) | {"folder": str(folder.resolve())}
+        key = hashlib.sha256(json.dumps([made_by, names]).encode()).hexdigest()[:12]
+        place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
+        rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
+        shards = [
+            Shard(place / f"{first // rows:05}", Files(names[first : first + rows], folder), shape, made_by)
+            for first in range(0, len(names), rows)
+        ]
+        super().__init__(model, device, view, place, shards)
+
+    def find(self) -> Features | None:
+        """Return the features when all of them are there, else None."""
+        return self.open() if all(shard.is_whole() for shard in self.shards) else None
+
+    def open(self) -> Features:
+        return Features([shard.open() for shard in self.shards], self.names)
+
+    def fill(self) -> Features:
+        """Return the features, after encoding those that are missing."""
+        self.complete()
+        return self.open()
+
+
+def identity(model: CaptionModel, device: torch.device, view: View) -> dict[str, Any]:
+    """Return what features depend on beside the pictures."""
+    made_by = {
+        "encoder": model.encoder.identity,
+        "grid": model.encoder.grid,
+        "transform": asdict(model.transform),
+        "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
+    }
+    return made_by | {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
+
+
+class Shard:
+    """The features of the pictures of one source in a folder of their own, made by one process at a time.
+
+    Rows count when encoder, transform, precision and names are the same and the sizes and mtimes of files are too.
+    """
+
+    def __init__(self, place: Path, source: Source, shape: tuple[int, ...], identity: dict[str, Any]) -> None:
+        self.place, self.source, self.identity = place, source, identity
+        self.shape = [len(source), *shape]
 
     def is_whole(self) -> bool:
-        return self.manifest()[0]["rows_done"] == len(self.names)
+        return self.manifest()[0]["rows_done"] == len(self.source)
 
     def open(self) -> torch.Tensor:
         """Return the rows as they lie on disk: what is read of them takes memory that the system can have back."""
@@ -172,17 +229,17 @@ class Shard:
                 print(f"{self.place}: rows from {manifest['rows_done']:,} on are not used: {reason}")
             done = manifest["rows_done"]
             yield done
-            if done == len(self.names):
+            if done == len(self.source):
                 return
             path = self.place / "features.npy"
             mode = "r+" if done else "w+"
             start = np.lib.format.open_memmap(path, mode, np.float16, tuple(self.shape)).offset
             with open(path, "r+b") as file:
                 file.seek(start + done * 2 * math.prod(self.shape[1:]))
-                for pixels in extractor.read([self.folder / name for name in self.names[done:]], view):
+                for pixels in extractor.read(self.source.openers(done), view):
                     file.write(extractor(pixels).numpy().tobytes())
                     done += len(pixels)
-                    if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.names):
+                    if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.source):
                         file.flush()
                         manifest["rows_done"] = done
                         write_atomically(self.place / "manifest.json", json.dumps(manifest).encode())
@@ -190,11 +247,7 @@ class Shard:
 
     def manifest(self) -> tuple[dict[str, Any], str | None]:
         """Return the manifest asked for, with `rows_done` as far as what is on disk agrees, and why it does not."""
-        try:
-            stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
-        except OSError as error:
-            raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
-        pictures = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
+        pictures = self.source.stamps()
         wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
         found = read_manifest(self.place)
         if found is None:
@@ -205,11 +258,12 @@ class Shard:
         elif not has_rows(self.place / "features.npy", self.shape):
             reason = "features.npy is missing or cut short"
         else:
-            done = found["pictures"][: found["rows_done"]]
-            changed = [row for row, (old, new) in enumerate(zip(done, pictures, strict=False)) if old != new]
-            wanted["rows_done"] = changed[0] if changed else len(done)
+            old = found["pictures"][: found["rows_done"]]
+            changed = [row for row, (was, now) in enumerate(zip(old, pictures, strict=False)) if was != now]
+            whole = len(found["pictures"]) == len(pictures) and 0 <= found["rows_done"] <= len(self.source)
+            wanted["rows_done"] = changed[0] if changed else found["rows_done"] * whole
             if changed:
-                reason = f"{self.names[changed[0]]} has changed since"
+                reason = f"{pictures[changed[0]][0]} has changed since"
         return wanted, reason
 
 

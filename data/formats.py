@@ -32,7 +32,7 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     """
     name = recognise(path) if name == "auto" else name
     try:
-        rows = [(image, key, " ".join(caption.split()), split) for image, key, caption, split in READERS[name](path)]
+        rows = [(image, key, tidy(caption), split) for image, key, caption, split in READERS[name](path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
@@ -40,6 +40,10 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
     return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
+
+
+def tidy(caption: str) -> str:
+    return " ".join(caption.split())
 
 
 def recognise(path: Path) -> str:
@@ -148,14 +152,20 @@ def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row
     """Return the rows of entries whose picture is under `key` and whose captions are one or a list."""
     found: list[Row] = []
     for place, entry in enumerate(entries):
-        image = inside(entry[key], f"{path} entry {place + 1}")
-        captions = entry["captions"] if "captions" in entry else entry["caption"]
-        split = SPLIT_NAMES.get(entry.get("split", ""))
-        if split is None and "split" in entry:
-            raise UserError(f"{path} entry {place + 1} has the split {entry['split']!r}; make it train, val or test")
-        for caption in [captions] if isinstance(captions, str) else captions:
-            found.append((image, entry.get("image_id", image), caption, split))
+        where = f"{path} entry {place + 1}"
+        image = inside(entry[key], where)
+        captions, split = told_of(entry, where)
+        found += [(image, entry.get("image_id", image), caption, split) for caption in captions]
     return found
+
+
+def told_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
+    """Return the captions of a picture's entry, one or a list, and its split, where it names one."""
+    captions = entry["captions"] if "captions" in entry else entry["caption"]
+    split = SPLIT_NAMES.get(entry.get("split", ""))
+    if split is None and "split" in entry:
+        raise UserError(f"{where} has the split {entry['split']!r}; make it train, val or test")
+    return [captions] if isinstance(captions, str) else captions, split
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -1,5 +1,6 @@
 """From a picture file to the tensor a backbone expects. One transform for training, validation and inference."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,15 @@ class Transform:
         return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Open any picture file as it is meant to be seen: upright, 8-bit RGB, transparent parts white.
 
     Greyscale, palette, CMYK, 16-bit, RGBA and EXIF-rotated files are all welcome; of an animation the first frame.
-    Raises UserError, naming the file, when it cannot be decoded in full.
+    `content` is what the file holds, where it lies in an archive. Raises UserError, naming the file, when it cannot be
+    decoded in full.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             return to_rgb(ImageOps.exif_transpose(file))
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; check the path") from None

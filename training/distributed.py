@@ -6,6 +6,7 @@ gradients goes by NCCL between GPUs; all else, and everything on CPUs, by gloo.
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -54,11 +55,23 @@ def processes() -> Iterator[None]:
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
+        except UserError:
+            end_job()
+            raise
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 raise UserError("another process of this job has ended; what it said last tells why") from error
             raise
     dist.destroy_process_group()
+
+
+def end_job() -> None:
+    """Keep torchrun (`--max-restarts`) from repeating what only the user can mend; on several machines it will."""
+    if os.name != "posix" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun passes on: the sentence is still to be said
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def join(backend: str) -> None:

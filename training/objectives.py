@@ -9,6 +9,7 @@ from torch import nn
 
 from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
+from data.stream import StreamedDataset
 from data.vocab import EOS, PAD, SOS
 from models.model import CaptionModel
 from models.search import NEVER, search
@@ -21,10 +22,13 @@ SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of lengths ot
 class Objective(nn.Module):
     """What training makes small, as one module, so that DistributedDataParallel can run it."""
 
-    def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
+    def __init__(self, model: CaptionModel, dataset: Flickr8kDataset | StreamedDataset) -> None:
         super().__init__()
         self.model = model
-        self.self_critical = SelfCritical(model, dataset) if model.config.train.self_critical_epochs else None
+        self.self_critical: SelfCritical | None = None
+        if model.config.train.self_critical_epochs:
+            assert isinstance(dataset, Flickr8kDataset)  # of which `config.validate` has made sure
+            self.self_critical = SelfCritical(model, dataset)
 
     def forward(self, batch: Batch, critical: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective of this epoch, whether self-critical or not, and the plain loss per word."""

@@ -1,6 +1,7 @@
-"""The README's tables are those of the committed results."""
+"""The tables of README and docs are those of the committed results."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 from benchmarks import report
 
 
-def test_the_readmes_tables_are_generated_from_the_results() -> None:
-    page = report.README.read_text(encoding="utf-8")
-    assert report.fill(page) == page, "run: python -m benchmarks.report"
+def test_tables_are_generated_from_the_results() -> None:
+    for path in report.TABLES:
+        page = path.read_text(encoding="utf-8")
+        assert report.fill(path, page) == page, "run: python -m benchmarks.report"
 
 
 def test_every_result_says_how_it_was_made() -> None:
@@ -64,4 +66,32 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
 
 def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
     with refused("dev-scores"):
-        report.fill("no place")
+        report.fill(report.README, "no place")
+
+
+def test_the_speed_table_tells_every_figure_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    assert report.speed() == ""
+    told = " ".join(text for row in report.FIGURES for text in row)
+    found: dict[str, Any] = dict.fromkeys(re.findall(r"{(\w+)", told), 2.5)
+    found |= {"stream_captions": [10, 1000], "stream_memory_gb": [0.5, 0.51], "captioned_pictures": 1000}
+    for _, text in report.PER_DECODER:
+        found |= {f"{name}_{key}": 7 for name in report.DECODERS for key in re.findall(r"{(\w+)", text)}
+    found["transformer_step_ms"] = 99.4
+    machine = {"processor": "Z80", "threads": 1, "capability": "DEFAULT", "python": "3", "torch": "2", "load": 0.0}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "speed.json").write_text(json.dumps(found | {"environment": machine}))
+    table = report.speed()
+    assert "memory of training on 1,000 captions in tars against 10 | 2.50 times: 0.51 GB, not 0.50 |" in table
+    assert "| ms a step of 64 captions | 7 | 7 | 99 |" in table
+    assert table.splitlines()[-1].startswith("Z80, 1 threads")
+
+
+def test_the_scaling_table_is_arithmetic_on_measured_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    disk = "| Conceptual 12M | 12,423,374 | 12,423,374 | 50.9 GB | 2.49 TB |"
+    assert f"{disk} – | – | – |" in report.scaling()
+    (tmp_path / "results").mkdir()
+    rates = {"encode_images_per_second": 100, "lstm_captions_per_second": 1000, "stream_bytes_per_caption": 100}
+    (tmp_path / "results" / "speed.json").write_text(json.dumps(rates))
+    assert f"{disk} 1.24 GB | 35 h | 3 h |" in report.scaling()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
-import torch
 from conftest import TINY
 
 import config
 import evaluate
 import inference_visualize
 import train
+from data import tars
+from training import distributed
 from utils import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -30,24 +32,58 @@ TRAIN = (
     "train.lr=1e-2",
     "data.shard_rows=4",
 )
-LONG = (*TRAIN, "run=long", "train.epochs=200", "train.checkpoint_every=3", "train.log_every=1000")
+LONG = (*TRAIN, "train.epochs=60", "train.checkpoint_every=3", "train.log_every=1000")
+SHORT = (*TRAIN, "train.epochs=3")
+TARS = (*SHORT, "data.shards=tars/{00000..00002}.tar")
+SCORE = ("--run", "two", "--split", "val", "--tokeniser", "words")
+DRAW = ("--run", "two", "--images", "archive/images")
+# What the two processes do, one after the other, since they take long to start.
+JOBS = (
+    (train, (*SHORT, "run=two", "data.cache=cache2")),
+    (evaluate, (*SCORE, "--out", "two")),
+    (inference_visualize, (*DRAW, "--out", "two")),
+    (train, (*TARS, "run=tars2", "data.cache=cache2")),
+    (train, (*LONG, "run=undisturbed")),
+)
+DRIVER = f"""
+import contextlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import evaluate, inference_visualize, train
+from training import distributed
+
+with distributed.processes():
+    distributed.processes = contextlib.nullcontext
+    for script, words in {[(script.__name__, words) for script, words in JOBS]}:
+        sys.argv = [script, *words]
+        globals()[script].main()
+"""
+
+
+@pytest.fixture(scope="module")
+def worked(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which two processes have done JOBS."""
+    folder = tmp_path_factory.mktemp("worked")
+    shutil.copytree(drawn, folder / "archive")
+    (folder / "driver.py").write_text(DRIVER)
+    tars.export(config.load_config(overrides=[f"data.root={folder / 'archive'}"]).data, folder / "tars", 4)
+    done = subprocess.run(command("driver.py"), cwd=folder, env=one_thread_each(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^Epoch \[./3\] .* val captions", done.stdout, re.MULTILINE)) == 6  # said by one of them
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def there(worked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(worked)
 
 
-def command(processes: int, script: str, *words: str, restarts: int = 0) -> list[str]:
-    launch = ("torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "--standalone")
-    return [sys.executable, "-m", *launch, "--", str(ROOT / script), *words]
+def one_thread_each() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def finish(script: str, *words: str) -> str:
-    """Run a script in two processes to its end and return what it said."""
-    done = subprocess.run(command(2, script, *words), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def command(script: str, *words: str, restarts: int = 0) -> list[str]:
+    launch = ("torch.distributed.run", "--nproc_per_node=2", f"--max-restarts={restarts}", "--standalone")
+    return [sys.executable, "-m", *launch, "--", script, *words]
 
 
 def finish_here(module: ModuleType, *words: str) -> None:
@@ -61,11 +97,40 @@ def log(run: str) -> pd.DataFrame:
     return pd.read_csv(f"runs/{run}/loss_log.txt", sep="\t")
 
 
-def kill_one(job: subprocess.Popen, rank: int) -> None:
-    """SIGKILL the process of this rank once the run has some epochs behind it."""
-    while not Path("runs/long/loss_log.txt").is_file() or len(log("long")) < 4:
+@pytest.mark.parametrize(("words", "run"), [(SHORT, "two"), (TARS, "tars2")])
+def test_two_processes_encode_and_train_as_one(words: tuple[str, ...], run: str) -> None:
+    finish_here(train, *words, f"run={run}-by-one", f"data.cache={run}-by-one")
+    pd.testing.assert_frame_equal(log(run), log(f"{run}-by-one"), rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_share_the_shards_of_the_cache() -> None:
+    shards = [path.parent.name for path in Path("cache2").glob("*/*/features.npy")]
+    plain = sorted(shard for shard in shards if "-" not in shard)
+    assert plain == ["00000"] * 3 + ["00001"] * 2 + ["00002"]  # 12 pictures; of 8, mirror images; 4 held out of tars
+    assert sorted(shard[:5] for shard in shards if "-" in shard) == [
+        "00000",
+        "00000",
+        "00001",
+        "00001",
+        "00002",
+        "00002",
+    ]
+
+
+def test_two_processes_caption_as_one() -> None:
+    finish_here(evaluate, *SCORE, "--out", "one")
+    finish_here(inference_visualize, *DRAW, "--out", "one")
+    for name in ("scores-val.json", "predictions-val.json", "predictions.json"):
+        two, one = (json.loads(Path(folder, name).read_text()) for folder in ("two", "one"))
+        assert two == one or two["captions"] == one["captions"]  # scores tell the speed, too
+    assert sorted(path.name for path in Path("two/outputs").iterdir()) == [f"{number:02}.jpg" for number in range(12)]
+
+
+def kill_one(job: subprocess.Popen, rank: int, epochs: int) -> None:
+    """SIGKILL the process of this rank once the run has so many epochs behind it."""
+    while not Path("runs/long/loss_log.txt").is_file() or len(log("long")) < epochs:
         assert job.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     [process] = [p for p in children(job.pid) if f"\0RANK={rank}\0" in Path(f"/proc/{p}/environ").read_text()]
     os.kill(process, signal.SIGKILL)
 
@@ -74,52 +139,37 @@ def children(pid: int) -> list[int]:
     return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
-def test_two_processes_encode_train_and_caption_as_one(archive: Path) -> None:
-    words = (*TRAIN, "train.epochs=3")
-    said = finish("train.py", *words, "run=two", "data.cache=cache2")
-    finish_here(train, *words, "run=one", "data.cache=cache1")
-    assert len(re.findall("^Epoch .* val captions", said, re.MULTILINE)) == 3
-    pd.testing.assert_frame_equal(log("two"), log("one"), rtol=1e-3, atol=1e-3)
-    shards = [sorted(path.parent.name for path in Path(f"cache{n}").glob("*/*/features.npy")) for n in (1, 2)]
-    assert shards[0] == shards[1] == ["00000", "00000", "00001", "00001", "00002"]  # 12 pictures; of 8, mirror images
-
-    score = ("--run", "one", "--split", "val", "--tokeniser", "words")
-    draw = ("--run", "one", "--images", "archive/images", "--out")
-    finish("evaluate.py", *score, "--out", "two")
-    finish("inference_visualize.py", *draw, "two")
-    finish_here(evaluate, *score, "--out", "one")
-    finish_here(inference_visualize, *draw, "one")
-    for name in ("scores-val.json", "predictions-val.json", "predictions.json"):
-        two, one = (json.loads(Path(folder, name).read_text()) for folder in ("two", "one"))
-        assert two == one or two["captions"] == one["captions"]  # scores tell the speed, too
-    assert sorted(path.name for path in Path("two/outputs").iterdir()) == [f"{number:02}.jpg" for number in range(12)]
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a process by its environment, as Linux shows it")
-def test_the_death_of_one_process_ends_the_job_and_costs_nothing(archive: Path) -> None:
-    job = subprocess.Popen(command(2, "train.py", *LONG), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
-    kill_one(job, rank=1)
+def test_dead_processes_cost_nothing() -> None:
+    words = command(str(ROOT / "train.py"), *LONG, "run=long", restarts=1)
+    job = subprocess.Popen(words, env=one_thread_each(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    kill_one(job, rank=0, epochs=4)  # in whose place torchrun puts another
+    kill_one(job, rank=1, epochs=len(log("long")) + 2)  # for whom there is none
     killed = time.monotonic()
     told = job.communicate(timeout=60)[1]
     assert job.returncode != 0 and time.monotonic() - killed < 60
     assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", told)
     history = load_checkpoint("runs/long/last.pth")["progress"]["history"]
-    again = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--resume", "--run", "long"])
-    while len(log("long")) < len(history) + 2:
-        assert again.poll() is None
-        time.sleep(0.1)
-    again.send_signal(signal.SIGTERM)
-    assert again.wait(30) == 130
-    assert log("long").head(len(history)).to_dict("records") == history
+    assert len(history) >= 6
+    assert history == log("undisturbed").head(len(history)).to_dict("records")
+
+    finish_here(train, "--resume", "--run", "long")  # by one process
+    assert len(log("long")) == 60 and log("long").head(len(history)).to_dict("records") == history
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a process by its environment, as Linux shows it")
-def test_torchrun_puts_another_process_in_the_place_of_a_dead_one(archive: Path) -> None:
-    words = (*LONG, "train.epochs=40")
-    job = subprocess.Popen(command(2, "train.py", *words, restarts=1), stderr=subprocess.DEVNULL)
-    kill_one(job, rank=0)
-    assert job.wait(120) == 0
-    finish("train.py", *words, "run=undisturbed")
-    assert log("long").equals(log("undisturbed"))
-    own, other = (load_checkpoint(f"runs/{run}/last.pth")["decoder"] for run in ("long", "undisturbed"))
-    assert all(torch.equal(own[name], other[name]) for name in own)
+@pytest.mark.skipif(os.name != "posix", reason="torchrun is told by a POSIX signal")
+@pytest.mark.parametrize(("restarts", "signals"), [(0, 0), (3, 1)])
+def test_torchrun_does_not_repeat_a_mistake_of_the_user(
+    restarts: int, signals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(distributed.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(distributed, "join", lambda backend: None)
+    monkeypatch.setattr(distributed.os, "kill", lambda *given: sent.append(given))
+    monkeypatch.setattr(distributed.signal, "signal", lambda *given: None)
+    for name, value in (("LOCAL_WORLD_SIZE", 1), ("WORLD_SIZE", 1), ("TORCHELASTIC_MAX_RESTARTS", restarts)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(config.UserError, match="no such thing"), distributed.processes():
+        raise config.UserError("no such thing")
+    assert sent == [(os.getppid(), signal.SIGTERM)] * signals
