@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pyte
     assert log["epoch"].tolist() == [1, 2, 3]
     assert log.columns.tolist() == list(LOG_COLUMNS)
     files = {path.name for path in Path("runs/first").iterdir()}
-    assert files == {"config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
+    assert files == {".lock", "config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
     printed = capsys.readouterr().out
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
     assert "next: python inference_visualize.py" in printed
@@ -264,7 +264,8 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoints(
 ) -> None:
     monkeypatch.setattr(train, "learning_rate", lambda *_: float("nan"))
     assert run(*FAST) == 2
-    assert "the loss became nan" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"the loss became NaN or infinite in step 2 of runs.flickr8k, on 0\d.jpg, .* of step 0", error)
     assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())
 
 
