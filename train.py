@@ -66,6 +66,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
         trainer.restore(saved)
+        print(f"going on with {run} from step {trainer.progress.step}")
     else:
         if not config.train.start:
             model.fit_statistics(trainer.sample_features())

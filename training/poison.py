@@ -37,6 +37,6 @@ def tell(step: int, pictures: list[str], run: Path, kept: int) -> str:
     """Return the sentence on a step, counted from 0, on these pictures; `kept` is the step of last.pth."""
     shown = ", ".join(pictures[:SHOWN]) + (", …" if len(pictures) > SHOWN else "")
     return (
-        f"the loss became NaN or infinite in step {step + 1} of {run}, on {shown}; the last good checkpoint there is of "
-        f"step {kept}: look at these pictures and their captions, or train a new run with a lower train.lr"
+        f"the loss became NaN or infinite in step {step + 1} of {run}, on {shown}; the last good checkpoint is of step "
+        f"{kept}: look at these pictures and their captions, or train a new run with a lower train.lr"
     )

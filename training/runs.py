@@ -47,7 +47,7 @@ def claimed(run: Path) -> Iterator[None]:
         ) from None
     try:
         write_atomically(run / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for name in BY_TRAINING:  # what a write that was killed has left
+        for name in (*BY_TRAINING, HOLDER):  # what a write that was killed has left
             for path in run.glob(f".{name}.*"):
                 path.unlink()
         yield

@@ -44,7 +44,7 @@ def fork(main: Callable[[], int | None], words: list[str], log: Path, prepare: C
     try:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
         sys.argv = ["script.py", *words]
         prepare()
         code = config.cli(main)
