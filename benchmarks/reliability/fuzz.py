@@ -19,6 +19,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from PIL import Image
 
 import config
 import render
+from benchmarks.reliability.kills import Result
 from benchmarks.reliability.tiny import SMALLEST
 from config import UserError, load_config
 from data import formats
@@ -40,7 +42,8 @@ from utils import load_checkpoint
 
 SLOWEST = 20  # seconds for one input
 GROWTH = 300  # MB above what the imports take
-FUZZED = ["config", "data", "models", "render", "utils"]  # what atheris looks into
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "600"))  # for each taster
+
 
 Taster = Callable[[bytes], object]
 
@@ -99,7 +102,7 @@ def draw_text(content: bytes) -> None:
 TASTERS: dict[str, Taster] = {
     "config": in_file(load_config),
     "override": taste_override,
-    **{name: in_file(lambda path, name=name: formats.read(path, name)) for name in formats.READERS if name != "sample"},
+    **{name: in_file(partial(formats.read, name=name)) for name in formats.READERS if name != "sample"},
     "recognised": in_file(formats.read),
     "checkpoint": in_file(read_model),
     "pickle": taste_pickle,
@@ -235,8 +238,9 @@ def by_hypothesis(name: str, seconds: float) -> int:
         @given(nearly_right(name))
         def check(content: bytes) -> None:
             nonlocal count
-            count += 1
-            taste(name, content)
+            if time.monotonic() - began < seconds:
+                count += 1
+                taste(name, content)
 
         check()
     return count
@@ -262,8 +266,8 @@ def change_state(seconds: float) -> int:
         @given(other())
         def check(content: Any) -> None:
             nonlocal count
-            count += 1
-            if isinstance(content, dict):
+            if isinstance(content, dict) and time.monotonic() - began < seconds:
+                count += 1
                 try:
                     CaptionModel.from_state(content, "a.pth")
                 except UserError as error:
@@ -288,6 +292,17 @@ def by_atheris(name: str, seconds: float) -> int:
         if found.returncode:
             raise AssertionError(f"{name}: {found.stdout[-3000:]}\n{found.stderr[-3000:]}")
         return int(counts[-1])
+
+
+def both(name: str) -> Result:
+    """Let both engines work on it for SECONDS in all; a fault of either ends the check."""
+    before, state = memory(), name == "state"
+    counts = {"hypothesis": change_state(SECONDS) if state else by_hypothesis(name, SECONDS / 2)}
+    if not state:
+        counts["atheris"] = by_atheris(name, SECONDS / 2)
+    grown = memory() - before
+    figures = ", ".join(f"{count:,} by {engine}" for engine, count in counts.items())
+    return Result(sum(counts.values()), int(grown > GROWTH), f"{figures}, in {SECONDS:g} s; {grown:+.0f} MB")
 
 
 def memory() -> float:

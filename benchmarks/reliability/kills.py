@@ -39,9 +39,11 @@ PLACES = {  # the innermost of these functions on the stack tells what was going
 
 @dataclass
 class Result:
+    """How often something was tried, how often something was lost by it, and what else was seen."""
+
     tried: int = 0
     lost: int = 0
-    places: Counter[str] | None = None
+    figures: str = ""
 
 
 def kill_at_random(pid: int, rng: random.Random, longest: float) -> None:
@@ -136,6 +138,7 @@ def disturb(kills: int, strike: Callable[[str, int], int | None]) -> Result:
             result.tried += 1
         finish(run)
         result.lost += differs(run, "whole")
+        result.figures = f"{number} runs compared bit for bit"
         print(f"{result.tried} of {kills} interruptions in {number} runs, {result.lost} runs differ", flush=True)
     return result
 
@@ -201,7 +204,9 @@ def random_kills(kills: int = 100) -> Result:
 def kills_at_acts(kills: int = 100) -> Result:
     def check() -> Result:
         result = disturb(kills, partial(sigkill_at_act, acts=count_acts()))
-        return Result(result.tried, result.lost, Counter(Path("places").read_text().split("\n")[:-1]))
+        places = Counter(Path("places").read_text().split("\n")[:-1])
+        result.figures += "; while " + ", ".join(f"{place} {count}" for place, count in places.most_common())
+        return result
 
     return in_folder(check)
 
