@@ -85,7 +85,7 @@ def evil_checkpoints() -> Result:
             Call(subprocess.call, ["touch", str(target)]),
             Call(Path.touch, target),
             Call(torch.load, str(target)),
-            Call(builtins.getattr, os, "system"),
+            Call(builtins.getattr, "a", "join"),
         ]
         for number, call in enumerate(calls):
             for where in (call, FORMAT | {"config": call}, [call], good | {"decoder": {"a": call}}):
