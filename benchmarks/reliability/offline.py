@@ -19,8 +19,8 @@ def block(event, words):
         raise PermissionError("sockets are blocked")
 
 sys.addaudithook(block)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {root!r})
+sys.argv.pop(0)
+sys.path.insert(0, sys.argv.pop(0))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SCRIPTS = (
@@ -39,7 +39,7 @@ SCRIPTS = (
 def blocked(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a script in a process where each attempt to reach the network is told and fails."""
     words = tuple(str(ROOT / word) if word.startswith("configs/") else word for word in words)
-    command = [sys.executable, "-c", BLOCKED.format(root=str(ROOT)), str(ROOT / script), *words]
+    command = [sys.executable, "-c", BLOCKED, str(ROOT), str(ROOT / script), *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
