@@ -9,9 +9,11 @@ import difflib
 import io
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -36,6 +38,10 @@ FREE_AFTER_TRAINING = {
     *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
     *("train.num_workers", "train.log_every", "train.checkpoint_every"),
 }
+
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+)  # a name may turn terminals upside down
 
 
 class UserError(Exception):
@@ -195,14 +201,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded or {}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn `{"train": {"lr": 1}}` into `{"train.lr": 1}`."""
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
+    """Turn `{"train": {"lr": 1}}` into `{"train.lr": 1}`; settings lie no deeper, and YAML's aliases may be endless."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= (
+            {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {f"{key}": value}
+        )
     return flat
 
 
@@ -228,10 +233,15 @@ def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
     sections = sorted({k.split(".")[0] for k in known if "." in k})
     if name in sections:
         return f"{where} sets '{name}' to a plain value, but it is a section; set '{name}.…' as in config.yaml"
+    name = shortened(name)
     near = [known_name for known_name in known if known_name.split(".")[-1] == name]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "config.yaml lists every setting"
     return f"unknown setting '{name}' in {where}; {hint}"
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"
 
 
 def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
@@ -249,8 +259,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         name = ".".join(map(str, first["loc"]))
         expected = re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
         raise UserError(
-            f"{name} = {first['input']!r} (from {origin.get(name, 'config.yaml')}) cannot be used: {expected}; "
-            "config.yaml says what it means"
+            f"{name} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
+            f"{expected}; config.yaml says what it means"
         ) from None
     if config.train.self_critical_epochs > config.train.epochs:
         raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
@@ -268,7 +278,8 @@ def cli(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # a log file shows each line as it is printed
+            # A log file shows each line as it is printed; names of files may hold what no encoding has.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return main() or 0
     except UserError as error:
@@ -283,8 +294,19 @@ def cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
         return 130
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)}", file=sys.stderr)
     return 2
+
+
+def quiet_if_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show no traceback of Ctrl-C while a script still imports its libraries, before `cli` is there to tell."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = quiet_if_stopped
 
 
 def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:

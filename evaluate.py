@@ -1,5 +1,7 @@
 """Score a run: its captions against the references, by the scorer that papers use, with intervals and a signature."""
 
+from config import Config, UserError, cli, load_config, parse_command_line  # isort: skip  # first: quiet if stopped
+
 import argparse
 import csv
 import io
@@ -14,13 +16,12 @@ import pandas as pd
 import torch
 
 import metrics
-from config import Config, UserError, cli, load_config, parse_command_line
 from data import annotations, tars
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from training import distributed
-from utils import RUNS, find_run, pick_device, write_atomically
+from utils import RUNS, as_json, find_run, pick_device, write_atomically
 
 NAMES = {
     **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
@@ -168,7 +169,10 @@ def search_of(predictions: Path, references: References) -> str:
     scores = predictions.with_name(f"scores-{references.split}.json")
     if predictions.name != f"predictions-{references.split}.json" or not scores.is_file():
         return "unknown"
-    return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
+    try:
+        return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{scores} is damaged; score that run again") from None
 
 
 def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
@@ -292,12 +296,12 @@ def write_predictions(path: Path, captions: dict[str, str], references: Referenc
         {"image_id": image_id, "caption": captions[image]}
         for image, image_id in pictures[["image", "image_id"]].to_numpy().tolist()
     ]
-    write_atomically(path, json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    write_atomically(path, as_json(rows))
 
 
 def report(scores: dict[str, Any], path: Path, predictions: Path | None = None) -> None:
     """Print the scores and write them to `path`."""
-    write_atomically(path, json.dumps(scores, ensure_ascii=False, indent=1).encode())
+    write_atomically(path, as_json(scores))
     print("  ".join(f"{NAMES[name]} {scores[name]:.1f}" for name in NAMES if scores[name] is not None))
     bounds = ", ".join(f"{NAMES[name]} {low:.1f} to {high:.1f}" for name, (low, high) in scores["intervals"].items())
     print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")

@@ -1,9 +1,10 @@
 """Caption pictures with a trained run: JPGs with their captions, a page to browse them, and predictions.json."""
 
+from config import UserError, cli, flatten, parse_command_line, read_yaml  # isort: skip  # first: quiet if stopped
+
 import argparse
 import glob
 import itertools
-import json
 import math
 import os
 import sys
@@ -16,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from config import UserError, cli, parse_command_line
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
@@ -29,7 +28,7 @@ from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
 from training import distributed
-from utils import RUNS, find_run, pick_device, write_atomically
+from utils import RUNS, as_json, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88
@@ -164,7 +163,7 @@ def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
 
 def knows_photographs(run: Path) -> bool:
     config = run / "config.yaml"
-    return not config.is_file() or yaml.safe_load(config.read_text())["data"]["format"] != "sample"
+    return not config.is_file() or flatten(read_yaml(config)).get("data.format") != "sample"
 
 
 def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
@@ -266,7 +265,7 @@ def caption_pictures(
             "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
         )
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
-    write_atomically(out / "predictions.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    write_atomically(out / "predictions.json", as_json(rows))
     return broken
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +266,7 @@ class Gallery:
             probabilities: how probable each caption is per word, between 0 and 1, where that is to be shown.
             looks: of the words of the best caption, in a page with attention.
         """
-        url = "./" + quote(image, errors="surrogateescape")  # "./": never taken for a scheme or a host
+        url = "./" + quote(image, errors=sys.getfilesystemencodeerrors())  # "./": never taken for a scheme or a host
         texts = [[plain(text) for text in group] for group in (captions, references)]
         rounded = [float(f"{probability:.3g}") for probability in probabilities]
         row: list[Any] = [url, texts[0], rounded, texts[1], *fit(size), plain(name)]

@@ -1,6 +1,9 @@
 """Train an image captioner: config → table → vocabulary → features → captions → checkpoints and a loss log."""
 
+from config import Config, UserError, cli, load_config, parse_command_line  # isort: skip  # first: quiet if stopped
+
 import argparse
+import contextlib
 import copy
 import math
 import sys
@@ -18,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import metrics
-from config import Config, UserError, cli, load_config, parse_command_line
 from data import annotations, tars
 from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
@@ -32,8 +34,9 @@ from training import distributed
 from training.epoch import Epoch
 from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
-from training.runs import refuse_existing, resume, start_run, write_log
-from utils import RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
+from training.poison import Poison, is_finite, tell
+from training.runs import claimed, refuse_existing, resume, start_run, write_log
+from utils import DAMAGED, RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -41,15 +44,16 @@ SHOWN = 5  # validation captions printed after each epoch
 
 
 def main() -> int:
-    with distributed.processes():
-        return train(parse_args())
+    with distributed.processes(), contextlib.ExitStack() as stack:
+        return train(parse_args(), stack)
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if distributed.restarted():
         go_on(args)
     config, saved = resume(args) if args.resume else (choose_config(args), None)
     run = RUNS / config.run
+    distributed.once(stack.enter_context, claimed(run))
     distributed.once(refuse_existing, run, args, config)
 
     table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
@@ -68,6 +72,7 @@ def train(args: argparse.Namespace) -> int:
     trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
         trainer.restore(saved)
+        print(f"going on with {run} from step {trainer.progress.step}")
     else:
         if not config.train.start:
             model.fit_statistics(trainer.sample_features())
@@ -215,19 +220,28 @@ class Trainer:
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self.poison = Poison(device)
+        self.under_way: Epoch | None = None
+        self.kept = 0  # the step of last.pth
 
     def restore(self, saved: dict[str, Any]) -> None:
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.progress = Progress(**saved["progress"])
-        self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
-        self.average.restore(saved["averaged"])
+        try:
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.progress = Progress(**saved["progress"])
+            self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
+            self.average.restore(saved["averaged"])
+        except DAMAGED:
+            raise UserError(f"{self.run / 'last.pth'} is damaged, so training cannot go on; train again") from None
+        self.kept = self.progress.step
 
     def save_last(self) -> None:
         """Write last.pth; to be called in all processes, of which the first one writes."""
-        nll = self.refuse_poison()
+        self.refuse_poison(weights=True)
+        [nll] = distributed.total(float(self.nll))
         if distributed.rank() == 0:
             state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": nll}
             save_checkpoint(self.run / "last.pth", self.model.state() | state | {"averaged": self.average.weights})
+        self.kept = self.progress.step
 
     def fit(self) -> int:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
@@ -266,7 +280,7 @@ class Trainer:
         Returns False when it was asked to stop before their end.
         """
         progress, config = self.progress, self.config
-        epoch = Epoch(self.train_set, config, progress.epoch, self.by_image or self.critical)
+        epoch = self.under_way = Epoch(self.train_set, config, progress.epoch, self.by_image or self.critical)
         batches = len(epoch)
         self.model.train()
         if self.critical:
@@ -307,7 +321,8 @@ class Trainer:
             objective, loss = self.objective(moved, self.critical)
         self.optimiser.zero_grad()
         (objective * (share.part * distributed.size())).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.poison.note(progress.step, loss, norm)
         self.optimiser.step()
         self.average.update(progress.step)
         progress.step += 1
@@ -317,15 +332,18 @@ class Trainer:
         self.nll += part * share.words
         return part
 
-    def refuse_poison(self) -> float:
-        """Return the sum of the epoch's losses; a model whose loss is NaN or infinite is stopped, never written."""
-        [nll] = distributed.total(float(self.nll))
-        if not math.isfinite(nll):
-            raise UserError(
-                f"the loss became {nll} before step {self.progress.step} of {self.run}; "
-                "train a new run with a lower train.lr (the checkpoints there are from before)"
-            )
-        return nll
+    def refuse_poison(self, weights: bool = False) -> None:
+        """Raise UserError when a loss or gradient, or, where these are asked of, a weight is no longer finite.
+
+        Such a model is never written.
+        """
+        step = self.poison.step()
+        if step is None and weights and not is_finite(self.model):
+            step = self.progress.step - 1
+        if step is not None:
+            batch = self.progress.batch + step - self.progress.step
+            pictures = self.under_way.pictures(batch) if self.under_way else []
+            raise UserError(tell(step, pictures, self.run, self.kept))
 
     def log_step(self, bar: tqdm, batches: int, part: torch.Tensor) -> None:
         """Show the loss of this step on the bar, or as a line where there is no terminal."""
@@ -340,6 +358,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Validate, then write the checkpoints and the log; only last.pth says that the epoch is over."""
+        self.refuse_poison(weights=True)
         self.model.eval()
         with self.average.lent():
             self.validate()
@@ -358,7 +377,7 @@ class Trainer:
             "epoch": progress.epoch + 1,
             "step": progress.step,
             "lr": round(self.optimiser.param_groups[0]["lr"], 8),
-            "train_loss": round(self.refuse_poison() / progress.words, 4),
+            "train_loss": round(distributed.total(float(self.nll))[0] / progress.words, 4),
             "val_loss": round(loss, 4),
             "val_perplexity": round(math.exp(min(loss, 700)), 3),
             "val_bleu4": round(scores["bleu4"], 2),

@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import signal
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -18,6 +20,11 @@ from config import UserError
 
 RUNS = Path("runs")
 CHECKPOINT_FORMAT = "image-captioning/1"
+# What torch and zipfile raise for damaged files.
+DAMAGED = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
+)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -36,11 +43,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         if temporary:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another place") from None
+
+
+def as_json(content: Any) -> bytes:
+    """Return JSON in UTF-8; halves of characters, which file names and JSON may hold, are escaped."""
+    return json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
 
 
 def _umask() -> int:
@@ -76,12 +90,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     damaged = f"{path} is not a checkpoint of this project, or was cut short; take another one, or train again"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_whole(path) else None
+    except DAMAGED:
         raise UserError(damaged) from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(damaged)
     return checkpoint
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a zip that holds what it says, uncompressed as torch writes it: no bomb that swells."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as content:
+        members = content.infolist()
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return stored and sum(member.file_size for member in members) <= path.stat().st_size
 
 
 def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool] = lambda run: True) -> Path:

@@ -3,6 +3,8 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
+from config import UserError, cli  # isort: skip  # first: quiet if stopped
+
 import argparse
 import io
 import itertools
@@ -15,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from config import UserError, cli
 from utils import find_run, write_atomically
 
 LOG = "loss_log.txt"

@@ -187,7 +187,8 @@ def is_end(path: str, other: str) -> bool:
 def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
     """Yield the files in `folder` and so many levels below, by their paths with forward slashes."""
     for entry in os.scandir(folder):
-        if not entry.is_dir():
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # which a link to itself breaks
+        if not is_folder:
             yield prefix + entry.name
         elif depth and not entry.name.startswith("."):
             yield from files_below(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
@@ -243,7 +244,13 @@ def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> 
 def read_splits(run: Path) -> dict[str, list[str]] | None:
     """Return the splits saved in a run's folder, None where there are none."""
     path = run / SAVED_SPLITS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+        return {split: list(map(str, splits[split])) for split in SPLITS}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run") from None
 
 
 def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -1,14 +1,17 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from config import UserError
 from data.transforms import WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
 from data.words import Words, cut_afresh
@@ -168,6 +171,42 @@ class Flickr8kDataset(Dataset):
             if features and len(here):
                 rows[torch.from_numpy(here)] = features.take([names[place] for place in here])
         return rows
+
+
+def read_batches(dataset: Flickr8kDataset, batches: list[list[int]], workers: int) -> Iterator[Batch]:
+    """Yield the captions of each batch, read by so many processes, or by this one.
+
+    Raises UserError for a picture that cannot be read.
+    """
+    loader = DataLoader(
+        Told(dataset), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers, worker_init_fn=leave_interrupts
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class Told(Dataset):
+    """The dataset, but it returns a UserError: one raised in another process would come with its traceback."""
+
+    def __init__(self, dataset: Flickr8kDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> Batch | UserError:
+        try:
+            return self.dataset.__getitems__(indices)
+        except UserError as error:
+            return error
+
+
+def leave_interrupts(worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to all processes, end the reading ones only when the training one says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def encode(words: Words, vocab: Vocabulary) -> list[np.ndarray]:

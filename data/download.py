@@ -26,6 +26,7 @@ from data.formats import leaves_folder
 CHUNK = 1 << 20  # bytes
 PATIENCE = 60  # seconds without a byte
 ATTEMPTS = 5  # in a row without a byte
+MOST_TIMES = 50  # as large as the archive; captions, which shrink most, are unpacked to some 10 times
 FINISHED = ".downloaded"  # names of the files that are unpacked, one a line
 
 
@@ -216,6 +217,12 @@ def unpack(archive: Path, folder: Path) -> None:
             for member in members:
                 if leaves_folder(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{archive.stem} holds {member.filename!r}, which leaves the folder; do not use it")
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > MOST_TIMES * archive.stat().st_size or unpacked > shutil.disk_usage(folder).free:
+                raise UserError(
+                    f"{archive.stem} would unpack to {unpacked / 1e9:,.1f} GB, too much for the disk, or for an honest "
+                    "archive of its size; make room, or name another --source"
+                )
             for member in tqdm(members, desc=f"unpacking {archive.stem}", unit="file", disable=None):
                 content.extract(member, folder)
     except zipfile.BadZipFile:

@@ -241,6 +241,7 @@ class Shard:
                     done += len(pixels)
                     if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.source):
                         file.flush()
+                        os.fsync(file.fileno())  # before the manifest, lest a power cut leave it promising zeros
                         manifest["rows_done"] = done
                         write_atomically(self.place / "manifest.json", json.dumps(manifest).encode())
                     yield len(pixels)

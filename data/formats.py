@@ -37,13 +37,16 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} has lists in lists without end; take another copy of it") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
     return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
 
 
 def tidy(caption: str) -> str:
-    return " ".join(caption.split())
+    """Return a caption with single blanks, without halves of characters, which JSON may hold and no file can."""
+    return " ".join(caption.split()).encode(errors="replace").decode()
 
 
 def recognise(path: Path) -> str:

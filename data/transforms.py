@@ -1,6 +1,8 @@
 """From a picture file to the tensor a backbone expects. One transform for training, validation and inference."""
 
 import io
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,12 @@ from torchvision.transforms.v2 import functional as F
 
 from config import UserError
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # of others, Pillow hands EPS to Ghostscript
+# A small file may hold a huge picture: beyond Pillow's limit, 89 million pixels, it is refused, not only warned of.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow raises for damaged files, by format.
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, *BOMBS)
 PART = 0.8  # of the sides, in a view of a corner
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,13 +76,13 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
 
     Greyscale, palette, CMYK, 16-bit, RGBA and EXIF-rotated files are all welcome; of an animation the first frame.
     `content` is what the file holds, where it lies in an archive. Raises UserError, naming the file, when it cannot be
-    decoded in full.
+    decoded in full, or has more than Pillow's limit of pixels.
     """
+    if content is None and not os.path.isfile(path):  # a pipe of that name would be waited for
+        raise UserError(f"there is no picture {path}; check the path")
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
             return to_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError:
-        raise UserError(f"there is no picture {path}; check the path") from None
     except UNREADABLE as error:
         raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
 

@@ -4,7 +4,6 @@ import copy
 import difflib
 import hashlib
 import importlib
-import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from config import EncoderConfig, UserError
 from data.transforms import Transform
+from utils import DAMAGED
 
 # Where to cut torchvision's classifiers that do more than `features, avgpool, classifier`: the last that knows places.
 LAST = {
@@ -57,7 +57,7 @@ class EncoderCNN(nn.Module):
         self.identity = {
             "name": config.name,
             "source": str(source) if source else None,
-            "sha256": file_sha256(source) if source else tensors_sha256(self.backbone),
+            "sha256": file_sha256(source) if source else tensors_sha256(self.backbone) if load else "",
             "stride_in_1x1": config.stride_in_1x1,
         }
         self.backbone.requires_grad_(False).to(memory_format=torch.channels_last)  # which convolutions are fastest in
@@ -160,7 +160,7 @@ def load_weights(backbone: nn.Module, network: nn.Module, config: EncoderConfig)
     path = find_weights(config)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import nn
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from data.dataset import Features
 from data.transforms import Transform
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
+from models.contents import check
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, tensors_sha256, transform_for
 from models.search import Hypothesis, search
@@ -22,7 +24,7 @@ from training import distributed
 from utils import load_checkpoint
 
 DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}
-PARTS = {"config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder"}
+LEAST_PART = 1 / 40  # of a classifier's weights are its backbone's: AlexNet has 1 / 25
 CAPTION_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
 
 
@@ -76,9 +78,7 @@ class CaptionModel(nn.Module):
     @classmethod
     def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
         """Return the model whose `state()` was `saved`; `where` names its file in errors."""
-        missing = PARTS - saved.keys()
-        if missing:
-            raise UserError(f"{where} lacks its {sorted(missing)[0]}, so it is not a trained model; take another one")
+        check(saved, where)
         config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = DECODERS[config.decoder.name]
@@ -184,14 +184,16 @@ class CaptionModel(nn.Module):
 def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:
     identity = saved["encoder"]
     if saved["backbone"] is not None:
+        refuse_small(saved["backbone"], config.encoder.name, where)
         encoder = EncoderCNN(config.encoder, grid, load=False)
         fit(encoder.backbone.state_dict(), saved["backbone"], where)
         encoder.backbone.load_state_dict(saved["backbone"])
         encoder.identity = identity | {"source": None, "sha256": tensors_sha256(encoder.backbone)}  # what it has become
         return encoder
     weights = config.encoder.weights
-    if weights == saved["config"]["encoder"]["weights"] and Path(identity["source"]).is_file():
-        weights = identity["source"]
+    source = identity["source"]
+    if source and weights == saved["config"]["encoder"].get("weights") and Path(source).is_file():
+        weights = source
     encoder = EncoderCNN(config.encoder.model_copy(update={"weights": weights}), grid)
     if encoder.identity["sha256"] != identity["sha256"]:
         raise UserError(
@@ -201,12 +203,22 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
     return encoder
 
 
+def refuse_small(backbone: dict[str, torch.Tensor], name: str, where: str) -> None:
+    """Raise UserError rather than build a huge network for a file that cannot hold it."""
+    if name in torchvision.models.list_models(torchvision.models):
+        whole = torchvision.models.get_model_weights(name)["DEFAULT"].meta["num_params"]  # with its classifier
+        if sum(tensor.numel() for tensor in backbone.values()) < LEAST_PART * whole:
+            raise UserError(f"{where} holds less than a {name}; take another checkpoint")
+
+
 def fit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError unless the tensors `found` in the file `where` are finite and `own`'s by name and shape."""
-    shapes, found_shapes = ({name: tensor.shape for name, tensor in part.items()} for part in (own, found))
+    shapes, found_shapes = ({name: (each.shape, each.dtype) for name, each in part.items()} for part in (own, found))
     if shapes != found_shapes:
         names = sorted(name for name in own.keys() | found.keys() if shapes.get(name) != found_shapes.get(name))
-        raise UserError(f"the tensors in {where} do not fit its config (first: {names[0]}); take another checkpoint")
+        raise UserError(
+            f"the tensors in {where} do not fit its config (first: {names[0]:.60}); take another checkpoint"
+        )
     poisoned = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
     if poisoned:
         raise UserError(f"{where} holds NaN or infinite weights (first: {poisoned[0]}); take another checkpoint")

@@ -1,5 +1,10 @@
 """Settings: every mistake is explained with its dotted path, and nothing is silently taken for something else."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 import config
 from config import Config, UserError, flatten, load_config, read_yaml, restore_config
 
-RECIPES = sorted((Path(config.__file__).parent / "configs").glob("*.yaml"))
+ROOT = Path(config.__file__).parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
@@ -193,3 +199,45 @@ def test_a_setting_younger_than_the_checkpoint_takes_its_default() -> None:
 def test_an_unknown_setting_for_a_checkpoint_is_refused() -> None:
     with pytest.raises(UserError, match=r"'search\.max_length'"):
         restore_config(load_config().model_dump(), ["search.max_lenght=9"])
+
+
+ALIASES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    "text", [ALIASES, "train: &t {lr: *t}", "train: &t {b: &b [*t, *b]}", f"{'x' * 100_000}: 1", "[" * 10_000]
+)
+def test_a_file_that_unfolds_without_end_is_refused_at_once(text: str, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "endless.yaml").write_text(text)
+    with refused("endless.yaml"):
+        load_config(tmp_path / "endless.yaml")
+
+
+def test_a_long_value_is_cut_in_the_message(refused: Callable) -> None:
+    with refused("train.lr", "..."):
+        load_config(overrides=[f"train.lr={'x' * 100_000}"])
+
+
+def test_a_name_cannot_write_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise UserError("there is no \x1b]0;title\x07 \u202efile\n of that name; check it")
+
+    assert config.cli(main) == 2
+    assert capsys.readouterr().err == r"error: there is no \x1b]0;title\x07 \u202efile\n of that name; check it" + "\n"
+
+
+def test_what_no_encoding_has_is_printed_escaped(tmp_path: Path) -> None:
+    script = "import config, sys; sys.exit(config.cli(lambda: print('caf\\udce9.jpg')))"
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout.strip() == rb"caf\udce9.jpg"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
+    script = "import config, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
+    stopped = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "interrupted\n")
+    first = "from config import"
+    for name in ("train", "evaluate", "inference_visualize", "visualize_loss"):
+        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        assert next(line for line in lines if re.match("import|from", line)).startswith(first)

@@ -1,11 +1,12 @@
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -61,7 +62,7 @@ def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pyte
     assert log["epoch"].tolist() == [1, 2, 3]
     assert log.columns.tolist() == list(LOG_COLUMNS)
     files = {path.name for path in Path("runs/first").iterdir()}
-    assert files == {"config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
+    assert files == {".lock", "config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
     printed = capsys.readouterr().out
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
     assert "next: python inference_visualize.py" in printed
@@ -264,7 +265,8 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoints(
 ) -> None:
     monkeypatch.setattr(train, "learning_rate", lambda *_: float("nan"))
     assert run(*FAST) == 2
-    assert "the loss became nan" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"the loss became NaN or infinite in step 2 of runs.flickr8k, on 0\d.jpg, .* of step 0", error)
     assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())
 
 
@@ -292,3 +294,29 @@ def test_a_last_pth_that_was_not_left_by_training_is_refused(
     shutil.copy("runs/flickr8k/checkpoints.pth", "runs/flickr8k/last.pth")
     assert run("--resume") == 2
     assert "lacks its averaged" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_is_never_kept_though_the_loss_was(
+    archive: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def poison(parameters: Iterator[torch.nn.Parameter], most: float) -> torch.Tensor:
+        parameters = list(parameters)  # type: ignore[assignment]
+        next(p for p in parameters if p.requires_grad).grad.fill_(math.inf)  # type: ignore[union-attr]
+        return clip(parameters, most)
+
+    assert run(*FAST, "train.epochs=1") == 0
+    before = {name: Path("runs/flickr8k", name).read_bytes() for name in ("last.pth", "checkpoints.pth")}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    assert run(*FAST, "run=other", "train.log_every=100") == 2
+    assert "in step 1 of runs" in capsys.readouterr().err
+    assert load_checkpoint("runs/other/last.pth")["progress"]["step"] == 0
+    assert not Path("runs/other/checkpoints.pth").exists()
+    assert before == {name: Path("runs/flickr8k", name).read_bytes() for name in before}
+
+
+def test_weights_that_are_not_finite_are_never_kept_though_loss_and_gradient_were(archive: Path, run: Run) -> None:
+    assert run(*FAST, "train.epochs=1", "train.batch_size=100", "train.lr=3e38", "train.ema=0") == 2
+    assert not Path("runs/flickr8k/checkpoints.pth").exists()
+    assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())

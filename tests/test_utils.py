@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import signal
@@ -18,6 +19,7 @@ import torch
 from config import UserError, cli
 from utils import (
     StopRequest,
+    as_json,
     find_run,
     load_checkpoint,
     pick_precision,
@@ -277,3 +279,28 @@ def test_an_explicit_precision_is_honoured() -> None:
     assert pick_precision("fp32", CPU) == torch.float32
     assert pick_precision("bf16", CPU) == torch.bfloat16
     assert pick_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+
+
+def test_a_checkpoint_that_swells_is_refused(tmp_path: Path, refused: Callable) -> None:
+    save_checkpoint(tmp_path / "a.pth", CHECKPOINT)
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as old,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with refused("b.pth", "not a checkpoint"):
+        load_checkpoint(tmp_path / "b.pth")
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomically(tmp_path / "a", b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", b"new")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_json_holds_any_file_name() -> None:
+    name = os.fsdecode(b"caf\xe9 \xe7\x8b\x97.jpg")
+    assert json.loads(as_json([name]).decode()) == [name]

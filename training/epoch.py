@@ -1,13 +1,11 @@
 """One epoch of batches: which captions stand together, in which order, and what of them is for this process."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from config import TrainConfig
-from data.dataset import Batch, Flickr8kDataset, Share, Window, batch_count, batch_indices, share_of
+from data.dataset import Batch, Flickr8kDataset, Share, Window, batch_count, batch_indices, read_batches, share_of
 from data.stream import StreamedDataset
 from training import distributed
 
@@ -33,26 +31,26 @@ class Epoch:
 
     def read(self, done: int) -> Iterator[tuple[Share, Batch, int]]:
         """Yield this process's part of each batch but the first `done`, and how many captions there were by its end."""
-        before = 0
+        first = captions = 0
         for window in self.windows:
-            if done < self.count(window):
-                yield from self.read_window(window, done, before)
-            done, before = max(0, done - self.count(window)), before + window.captions
+            count = self.count(window)
+            if done < first + count:
+                yield from self.read_window(window, max(0, done - first), first, captions)
+            first, captions = first + count, captions + window.captions
 
-    def read_window(self, window: Window, done: int, before: int) -> Iterator[tuple[Share, Batch, int]]:
+    def read_window(self, window: Window, done: int, first: int, before: int) -> Iterator[tuple[Share, Batch, int]]:
+        """Read a window but for its batches `done`; `first` batches and `before` captions of the epoch precede it."""
         dataset, rng = window.open(), np.random.default_rng(window.seed)
         batches = batch_indices(dataset, self.config.batch_size, self.by_image, rng)
+        self.opened = dataset, batches, first
         dataset.choose_views(rng)
         shares = [share_of(dataset, batch, distributed.rank(), distributed.size()) for batch in batches[done:]]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[share.indices for share in shares],
-            collate_fn=as_it_is,
-            num_workers=self.config.num_workers if dataset.features is None else 0,
-        )
+        workers = self.config.num_workers if dataset.features is None else 0
+        reader = read_batches(dataset, [share.indices for share in shares], workers)
         captions = before + np.cumsum([len(batch) for batch in batches])
-        yield from zip(shares, loader, captions[done:].tolist(), strict=True)
+        yield from zip(shares, reader, captions[done:].tolist(), strict=True)
 
-
-def as_it_is(batch: Any) -> Any:
-    return batch
+    def pictures(self, number: int) -> list[str]:
+        """Return the names of the pictures in batch `number`, which is of the window that is read."""
+        dataset, batches, first = self.opened
+        return list(dict.fromkeys(dataset.images[dataset.image_of[caption]] for caption in batches[number - first]))

@@ -1,25 +1,80 @@
 """A run's folder, `runs/<name>/`: begun, kept, gone on with, and its loss log."""
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
 
 from config import Config, UserError, restore_config
 from data import annotations
 from utils import RUNS, find_run, load_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
+BY_TRAINING = ("last.pth", "checkpoints.pth", "loss_log.txt", "config.yaml", annotations.SAVED_SPLITS)
 WRITTEN = (
-    *("config.yaml", annotations.SAVED_SPLITS, "checkpoints.pth", "last.pth", "loss_log.txt"),
+    *BY_TRAINING,
     *("captions_result.html", "predictions.json", "loss_curve.png"),
     *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in annotations.SPLITS),
 )
 RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
+
+LOCK, HOLDER = ".lock", ".holder"  # the lock, and who has it: on Windows a locked file cannot be read
+PATIENCE = 10  # seconds; the picture readers of a trainer that was killed outlive it by some 5, and keep its lock
+
+
+@contextlib.contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep a run's folder for this process until the block ends, or the process does, in whatever way.
+
+    Raises UserError, naming it, when another process trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(
+            f"{run} is being trained by {read_holder(run)}; wait for its end, stop it, or train another: run=NAME"
+        ) from None
+    try:
+        write_atomically(run / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        for name in (*BY_TRAINING, HOLDER):  # what a write that was killed has left
+            for path in run.glob(f".{name}.*"):
+                path.unlink()
+        yield
+    finally:
+        (run / HOLDER).unlink(missing_ok=True)
+        lock.release()
+        remove_empty(run)
+
+
+def read_holder(run: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (run / HOLDER).read_text(encoding="utf-8")
+    return "another process"
+
+
+def is_begun(run: Path) -> bool:
+    """Whether a folder holds more than training leaves when it is killed before its first checkpoint."""
+    return any(path.name not in ("config.yaml", annotations.SAVED_SPLITS, LOCK, HOLDER) for path in run.iterdir())
+
+
+def remove_empty(run: Path) -> None:
+    """Leave no folders where training could not begin."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in run.iterdir()} == {LOCK}:
+            (run / LOCK).unlink()
+            run.rmdir()
+            run.parent.rmdir()
 
 
 def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
@@ -38,7 +93,7 @@ def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
 
 def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None:
     """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
-    if args.resume or args.overwrite or not run.exists():
+    if args.resume or args.overwrite or not is_begun(run):
         return
     if config.run == "sample" and config.data.format == "sample":
         print(f"{run} is started again (name another run with run=NAME to keep it)")

@@ -223,3 +223,10 @@ def test_real_flickr8k_has_its_official_sizes(shared: Path) -> None:
     assert table["split"].value_counts().to_dict() == {"train": 30_000, "val": 5_000}
     splits = annotations.splits_of(table)
     assert not set(splits["train"]) & set(splits["val"])
+
+
+def test_a_link_to_itself_does_not_matter(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/loop").symlink_to("loop")
+    (tmp_path / "images/up").symlink_to("..")
+    assert load(TWO)["image"].tolist() == ["a.jpg", "b.jpg"]

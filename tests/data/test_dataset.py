@@ -1,7 +1,11 @@
 """Captions and pictures in batches: what is read, what is predicted, and in which order."""
 
 import copy
+import multiprocessing
+import os
+import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,7 @@ import torch
 from PIL import Image
 
 from data import dataset, formats
-from data.dataset import Batch, Flickr8kDataset, batch_indices, share_of
+from data.dataset import Batch, Flickr8kDataset, batch_indices, read_batches, share_of
 from data.features import Features
 from data.transforms import Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary, build_vocab
@@ -173,3 +177,26 @@ def test_processes_share_a_batch_by_pictures_and_weigh_by_words(captions: Flickr
 def test_a_process_without_a_picture_stands_by(captions: Flickr8kDataset) -> None:
     share = share_of(captions, [60], 1, 2)
     assert share.indices == [60] and share.part == 0
+
+
+def test_a_missing_picture_is_one_sentence_from_whichever_process_reads_it(
+    archive: Path, vocab: Vocabulary, refused: Callable
+) -> None:
+    pixels = Flickr8kDataset(formats.read(archive / "captions.csv"), vocab, archive / "images", Transform(32))
+    (archive / "images/01.jpg").unlink()
+    for workers in (0, 1):
+        batches = read_batches(pixels, [[0], [7]], workers)
+        assert next(batches).words > 0
+        with refused("01.jpg", "check the path"):
+            next(batches)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_leaves_the_reading_processes_at_work(archive: Path, vocab: Vocabulary) -> None:
+    pixels = Flickr8kDataset(formats.read(archive / "captions.csv"), vocab, archive / "images", Transform(32))
+    batches = read_batches(pixels, [[number] for number in range(60)], 1)
+    next(batches)
+    [reader] = multiprocessing.active_children()
+    assert reader.pid
+    os.kill(reader.pid, signal.SIGINT)
+    assert len(list(batches)) == 59

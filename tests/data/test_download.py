@@ -154,6 +154,15 @@ def test_a_link_is_not_unpacked(server: Server, tmp_path: Path, refused: Callabl
         fetch([server.offer("pictures.zip", buffer.getvalue())], tmp_path)
 
 
+def test_an_archive_that_swells_is_not_unpacked(server: Server, tmp_path: Path, refused: Callable) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10_000_000))
+    with refused("pictures.zip", "would unpack to 0.0 GB"):
+        fetch([server.offer("pictures.zip", buffer.getvalue())], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures.zip.part"]
+
+
 def test_the_disk_is_looked_at_first(server: Server, tmp_path: Path, refused: Callable) -> None:
     with refused("room for", "10000000.0 GB are needed", "--to"):
         fetch([Source(f"{server.url}/huge.zip", 5 * 10**15, None)], tmp_path)

@@ -278,3 +278,16 @@ def test_a_cache_that_cannot_be_made_is_one_sentence(archive: Path, tiny_model: 
     Path("cache").touch()
     with pytest.raises(UserError, match=r"data\.cache"):
         FeatureCache(tiny_model, NAMES, archive / "images", CPU).fill()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a file by its handle, as Linux shows it")
+def test_rows_are_on_the_disk_before_the_manifest_counts_them(
+    cache: FeatureCache, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    cache.fill()
+    kinds = [
+        Path(path).name.partition(".json")[0].strip(".") for path in synced if Path(path).is_file() or "json" in path
+    ]
+    assert kinds == ["features.npy", "manifest"] * 3

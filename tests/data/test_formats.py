@@ -239,6 +239,8 @@ def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
         ("captions_val2014.json", json.dumps(COCO)[:200], "not JSON"),
         ("captions_val2014.json", "{}", "'images'"),
         ("caption_x_annotations.json", "[]", "holds no captions"),
+        ("dataset.json", '{"sentences":' + "[" * 100_000, "lists in lists without end"),
+        ("dataset.json", json.dumps(KARPATHY).replace('"imgid": 0', '"imgid": ' + "9" * 5000), "karpathy"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg A dog\n", "line 2"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg#1\t .\n", "line 2"),
     ],
@@ -247,3 +249,8 @@ def test_a_fault_is_told_with_its_place(name: str, text: str, words: str, root: 
     put(root, name, text=text)
     with refused(name, words):
         load(root)
+
+
+def test_half_a_character_becomes_a_question_mark(root: Path) -> None:
+    put(root, "captions.jsonl", text='{"image": "a.jpg", "caption": "A dog \\ud83d"}\n')
+    assert load(root)["caption"].tolist() == ["A dog ?"]

@@ -1,6 +1,10 @@
 """Any picture file is seen as it is meant to be, or refused by name; never cropped, never black."""
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +15,10 @@ import torch
 from PIL import Image
 
 from config import UserError
+from data import transforms
 from data.transforms import Transform, View, open_picture, other_views
 
+ROOT = Path(transforms.__file__).parents[1]
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 
@@ -165,3 +171,25 @@ def test_a_transform_is_plain_values_and_comes_back_equal() -> None:
     values = asdict(transform)
     assert all(isinstance(value, int | tuple) for value in values.values())
     assert Transform(**values) == transform
+
+
+def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    script = "import sys; from data.transforms import open_picture; open_picture(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path / "bomb.png")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    assert re.search(r"UserError: cannot read the picture .*bomb.png \(Image size \(90000000 pixels\) exceeds", said)
+
+
+def test_a_picture_is_never_handed_to_another_program(tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with refused("a.jpg", "cannot identify"):
+        open_picture(tmp_path / "a.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_is_not_waited_for(tmp_path: Path, refused: Callable) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with refused("a.jpg"):
+        open_picture(tmp_path / "a.jpg")
