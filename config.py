@@ -101,6 +101,7 @@ class TrainConfig(Section):
     doubly_stochastic: NonNegativeFloat
     self_critical_epochs: NonNegativeInt
     self_critical_samples: PositiveInt
+    self_critical_beam: bool
     self_critical_lr: PositiveFloat
     mirror: bool
     corners: Annotated[int, Field(ge=0, le=4)]
@@ -264,6 +265,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         ) from None
     if config.train.self_critical_epochs > config.train.epochs:
         raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
+    if config.train.self_critical_beam and config.train.self_critical_samples == 1:
+        raise UserError("train.self_critical_beam compares captions, of which self_critical_samples=1 is one; raise it")
     if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
         raise UserError(
             "data.shards goes with encoder.frozen=true and train.self_critical_epochs=0: a trained backbone reads "

@@ -76,8 +76,9 @@ def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 class SelfCritical:
     """Self-critical sequence training (Rennie et al. 2017): what the model writes better than usual becomes likelier.
 
-    Of each picture `train.self_critical_samples` captions are drawn; the usual is the mean reward of the others (Luo
-    2020), or, when a single one is drawn, the reward of the greedy caption.
+    Of each picture `train.self_critical_samples` captions are drawn, or, with `train.self_critical_beam`, found by a beam
+    of as many (Cornia et al. 2020), so that what training improves is what beam search then chooses from. The usual
+    is the mean reward of the others (Luo 2020), or, of a single one drawn, the reward of the greedy caption.
 
     Args:
         dataset: its captions are the references of the reward.
@@ -87,9 +88,9 @@ class SelfCritical:
         self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
         self.never = torch.tensor(NEVER, device=model.feature_mean.device)
-        self.drawn = self.greedy.model_copy(
-            update={"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}
-        )  # the distribution that is trained, whatever search may do to it later
+        plain = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}
+        written = {"beam": self.samples} if model.config.train.self_critical_beam else {"temperature": 1.0}
+        self.written = self.greedy.model_copy(update=plain | written)  # by what is trained, whatever search may add later
         references: list[list[Words]] = [[] for _ in dataset.images]
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
             references[image].append(ids[1:].tolist())
@@ -98,7 +99,7 @@ class SelfCritical:
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
         pictures = model.encode(batch.pictures)
-        captions = self.write(model, pictures, self.drawn, self.samples)  # B K captions
+        captions = self.write(model, pictures, self.written, self.samples)  # B K captions
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
         hidden, _ = model.decoder.hidden(pictures, tokens[:, :-1], owner)  # (B K, T, H)
