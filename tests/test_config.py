@@ -125,6 +125,11 @@ def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:
         load_config(overrides=["train.self_critical_epochs=6"])
 
 
+def test_a_self_critical_beam_of_one_compares_nothing(refused: Callable) -> None:
+    with refused("train.self_critical_beam", "self_critical_samples=1"):
+        load_config(overrides=["train.self_critical_beam=true", "train.self_critical_samples=1"])
+
+
 @pytest.mark.parametrize("word", ["train=5", "train=null", "encoder={}x"])
 def test_a_section_set_to_a_value_is_refused(word: str, refused: Callable) -> None:
     with refused(f"'{word.split('=')[0]}'", "section"):

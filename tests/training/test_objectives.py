@@ -125,16 +125,16 @@ def toy_dataset(model: CaptionModel) -> Flickr8kDataset:
     return Flickr8kDataset(table, model.vocab, Path(), model.transform)
 
 
-@pytest.mark.parametrize("samples", [1, 5])
-def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, tiny_config: Callable) -> None:
-    model = toy_model(tiny_config, f"train.self_critical_samples={samples}")
+@pytest.mark.parametrize(("samples", "beam"), [(1, "false"), (5, "false"), (5, "true")])
+def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, beam: str, tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, f"train.self_critical_samples={samples}", f"train.self_critical_beam={beam}")
     batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
     batch.pictures, batch.images = batch.pictures.repeat(10, 1, 1), batch.images.repeat(10)
     optimiser = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
     torch.manual_seed(0)
     rewards = []
-    for _ in range(25):
-        drawn = critic.write(model, model.encode(batch.pictures), critic.drawn, 20)
+    for _ in range(40):
+        drawn = critic.write(model, model.encode(batch.pictures), critic.written, 20)
         rewards.append(critic.rewards(drawn, batch.images).mean().item())
         objective, _ = critic(model, batch)
         optimiser.zero_grad()
@@ -150,7 +150,7 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     objective, nll = critic(model, batch)
     torch.manual_seed(1)
     features = model.encode(batch.pictures)
-    captions = critic.write(model, features, critic.drawn, 3)
+    captions = critic.write(model, features, critic.written, 3)
     rewards = critic.rewards(captions, batch.images)
     total = own = 0.0
     for place, ids in enumerate(captions):
@@ -165,10 +165,18 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     assert nll.item() == pytest.approx(own / words, rel=1e-4)
 
 
+def test_a_beam_gives_different_captions_the_same_each_time(tiny_config: Callable) -> None:
+    model = toy_model(tiny_config, "train.self_critical_samples=5", "train.self_critical_beam=true", "search.beam=2")
+    critic, features = SelfCritical(model, toy_dataset(model)), model.encode(toy_batch(model).pictures)
+    captions, again = (critic.write(model, features, critic.written, 5) for _ in range(2))
+    assert captions == again
+    assert [len(set(map(tuple, captions[first : first + 5]))) for first in (0, 5)] == [5, 5]
+
+
 def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
     model = toy_model(tiny_config, "train.self_critical_samples=3", "search.max_length=2")
     critic = SelfCritical(model, toy_dataset(model))
-    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 20)
+    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.written, 20)
     assert all(len(ids) <= 2 and EOS not in ids[:-1] for ids in captions)
     assert {len(ids) for ids in captions if EOS not in ids} == {2}
 
@@ -176,7 +184,7 @@ def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
 def test_captions_are_drawn_as_the_decoder_has_them_whatever_search_is_told(tiny_config: Callable) -> None:
     model = toy_model(tiny_config, "search.min_length=4", "search.top_k=1", "search.no_repeat_ngram=1")
     critic = SelfCritical(model, toy_dataset(model))
-    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.drawn, 100)
+    captions = critic.write(model, model.encode(toy_batch(model).pictures), critic.written, 100)
     assert min(map(len, captions)) < 4
     assert len(set(map(tuple, captions))) > 50
     assert any(len(set(ids)) < len(ids) for ids in captions)
