@@ -120,7 +120,7 @@ def ablations() -> str:
         name = f"{variant['recipe']}-seed{variant['seed']}"
         base = json.loads((HERE / "results" / "flickr8k" / f"{name}.json").read_text())
         settings, usual = (defaults | result["config"] for result in (variant, base))  # older than some settings
-        changed = [f"`{key}={show(value)}`" for key, value in settings.items() if value != usual[key]]
+        changed = [f"`{key}={show(value)}`" for key, value in settings.items() if key != "run" and value != usual[key]]
         scores, before = variant["scores"], base["scores"]
         rows.append((name, "–", before["bleu4"], before["cider"], ""))
         rows.append((name, ", ".join(changed), scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))

@@ -51,11 +51,11 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
     monkeypatch.setattr(report, "HERE", tmp_path)
     folder = tmp_path / "results" / "flickr8k"
     (folder / "ablations").mkdir(parents=True)
-    settings: dict[str, object] = {"train.ema": 0.999, "decoder.dropout": 0.5}
+    settings: dict[str, object] = {"run": "lstm-seed0", "train.ema": 0.999, "decoder.dropout": 0.5}
     (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
     changes: dict[str, dict[str, object]] = {"raw": {"train.ema": 0}, "dry": {"decoder.dropout": 0.0}}
     for name, change in changes.items():
-        made = result(0, 42.5) | {"config": settings | change, "variant": name}
+        made = result(0, 42.5) | {"config": settings | change | {"run": f"lstm-{name}-seed0"}, "variant": name}
         (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
     assert report.ablations().splitlines()[2:] == [
         "| lstm-seed0 | – | 20.0 | 44.0 |  |",
