@@ -74,7 +74,7 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     """Return the table as the files have it, with the splits they and lists beside them tell, and the files' names."""
     if config.shards:
         table, source = tars_held_out(config), config.shards
-        refuse_chinese_as_english(table, config)
+        refuse_chinese_as_english(table, config, source)
         return table, source
     if config.format == "sample":
         sample.draw(Path(config.root))
@@ -85,7 +85,7 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
-    refuse_chinese_as_english(table, config)
+    refuse_chinese_as_english(table, config, source)
     official = official_splits(paths[0].parent)
     if official is not None:
         table["split"] = table["image"].map(official)
@@ -101,9 +101,9 @@ def tars_held_out(config: DataConfig) -> pd.DataFrame:
     return tars.held_out(config)
 
 
-def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig) -> None:
+def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig, source: str) -> None:
     if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
-        raise UserError(f"the captions of {config.source} are Chinese; say data.language=zh, or zh-characters")
+        raise UserError(f"the captions of {source} are Chinese; say data.language=zh, or zh-characters")
 
 
 def caption_files(config: DataConfig) -> list[Path]:
