@@ -11,7 +11,7 @@ import torch
 import render
 import train
 import visualize_loss
-from benchmarks.reliability.faults import note, run, wait_for
+from benchmarks.reliability.faults import note, refused, run, wait_for
 from benchmarks.reliability.kills import Result, in_folder, outcome
 from benchmarks.reliability.strangers import browse
 from benchmarks.reliability.tiny import SMALLEST, fork
@@ -126,7 +126,7 @@ def poisoned() -> Result:
                     pattern = (
                         r"error: the loss became NaN or infinite in step \d+ of runs/\S+ on 0\d.jpg, .* of step \d+:"
                     )
-                    told = code == 2 and re.search(pattern, said) is not None
+                    told = refused(code, said) and re.search(f"{pattern}|numbers overflow", said) is not None
                     states = [load_checkpoint(path) for path in Path("runs", name).glob("*.pth")]
                     tensors = [tensor for state in states for tensor in state["decoder"].values()]
                     finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
