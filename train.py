@@ -236,7 +236,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """Write last.pth; to be called in all processes, of which the first one writes."""
-        self.refuse_poison(weights=True)
+        self.refuse_poison(is_finite(self.model))
         [nll] = distributed.total(float(self.nll))
         if distributed.rank() == 0:
             state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": nll}
@@ -332,13 +332,10 @@ class Trainer:
         self.nll += part * share.words
         return part
 
-    def refuse_poison(self, weights: bool = False) -> None:
-        """Raise UserError when a loss or gradient, or, where these are asked of, a weight is no longer finite.
-
-        Such a model is never written.
-        """
+    def refuse_poison(self, healthy: bool = True) -> None:
+        """Raise UserError when a loss or gradient was not finite, or what else was looked at; it is never written."""
         step = self.poison.step()
-        if step is None and weights and not is_finite(self.model):
+        if step is None and not healthy:
             step = self.progress.step - 1
         if step is not None:
             batch = self.progress.batch + step - self.progress.step
@@ -358,7 +355,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Validate, then write the checkpoints and the log; only last.pth says that the epoch is over."""
-        self.refuse_poison(weights=True)
+        self.refuse_poison(is_finite(self.model))
         self.model.eval()
         with self.average.lent():
             self.validate()
@@ -371,6 +368,7 @@ class Trainer:
         val_set = copy.copy(self.val_set)
         val_set.features = self.encoded(val_set, val_set.images)
         loss = self.validation_loss(val_set)
+        self.refuse_poison(math.isfinite(loss))
         captions = self.model.caption_all(val_set.features, val_set.images, self.model.config.search.greedy())
         scores = distributed.once(metrics.score, captions, self.val_references, self.tokenise).corpus
         row = {

@@ -158,6 +158,8 @@ class CaptionModel(nn.Module):
         standardised = self.standardise(features.to(device))
         forbidden = tuple(i for word in options.forbidden for i in self.vocab.numericalize(word))
         found = search(self.decoder, standardised, options, num_captions, forbidden, keep_attention)
+        if not all(found):
+            raise UserError("the model's numbers overflow, so that it writes nothing; take another checkpoint")
         return [[self.read_out(hypothesis) for hypothesis in each] for each in found]
 
     def read_out(self, hypothesis: Hypothesis) -> Caption:

@@ -316,7 +316,10 @@ def test_a_gradient_that_is_not_finite_is_never_kept_though_the_loss_was(
     assert before == {name: Path("runs/flickr8k", name).read_bytes() for name in before}
 
 
-def test_weights_that_are_not_finite_are_never_kept_though_loss_and_gradient_were(archive: Path, run: Run) -> None:
+def test_weights_that_are_not_finite_are_never_kept_though_loss_and_gradient_were(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*FAST, "train.epochs=1", "train.batch_size=100", "train.lr=3e38", "train.ema=0") == 2
+    assert "in step 1 of runs" in capsys.readouterr().err
     assert not Path("runs/flickr8k/checkpoints.pth").exists()
     assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())

@@ -11,7 +11,7 @@ import torch
 import render
 import train
 import visualize_loss
-from benchmarks.reliability.faults import note, run, wait_for
+from benchmarks.reliability.faults import note, refused, run, wait_for
 from benchmarks.reliability.kills import Result, in_folder, outcome
 from benchmarks.reliability.strangers import browse
 from benchmarks.reliability.tiny import SMALLEST, fork
@@ -79,7 +79,7 @@ def many_captions(captions: int = CAPTIONS) -> Result:
 
 
 def large_gallery(cards: int = CARDS) -> Result:
-    """Open a page of 20,000 pictures in Chromium, by the clock on the wall."""
+    """Open a page of 20,000 pictures in Chromium, by the page's own clock: from its address to its first cards."""
     result = Result()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Path(folder, "page.html")
@@ -87,21 +87,15 @@ def large_gallery(cards: int = CARDS) -> Result:
             for number in range(cards):
                 texts = [f"a dog number {number} runs through the grass with a stick"]
                 gallery.add(f"outputs/{number}.jpg", texts, texts * 5, size=(500, 375), name=f"{number}.jpg")
-        empty = Path(folder, "empty.html")
-        empty.write_text("<title>empty</title>")
-        browse(empty)
+        with open(page, "a") as file:
+            file.write("<script>document.title = performance.now()</script>")
         times = []
-        for opened in (empty, page) * 3:
-            began = time.monotonic()
-            dom = browse(opened)
-            times.append(time.monotonic() - began)
-        took = sorted(times[1::2])[1]
-        note(result, f">{cards:,} pictures<" in dom and dom.count("<article") == 61, "the page", dom[:500])
-        note(result, took < OPENED, f"took {took:.1f} s")
-        size = page.stat().st_size / 1e6
-        result.figures = (
-            f"{size:.0f} MB open in {took:.1f} s, start of Chromium included ({sorted(times[::2])[1]:.1f} s)"
-        )
+        for _ in range(3):
+            dom = browse(page)
+            note(result, f">{cards:,} pictures<" in dom and dom.count("<article") == 61, "the page", dom[:500])
+            times.append(float(re.findall("<title>(.*?)</title>", dom)[0]) / 1000)
+            note(result, times[-1] < OPENED, f"took {times[-1]:.1f} s")
+        result.figures = f"{page.stat().st_size / 1e6:.0f} MB: its first cards are there after {max(times):.1f} s"
     return result
 
 
@@ -126,7 +120,7 @@ def poisoned() -> Result:
                     pattern = (
                         r"error: the loss became NaN or infinite in step \d+ of runs/\S+ on 0\d.jpg, .* of step \d+:"
                     )
-                    told = code == 2 and re.search(pattern, said) is not None
+                    told = refused(code, said) and re.search(f"{pattern}|numbers overflow", said) is not None
                     states = [load_checkpoint(path) for path in Path("runs", name).glob("*.pth")]
                     tensors = [tensor for state in states for tensor in state["decoder"].values()]
                     finite = all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -270,7 +270,7 @@ def hostile_captions() -> Result:
         for text in HOSTILE:
             with render.Gallery(page, "title " + text, text) as gallery:
                 gallery.add(os.fsdecode(text.encode(errors="replace")), [text, text], [text], size=(9, 9), name=text)
-            dom = browse(page)
+            dom = browse(page, "--virtual-time-budget=1000")  # in which whatever can act would have
             plain = render.plain(text)
             shown = [
                 re.sub("<[^>]*>", "", each) for each in re.findall(r'<p class="(?:caption|other)"[^>]*>(.*?)</p>', dom)
@@ -286,12 +286,12 @@ def hostile_captions() -> Result:
     return result
 
 
-def browse(page: Path) -> str:
-    """Return the page as Chromium has it after a second."""
+def browse(page: Path, *options: str) -> str:
+    """Return the page as Chromium has it once it is loaded."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         raise UserError("this check needs Chromium; install it: apt install chromium")
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--virtual-time-budget=1000"]
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", *quiet, *options]
     command += [f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, check=True, timeout=300, encoding="utf-8").stdout

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def fork(main: Callable[[], int | None], words: list[str], log: Path, prepare: C
         sys.argv = ["script.py", *words]
         prepare()
         code = config.cli(main)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -31,8 +31,8 @@ def test_no_input_ends_in_a_traceback(name: str) -> None:
 
 def test_training_and_captioning_ask_nothing_of_the_network(archive: Path) -> None:
     for script, *words in (
-        ("train.py", *SMALLEST, "run=a", "train.epochs=1"),
-        ("inference_visualize.py", "--run", "a"),
+        ("train.py", *SMALLEST, "train.epochs=1"),
+        ("inference_visualize.py", "--help"),
     ):
         ended = offline.blocked(script, *words)
         assert ended.returncode == 0 and "BLOCKED" not in ended.stderr, ended.stderr

@@ -59,3 +59,11 @@ def test_a_huge_network_is_not_built_for_a_small_file(
     monkeypatch.setattr(models, "EncoderCNN", None)
     with refused("a.pth", "less than a regnet_y_128gf"):
         CaptionModel.from_state(put(saved, "config/encoder/name", "regnet_y_128gf"), "a.pth")
+
+
+def test_weights_that_overflow_caption_nothing_and_say_so(saved: dict[str, Any], refused: Callable) -> None:
+    saved = copy.deepcopy(saved)
+    for tensor in saved["decoder"].values():
+        tensor.copy_(torch.where(tensor < 0, -3e38, 3e38))
+    with refused("overflow"):
+        CaptionModel.from_state(saved, "a.pth").describe(torch.ones(2, 512))
