@@ -76,9 +76,9 @@ def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 class SelfCritical:
     """Self-critical sequence training (Rennie et al. 2017): what the model writes better than usual becomes likelier.
 
-    Of each picture `train.self_critical_samples` captions are drawn, or, with `train.self_critical_beam`, found by a beam
-    of as many (Cornia et al. 2020), so that what training improves is what beam search then chooses from. The usual
-    is the mean reward of the others (Luo 2020), or, of a single one drawn, the reward of the greedy caption.
+    Of each picture `train.self_critical_samples` captions are drawn, or, with `train.self_critical_beam`, found by a
+    beam of as many (Cornia et al. 2020), so that what training improves is what beam search then chooses from. The
+    usual is the mean reward of the others (Luo 2020), or, of a single one drawn, the reward of the greedy caption.
 
     Args:
         dataset: its captions are the references of the reward.
@@ -90,7 +90,7 @@ class SelfCritical:
         self.never = torch.tensor(NEVER, device=model.feature_mean.device)
         plain = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}
         written = {"beam": self.samples} if model.config.train.self_critical_beam else {"temperature": 1.0}
-        self.written = self.greedy.model_copy(update=plain | written)  # by what is trained, whatever search may add later
+        self.written = self.greedy.model_copy(update=plain | written)  # whatever search may be told later
         references: list[list[Words]] = [[] for _ in dataset.images]
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
             references[image].append(ids[1:].tolist())
