@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def fork(main: Callable[[], int | None], words: list[str], log: Path, prepare: C
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
         sys.argv = ["script.py", *words]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what runs in the background
         prepare()
         code = config.cli(main)
     except BaseException:
