@@ -135,6 +135,7 @@ class Flickr8kDataset(Dataset):
         self.folder, self.transform = folder, transform
         self.features, self.views = features, views or {}
         self.shown = np.zeros(len(self.images), dtype=np.int64)
+        self.mirrored = torch.tensor(vocab.mirrored())  # (V,)
 
     def windows(self, seed: Sequence[int]) -> list[Window]:
         """Return the parts in which an epoch is read: here one."""
@@ -154,7 +155,14 @@ class Flickr8kDataset(Dataset):
         """Return the captions `indices` as one Batch; each picture in it is read once."""
         images, owner = np.unique(self.image_of[indices], return_inverse=True)
         tokens = padded([self.tokens[index] for index in indices])
+        turned = self.turned(self.image_of[indices])  # (N,)
+        tokens[turned] = self.mirrored[tokens[turned]]
         return Batch(self.read(images), tokens, torch.from_numpy(owner), torch.from_numpy(images))
+
+    def turned(self, images: np.ndarray) -> torch.Tensor:
+        """Return which of these pictures are shown mirrored: their captions then have left for right (N,)."""
+        mirrored = np.array([view.mirrored for view in (WHOLE, *self.views)])  # (1 + views,)
+        return torch.from_numpy(mirrored[self.shown[images]])
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""

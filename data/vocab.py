@@ -25,6 +25,8 @@ OTHER = rf"[^\W{HAN}]"  # a letter or digit that is not Chinese
 EMOJI = "[\U0001f1e6-\U0001f1ff]{2}|\\S(?:[\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d\\S)*"  # flags, and joined ones
 NARROWED = {wide: wide - 0xFEE0 for first, last in ("０９", "Ａｚ") for wide in range(ord(first), ord(last) + 1)}
 ENDS = frozenset("。．.！!？?…；;，,、：:～~")
+SIDE = re.compile(r"\b(?:left|right)\b|左|右")
+OTHER_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
 PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
 
 
@@ -129,6 +131,11 @@ class Vocabulary:
     def encode(self, caption: str) -> list[int]:
         """Return `<sos> w1 … wn <eos>` as ids."""
         return [SOS, *self.numericalize(caption), EOS]
+
+    def mirrored(self) -> list[int]:
+        """Return, by id, the word that says of a mirrored picture what this one says of the picture: left for right."""
+        swapped = (SIDE.sub(lambda side: OTHER_SIDE[side[0]], word) for word in self.words)
+        return [self._id_of.get(word, i) for i, word in enumerate(swapped)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the sentence up to `<eos>`, without special words."""

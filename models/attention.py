@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import DecoderConfig, UserError
-from models.decoder import Decoder, Memory, State, by_picture
+from models.decoder import Decoder, Dropout, Memory, State, by_picture
 
 
 class AttentionRNN(Decoder):
@@ -28,7 +28,7 @@ class AttentionRNN(Decoder):
         if config.num_layers != 1:
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.said = [hidden, 4 * hidden, embed]  # by a cell: its key, and what goes to the LSTM's gates and the output
         self.heard = [hidden, 4 * hidden]  # of word and state: the query, and what goes to the LSTM's gates
         self.narrow = nn.Linear(feature_size, hidden)

@@ -79,6 +79,21 @@ def by_picture(tokens: torch.Tensor, owner: torch.Tensor, pictures: int) -> tupl
     return tokens.new_zeros(pictures * captions, tokens.shape[1]).index_copy_(0, slot, tokens), slot
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn eight places at a time on a CPU, where PyTorch draws each alone, five times as slow.
+
+    A place then falls with a probability that is `p` to the next 256th.
+    """
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if not (self.training and self.p and values.is_cpu):
+            return super().forward(values)
+        fallen = min(255, round(256 * self.p))
+        draws = torch.randint(-(2**63), 2**63 - 1, (-(-values.numel() // 8),)).view(torch.uint8)[: values.numel()]
+        kept = draws.ge(fallen).view_as(values).to(values.dtype)
+        return values * kept.mul_(256 / (256 - fallen))
+
+
 class DecoderRNN(Decoder):
     """Show and Tell (Vinyals et al. 2015): an LSTM that reads the picture as its first word.
 
@@ -94,7 +109,7 @@ class DecoderRNN(Decoder):
         self.lstm = nn.LSTM(
             config.embed_size, config.hidden_size, config.num_layers, batch_first=True, dropout=inner_dropout
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.output = nn.Linear(config.hidden_size, vocab_size)
         self.init_weights()
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import DecoderConfig, UserError
-from models.decoder import Decoder, Memory, State, by_picture
+from models.decoder import Decoder, Dropout, Memory, State, by_picture
 
 
 class TransformerDecoder(Decoder):
@@ -32,7 +32,7 @@ class TransformerDecoder(Decoder):
                 "make it a multiple of twice as many"
             )
         self.heads = config.num_heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.cells = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
         self.remember = nn.Linear(width, config.num_layers * 2 * width)
@@ -91,7 +91,7 @@ class Layer(nn.Module):
             self.cross_norm, self.cross = nn.LayerNorm(width), Attention(width, config.num_heads)
         self.inner_norm = nn.LayerNorm(width)
         self.inner = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, hidden: torch.Tensor, past: torch.Tensor | None = None, cells: torch.Tensor | None = None
@@ -127,7 +127,11 @@ class Attention(nn.Module):
 
     def forward(self, asking: torch.Tensor, remembered: torch.Tensor, causal: bool) -> torch.Tensor:
         query, keys, values = self.split(asking, remembered)
-        return self.join(F.scaled_dot_product_attention(query, keys, values, is_causal=causal))  # (B, Q, E)
+        if query.is_cpu:  # whose kernel takes seven times as long for gradients in bfloat16
+            query, keys, values = query.float(), keys.float(), values.float()
+        with torch.autocast("cpu", enabled=False):
+            seen = F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
+        return self.join(seen)  # (B, Q, E)
 
     def look(self, asking: torch.Tensor, remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where each head looked too (B, Q, A, S), which the fused kernel does not tell."""

@@ -17,6 +17,7 @@ from conftest import TINY
 import config
 import train
 from config import load_config
+from data.dataset import Batch, Share
 from data.vocab import build_vocab
 from models.model import CaptionModel
 from train import Progress
@@ -263,10 +264,18 @@ def test_a_seeded_split_is_kept_with_the_run(archive: Path, run: Run) -> None:
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoints(
     archive: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "learning_rate", lambda *_: float("nan"))
-    assert run(*FAST) == 2
+    step, seen = train.Trainer.step, list[set[str]]()
+
+    def watched(self: train.Trainer, batch: Batch, share: Share, lr: float) -> torch.Tensor:
+        seen.append({self.train_set.images[place] for place in batch.images})  # type: ignore[union-attr]
+        return step(self, batch, share, lr)
+
+    monkeypatch.setattr(train.Trainer, "step", watched)
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: float("nan") if step == 4 else 1e-4)
+    assert run(*FAST, "decoder.name=attention", "train.batch_size=10") == 2  # batches of two pictures
     error = capsys.readouterr().err
-    assert re.search(r"the loss became NaN or infinite in step 2 of runs.flickr8k, on 0\d.jpg, .* of step 0", error)
+    assert "the loss became NaN or infinite in step 6 of runs" in error and "of step 4" in error
+    assert set(re.findall(r"0\d.jpg", error)) == seen[5] != seen[4]
     assert all(torch.isfinite(t).all() for t in load_checkpoint("runs/flickr8k/last.pth")["decoder"].values())
 
 

@@ -88,6 +88,20 @@ def test_pictures_are_shown_in_every_view_as_often(captions: Flickr8kDataset) ->
     assert (again.shown != captions.shown).any()
 
 
+def test_captions_of_a_mirrored_picture_have_left_for_right() -> None:
+    table = pd.DataFrame({"image": ["a.jpg", "b.jpg"] * 2, "caption": ["the left side", "right"] * 2})
+    vocab = build_vocab(["the left right side"], 1)
+    features = Features([torch.zeros(2, 1).half()], ["a.jpg", "b.jpg"])
+    views = {View(corner=1): features, View(mirrored=True): features}
+    captions = Flickr8kDataset(table, vocab, Path(), Transform(32), features, views)
+    captions.shown = np.array([2, 1])
+    read = [vocab.decode(ids.tolist()[1:]) for ids in captions.__getitems__([0, 1, 2, 3]).tokens]
+    assert read == ["the right side", "right"] * 2
+    captions.shown = np.array([0, 2])
+    assert vocab.decode(captions[1].tokens[0].tolist()[1:]) == "left"
+    assert vocab.decode(captions[0].tokens[0].tolist()[1:]) == "the left side"
+
+
 def test_pixels_are_shown_in_the_view_chosen(archive: Path, vocab: Vocabulary) -> None:
     table = formats.read(archive / "captions.csv")
     views = dict.fromkeys([View(mirrored=True), View(corner=3)])

@@ -74,6 +74,14 @@ def test_an_epoch_is_gone_on_with_at_any_batch(streamed: StreamedDataset) -> Non
         assert captions(streamed, 0, done) == whole[done:]
 
 
+def test_a_batch_that_was_read_can_be_named(streamed: StreamedDataset) -> None:
+    epoch = Epoch(streamed, config.load_config(overrides=["train.batch_size=6"]).train, 0, by_image=True)
+    for done in (0, len(epoch) // 2):
+        for number, (_, batch, _) in enumerate(epoch.read(done), start=done):
+            names = epoch.opened[0].images
+            assert sorted(epoch.pictures(number)) == sorted(names[place] for place in batch.images)
+
+
 def test_no_more_than_a_window_is_in_memory(streamed: StreamedDataset) -> None:
     largest = max(tar.captions for tar in streamed.tars)
     for number in range(10):

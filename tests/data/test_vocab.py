@@ -33,6 +33,13 @@ def test_the_four_special_words_come_first() -> None:
     assert (PAD, SOS, EOS, UNK) == (0, 1, 2, 3)
 
 
+def test_in_the_mirror_left_is_right_and_all_else_what_it_is() -> None:
+    words = ["left", "right", "bright", "left-hand", "right-hand", "左边", "右边", "leftover", "左右"]
+    others = ["right", "left", "bright", "right-hand", "left-hand", "右边", "左边", "leftover", "左右"]
+    known = Vocabulary([*SPECIALS, *words])
+    assert [known.words[i] for i in known.mirrored()] == [*SPECIALS, *others]
+
+
 def test_words_seen_too_rarely_are_left_out() -> None:
     built = build_vocab(["a dog", "A dog runs", "a cat"], min_count=2)
     assert built.words[4:] == ["a", "dog"]

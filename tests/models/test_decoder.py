@@ -7,7 +7,7 @@ import torch
 
 from config import load_config
 from data.vocab import EOS, PAD, SOS
-from models.decoder import Decoder
+from models.decoder import Decoder, Dropout
 from models.model import DECODERS
 from models.search import search
 from training.objectives import caption_loss
@@ -31,6 +31,24 @@ def build(name: str, *overrides: str) -> Decoder:
 def features(name: str, pictures: int = 2) -> torch.Tensor:
     shape = (pictures, L, D) if DECODERS[name].grid else (pictures, D)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("p", [0.3, 0.5, 0.999])
+def test_dropout_keeps_the_share_asked_for_and_the_mean(p: float) -> None:
+    torch.manual_seed(0)
+    dropped = Dropout(p)(torch.ones(1001, 1001))
+    assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=1 / 256)
+    assert dropped.mean().item() == pytest.approx(1, rel=0.03)
+    assert (dropped[:-1, 0] == dropped[1:, 0]).float().mean().item() == pytest.approx(p**2 + (1 - p) ** 2, abs=0.05)
+
+
+def test_dropout_has_the_gradient_of_what_is_kept_and_rests_after_training() -> None:
+    values = torch.rand(7, 5, dtype=torch.bfloat16, requires_grad=True)
+    dropped = (dropout := Dropout(0.4))(values)
+    dropped.sum().backward()
+    assert torch.equal(values.grad == 0, dropped == 0)
+    assert dropped.dtype == torch.bfloat16
+    assert dropout.eval()(values) is not None and torch.equal(dropout(values), values)
 
 
 def test_forward_scores_every_word_for_every_place(name: str) -> None:
