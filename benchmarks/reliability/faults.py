@@ -15,7 +15,7 @@ from pathlib import Path
 import evaluate
 import inference_visualize
 import train
-from benchmarks.reliability.kills import Result, differs, finish, in_folder, outcome, words_of, same
+from benchmarks.reliability.kills import Result, differs, finish, in_folder, outcome, same, words_of
 from benchmarks.reliability.tiny import SMALLEST, fork
 from utils import load_checkpoint
 
