@@ -48,20 +48,20 @@ ANIMALS = (
     "animal animals dog dogs puppy puppies greyhound greyhounds poodle terrier retriever shepherd collie husky bulldog "
     "horse horses cat cats bird birds duck ducks sheep cow cows bull goat camel elephant monkey fish"
 )
-# What is named, by one word of a set; of several sets each counts alone, and they are summed up.
+COLOURS = "black white brown tan red orange yellow green blue purple pink"
+# What is named, by a word of a set; of several sets each counts alone, and they are summed up.
 THINGS: dict[str, Sequence[str]] = {
     "people": [PEOPLE],
     "women or girls": [WOMEN],
     "men or boys": [MEN],
     "children": [CHILDREN],
     "animals": [ANIMALS],
-    "a colour": [*"black white brown tan red orange yellow green blue purple pink".split(" "), "grey gray"],
+    "a colour": [*COLOURS.split(), "grey gray"],
     "“two”": ["two"],
-    "“three”": ["three"],
-    "“four” to “six”": ["four", "five", "six"],
+    "“three” to “six”": ["three", "four", "five", "six"],
 }
 
-Words = list[str]
+Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each picture
 
 
 def main() -> None:
@@ -104,34 +104,34 @@ def measure(captions: dict[str, str], references: evaluate.References) -> dict[s
     if len({len(texts) for texts in references.captions.values()}) > 1:
         raise UserError("limits are measured where every picture has as many references; take Flickr8k's captions")
     tokenise = references.own_tokeniser
-    written = [tokenise(caption) for caption in captions.values()]
+    written = [[tokenise(caption)] for caption in captions.values()]
     people = [[tokenise(text) for text in references.captions[image]] for image in captions]
     scores = metrics.score(captions, references.captions, references.tokenise)
-    first = [references.captions[image][0] for image in captions]
+    one_each = [references.captions[image][0] for image in captions]
     return {
         "by_length": by_length(scores, people),
         "by_content": by_content(scores, people),
         "named": {thing: naming(words, written, people) for thing, words in THINGS.items()},
         "gender": gender(written, people),
-        "one_person": metrics.describe(first, references.training, tokenise),
+        "one_person": metrics.describe(one_each, references.training, tokenise),
         "never_said": never_said(written, people),
     }
 
 
-def by_length(scores: metrics.Scores, people: list[list[Words]]) -> list[dict[str, Any]]:
+def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
     """Return the scores of three thirds of the pictures, by the mean number of words of their references."""
     lengths = np.array([np.mean(list(map(len, texts))) for texts in people])  # (P,)
     thirds = np.array_split(np.argsort(lengths, kind="stable"), 3)
     return [{"words": lengths[third[[0, -1]]].round(1).tolist()} | scores_of(scores, third) for third in thirds]
 
 
-def by_content(scores: metrics.Scores, people: list[list[Words]]) -> dict[str, dict[str, Any]]:
+def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
     """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
     persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, ANIMALS))  # (P,)
     groups = {
         "people, no animals": persons & ~animals,
         "animals, no people": animals & ~persons,
-        "people and animals": persons & animals,
+        "both": persons & animals,
         "neither": ~persons & ~animals,
     }
     return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
@@ -142,14 +142,13 @@ def scores_of(scores: metrics.Scores, chosen: np.ndarray) -> dict[str, Any]:
     part = metrics.Scores({}, scores.cider[chosen], scores.bleu_counts[chosen])
     means = {"bleu4": metrics.bleu4(part.bleu_counts.sum(0)), "cider": part.cider.mean()}
     bounds = metrics.intervals(part)
-    return {"pictures": len(chosen)} | {name: [round(float(means[name]), 2), *bounds[name]] for name in means}
+    return {"pictures": len(chosen), **{name: [round(float(mean), 2), *bounds[name]] for name, mean in means.items()}}
 
 
-def naming(things: Sequence[str], written: list[Words], people: list[list[Words]]) -> dict[str, Any]:
+def naming(things: Sequence[str], written: Texts, people: Texts) -> dict[str, Any]:
     """Return recall and precision of naming these things, of the captions and of a person."""
-    own = np.stack([says(thing, [[text] for text in written]) for thing in things], axis=2)  # (P, 1, things)
-    theirs = np.stack([says(thing, people) for thing in things], axis=2)  # (P, R, things)
-    others = theirs.sum(1, keepdims=True) - theirs  # of each reference held back
+    own, theirs = (np.stack([says(thing, who) for thing in things], axis=2) for who in (written, people))
+    others = theirs.sum(1, keepdims=True) - theirs  # (P, R, things), for each reference held back
     agreed, confirmed = others >= AGREE, others >= 1
     return {
         "pictures": round(agreed.sum() / theirs.shape[1], 1),
@@ -161,13 +160,12 @@ def naming(things: Sequence[str], written: list[Words], people: list[list[Words]
     }
 
 
-def gender(written: list[Words], people: list[list[Words]]) -> dict[str, Any]:
+def gender(written: Texts, people: Texts) -> dict[str, Any]:
     """Return which gender is named where the references not held back agree on one and none names the other.
 
     `male` is the share of men among captions, and among references, that name one gender alone.
     """
-    own = [says(words, [[text] for text in written]) for words in (WOMEN, MEN)]  # (P, 1) each
-    theirs = [says(words, people) for words in (WOMEN, MEN)]  # (P, R) each
+    own, theirs = ([says(words, who) for words in (WOMEN, MEN)] for who in (written, people))  # (P, 1), (P, R)
     others = [each.sum(1, keepdims=True) - each for each in theirs]
     found: dict[str, Any] = {}
     for name, right, wrong in (("women or girls", 0, 1), ("men or boys", 1, 0)):
@@ -175,23 +173,24 @@ def gender(written: list[Words], people: list[list[Words]]) -> dict[str, Any]:
         found[name] = {
             "pictures": round(agreed.sum() / agreed.shape[1], 1),
             "right": share(own[right] & ~own[wrong] & agreed, agreed),
+            "both": share(own[right] & own[wrong] & agreed, agreed),
             "neither": share(~own[right] & ~own[wrong] & agreed, agreed),
-            "wrong": share(own[wrong] & agreed, agreed),
-            "person_wrong": share(theirs[wrong] & agreed, agreed),
+            "wrong": share(~own[right] & own[wrong] & agreed, agreed),
+            "person_wrong": share(~theirs[right] & theirs[wrong] & agreed, agreed),
         }
     male = {who: share(men & ~women, men ^ women) for who, (women, men) in (("captions", own), ("references", theirs))}
     return found | {"male": male}
 
 
-def never_said(written: list[Words], people: list[list[Words]]) -> list[tuple[str, int]]:
+def never_said(written: Texts, people: Texts) -> list[tuple[str, int]]:
     """Return the words that most pictures have in a reference, with their numbers, and no caption has."""
     pictures = Counter(word for texts in people for word in set().union(*texts))
-    for word in set().union(*written):
+    for word in set().union(*(text for [text] in written)):
         del pictures[word]
     return sorted(pictures.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
 
 
-def says(words: str, texts: list[list[Words]]) -> np.ndarray:
+def says(words: str, texts: Texts) -> np.ndarray:
     """Return which of the texts (P, R) has one of the words."""
     wanted = set(words.split())
     return np.array([[not wanted.isdisjoint(text) for text in each] for each in texts])
