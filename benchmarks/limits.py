@@ -5,17 +5,15 @@
 captions the dev split with pretrained/captioner.pth and writes benchmarks/results/flickr8k/pretrained-limits.json,
 which `python -m benchmarks.card` tells as tables and prose.
 
-What a caption should name is for the references to say, and they differ. So each reference of a picture is held back in
-turn. The others agree on a thing where AGREE of them name it. The captioner, and the person who wrote the one held
-back, are both measured against these others: how much of what is agreed on they name (recall), and how much of what
-they name one of the others confirms (precision).
+What a caption should name is for the references to say, and they differ. So each one of a picture is held back in turn.
+The others agree on a thing where AGREE of them name it. The captioner and whoever wrote the one held back are measured
+against them: how much of what is agreed on they name (recall), how much of what they name another confirms (precision).
 """
 
 import argparse
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ import numpy as np
 
 import evaluate
 import metrics
-from benchmarks.recipes import RESULTS, ROOT, end_on_failure, run_script
 from config import UserError, cli, parse_command_line
 from data import annotations
 from data.vocab import SPECIALS
@@ -31,8 +28,8 @@ from models.encoder import file_sha256
 from models.model import CaptionModel
 from utils import as_json, write_atomically
 
-CHECKPOINT = ROOT / "pretrained" / "captioner.pth"
-LIMITS = RESULTS / "flickr8k" / "pretrained-limits.json"
+CHECKPOINT = Path(__file__).parents[1] / "pretrained" / "captioner.pth"
+LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
 AGREE = 3  # references
 LISTED = 30  # words that are never said
 
@@ -48,17 +45,16 @@ ANIMALS = (
     "animal animals dog dogs puppy puppies greyhound greyhounds poodle terrier retriever shepherd collie husky bulldog "
     "horse horses cat cats bird birds duck ducks sheep cow cows bull goat camel elephant monkey fish"
 )
-COLOURS = "black white brown tan red orange yellow green blue purple pink"
-# What is named, by a word of a set; of several sets each counts alone, and they are summed up.
-THINGS: dict[str, Sequence[str]] = {
-    "people": [PEOPLE],
-    "women or girls": [WOMEN],
-    "men or boys": [MEN],
-    "children": [CHILDREN],
-    "animals": [ANIMALS],
-    "a colour": [*COLOURS.split(), "grey gray"],
-    "“two”": ["two"],
-    "“three” to “six”": ["three", "four", "five", "six"],
+# What is named, by a word of the list; between commas are things that count one by one, and are summed up.
+THINGS = {
+    "people": PEOPLE,
+    "women or girls": WOMEN,
+    "men or boys": MEN,
+    "children": CHILDREN,
+    "animals": ANIMALS,
+    "a colour": "black, white, grey gray, brown, tan, red, orange, yellow, green, blue, purple, pink",
+    "“two”": "two",
+    "“three” to “six”": "three, four, five, six",
 }
 
 Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each picture
@@ -71,11 +67,11 @@ def main() -> None:
     args = parse_command_line(parser)
     model = CaptionModel.from_checkpoint(args.checkpoint, args.overrides)
     table = annotations.load(model.config.data, annotations.read_splits(args.checkpoint.parent))
-    references = evaluate.choose_references(table, model.config, argparse.Namespace(split="val", tokeniser="auto"))
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--checkpoint", str(args.checkpoint), "--split", references.split, "--out", folder]
-        status, _ = run_script("evaluate.py", *words, *args.overrides)
-        end_on_failure(status)
+        how = {"checkpoint": [args.checkpoint], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
+        options = argparse.Namespace(overrides=args.overrides, **how)
+        evaluate.score_run(options)
+        references = evaluate.choose_references(table, model.config, options)
         captions = evaluate.read_predictions(Path(folder, "predictions-val.json"), references)
         scores = json.loads(Path(folder, "scores-val.json").read_text(encoding="utf-8"))
     found = {"checkpoint": about(model, args.checkpoint), "scores": scores, **measure(captions, references)}
@@ -101,13 +97,15 @@ def measure(captions: dict[str, str], references: evaluate.References) -> dict[s
 
     Raises UserError where pictures have different numbers of references.
     """
-    if len({len(texts) for texts in references.captions.values()}) > 1:
-        raise UserError("limits are measured where every picture has as many references; take Flickr8k's captions")
+    if len(set(map(len, references.captions.values()))) > 1:
+        raise UserError(
+            "limits are measured where each picture has as many references; take captions such as Flickr8k's"
+        )
     tokenise = references.own_tokeniser
     written = [[tokenise(caption)] for caption in captions.values()]
     people = [[tokenise(text) for text in references.captions[image]] for image in captions]
-    scores = metrics.score(captions, references.captions, references.tokenise)
     one_each = [references.captions[image][0] for image in captions]
+    scores = metrics.score(captions, references.captions, references.tokenise)
     return {
         "by_length": by_length(scores, people),
         "by_content": by_content(scores, people),
@@ -145,9 +143,9 @@ def scores_of(scores: metrics.Scores, chosen: np.ndarray) -> dict[str, Any]:
     return {"pictures": len(chosen), **{name: [round(float(mean), 2), *bounds[name]] for name, mean in means.items()}}
 
 
-def naming(things: Sequence[str], written: Texts, people: Texts) -> dict[str, Any]:
+def naming(things: str, written: Texts, people: Texts) -> dict[str, Any]:
     """Return recall and precision of naming these things, of the captions and of a person."""
-    own, theirs = (np.stack([says(thing, who) for thing in things], axis=2) for who in (written, people))
+    own, theirs = (np.stack([says(words, who) for words in things.split(",")], axis=2) for who in (written, people))
     others = theirs.sum(1, keepdims=True) - theirs  # (P, R, things), for each reference held back
     agreed, confirmed = others >= AGREE, others >= 1
     return {
@@ -167,16 +165,14 @@ def gender(written: Texts, people: Texts) -> dict[str, Any]:
     """
     own, theirs = ([says(words, who) for words in (WOMEN, MEN)] for who in (written, people))  # (P, 1), (P, R)
     others = [each.sum(1, keepdims=True) - each for each in theirs]
+    answers = {"right": (True, False), "both": (True, True), "neither": (False, False), "wrong": (False, True)}
     found: dict[str, Any] = {}
     for name, right, wrong in (("women or girls", 0, 1), ("men or boys", 1, 0)):
         agreed = (others[right] >= AGREE) & (others[wrong] == 0)
         found[name] = {
             "pictures": round(agreed.sum() / agreed.shape[1], 1),
-            "right": share(own[right] & ~own[wrong] & agreed, agreed),
-            "both": share(own[right] & own[wrong] & agreed, agreed),
-            "neither": share(~own[right] & ~own[wrong] & agreed, agreed),
-            "wrong": share(~own[right] & own[wrong] & agreed, agreed),
-            "person_wrong": share(~theirs[right] & theirs[wrong] & agreed, agreed),
+            **{a: share(agreed & (own[right] == r) & (own[wrong] == w), agreed) for a, (r, w) in answers.items()},
+            "person_wrong": share(agreed & ~theirs[right] & theirs[wrong], agreed),
         }
     male = {who: share(men & ~women, men ^ women) for who, (women, men) in (("captions", own), ("references", theirs))}
     return found | {"male": male}
@@ -203,10 +199,10 @@ def share(hits: np.ndarray, cases: np.ndarray) -> list[float] | None:
     if not of.any():
         return None
     drawn = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=metrics.RESAMPLES)
-    samples = (drawn @ hit)[drawn @ of > 0] / (drawn @ of)[drawn @ of > 0]
+    drawn = drawn[drawn @ of > 0]
     outside = (100 - metrics.LEVEL) / 2
-    low, high = np.percentile(samples, [outside, 100 - outside])
-    return [round(float(value), 4) for value in (hit.sum() / of.sum(), low, high)]
+    bounds = np.percentile(drawn @ hit / (drawn @ of), [outside, 100 - outside])
+    return [round(float(value), 4) for value in (hit.sum() / of.sum(), *bounds)]
 
 
 if __name__ == "__main__":
