@@ -2,8 +2,7 @@
 
     python -m benchmarks.limits data.root=archive
 
-captions the dev split with pretrained/captioner.pth and writes benchmarks/results/flickr8k/pretrained-limits.json,
-which `python -m benchmarks.card` tells as tables and prose.
+captions the dev split with pretrained/captioner.pth and writes benchmarks/results/flickr8k/pretrained-limits.json.
 
 What a caption should name is for the references to say, and they differ. So each one of a picture is held back in turn.
 The others agree on a thing where AGREE of them name it. The captioner and whoever wrote the one held back are measured
@@ -98,9 +97,7 @@ def measure(captions: dict[str, str], references: evaluate.References) -> dict[s
     Raises UserError where pictures have different numbers of references.
     """
     if len(set(map(len, references.captions.values()))) > 1:
-        raise UserError(
-            "limits are measured where each picture has as many references; take captions such as Flickr8k's"
-        )
+        raise UserError("the limits need as many references of each picture; take captions such as Flickr8k's")
     tokenise = references.own_tokeniser
     written = [[tokenise(caption)] for caption in captions.values()]
     people = [[tokenise(text) for text in references.captions[image]] for image in captions]
@@ -126,12 +123,8 @@ def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
 def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
     """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
     persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, ANIMALS))  # (P,)
-    groups = {
-        "people, no animals": persons & ~animals,
-        "animals, no people": animals & ~persons,
-        "both": persons & animals,
-        "neither": ~persons & ~animals,
-    }
+    groups = {"people, no animals": persons & ~animals, "animals, no people": animals & ~persons}
+    groups |= {"both": persons & animals, "neither": ~persons & ~animals}
     return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
 
 
@@ -194,15 +187,13 @@ def says(words: str, texts: Texts) -> np.ndarray:
 
 def share(hits: np.ndarray, cases: np.ndarray) -> list[float] | None:
     """Return hits / cases (P, …) with its bootstrap interval, pictures drawn; None where there is no case."""
-    pictures = len(cases)
-    hit, of = (each.reshape(pictures, -1).sum(1) for each in (hits, cases))  # (P,)
+    hit, of = (each.reshape(len(each), -1).sum(1) for each in (hits, cases))  # (P,)
     if not of.any():
         return None
-    drawn = np.random.default_rng(0).multinomial(pictures, np.full(pictures, 1 / pictures), size=metrics.RESAMPLES)
+    drawn = metrics.draw(len(cases))
     drawn = drawn[drawn @ of > 0]
-    outside = (100 - metrics.LEVEL) / 2
-    bounds = np.percentile(drawn @ hit / (drawn @ of), [outside, 100 - outside])
-    return [round(float(value), 4) for value in (hit.sum() / of.sum(), *bounds)]
+    low, high = metrics.interval(drawn @ hit / (drawn @ of))
+    return [round(float(value), 4) for value in (hit.sum() / of.sum(), low, high)]
 
 
 if __name__ == "__main__":
