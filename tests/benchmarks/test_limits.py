@@ -11,7 +11,7 @@ import metrics
 from benchmarks import limits
 from evaluate import References
 
-MIXED = ["a woman", "a man", "a man", "a woman", "someone"]
+MIXED = ["a woman", "a woman", "a man", "a woman", "a woman"]
 
 
 def references(*pictures: list[str]) -> References:
@@ -47,12 +47,12 @@ def test_a_gender_is_wrong_where_references_agree_on_the_other_and_the_caption_n
     captions = words(["a man"], ["a man and a girl"], ["a dog"], ["a lady"], ["a man"])
     found = limits.gender(captions, words(*[["a woman"] * 5] * 4, MIXED))
     women = found["women or girls"]
-    assert women["pictures"] == 4  # not the mixed one
-    assert [women[answer][0] for answer in ("right", "both", "neither", "wrong")] == [0.25] * 4
-    assert women["person_wrong"][0] == 0
+    assert women["pictures"] == pytest.approx(21 / 5)  # of the mixed one, only where the man is held back
+    shares = [women[answer][0] for answer in ("right", "both", "neither", "wrong", "person_wrong")]
+    assert shares == pytest.approx([5 / 21, 5 / 21, 5 / 21, 6 / 21, 1 / 21], abs=1e-4)
     assert found["men or boys"]["pictures"] == 0 and found["men or boys"]["wrong"] is None
     assert found["male"]["captions"][0] == pytest.approx(2 / 3, abs=1e-4)
-    assert found["male"]["references"][0] == pytest.approx(2 / 24, abs=1e-4)
+    assert found["male"]["references"][0] == pytest.approx(1 / 25)
 
 
 def test_groups_of_pictures_have_the_scores_of_these_pictures_alone() -> None:
