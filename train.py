@@ -36,7 +36,7 @@ from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
 from training.poison import Poison, is_finite, tell
 from training.runs import claimed, refuse_existing, resume, start_run, write_log
-from utils import DAMAGED, RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
+from utils import DAMAGED, RUNS, StopRequest, pick_device, pick_precision, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -140,13 +140,7 @@ def build_model(config: Config, count_words: Callable[[], Counter[str]]) -> Capt
             f"there is no checkpoint at train.start = {config.train.start}; "
             f"train it first (python train.py --config {recipe}) or name another"
         )
-    saved = load_checkpoint(config.train.start)
-    model = CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
-    if model.vocab.language != data.language:
-        raise UserError(
-            f"{config.train.start} writes {model.vocab.language}; go on with data.language={model.vocab.language}"
-        )
-    return model
+    return CaptionModel.from_start(config, config.train.start)
 
 
 def make_datasets(

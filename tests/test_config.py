@@ -107,6 +107,7 @@ def test_an_unknown_setting_in_a_file_is_refused_with_that_file(tmp_path: Path, 
             "train.seed=-1",
         ),
         *("encoder.frozen=1", "encoder.image_size=8", "decoder.dropout=1", "decoder.name=gpt", "data.language=xx"),
+        *("encoder.stages=[layer3, null]", "search.forbidden=[1]"),
         *("data.root=null", "run=../elsewhere", "run=", "train.epochs=[1, 2]", "train.epochs=2024-01-01"),
     ],
 )
@@ -186,6 +187,13 @@ def test_a_saved_config_comes_back_equal() -> None:
 def test_what_a_checkpoint_fixes_cannot_be_said_anew(word: str, refused: Callable) -> None:
     with refused(word.split("=")[0], "fixed"):
         restore_config(load_config().model_dump(), [word])
+
+
+def test_what_a_checkpoint_fixes_may_be_said_again() -> None:
+    trained = load_config(overrides=["train.lr=1e-4", "encoder.stages=[layer4]"])
+    assert (
+        restore_config(trained.model_dump(), ["train.lr=1e-4", "encoder.stages=[layer4]", "train.epochs=5"]) == trained
+    )
 
 
 def test_where_things_lie_and_how_to_search_can_be_said_anew() -> None:

@@ -132,12 +132,16 @@ def test_the_last_epochs_are_self_critical_with_a_learning_rate_of_their_own(arc
     assert rates == pytest.approx(expected, abs=1e-8)
 
 
-def test_a_start_that_does_not_fit_the_recipe_is_refused(
+def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ(
     archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*FAST, "run=first", "train.epochs=1") == 0
-    assert run(*FAST, *CRITICAL, "run=second", "decoder.hidden_size=31") == 2
-    assert "runs/first/checkpoints.pth" in capsys.readouterr().err
+    other = ("decoder.hidden_size=31", "encoder.image_size=null", "encoder.name=resnet34")
+    assert run(*FAST, *CRITICAL, "run=second", "decoder.dropout=0", *other) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/first/checkpoints.pth" in error
+    assert "another encoder.name (resnet18 there, resnet34 here), encoder.image_size (32 there, null here)" in error
+    assert error.endswith("with: encoder.name=resnet18 encoder.image_size=32 decoder.hidden_size=32")
     assert not Path("runs/second").exists()
 
 
