@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 from collections import Counter
@@ -105,7 +106,7 @@ def find(config: DataConfig) -> list[Tar]:
     tars = named(config)
     new = [tar for tar in distributed.share(tars) if not tar.is_known()]
     if new:
-        print(f"reading the captions of {len(new):,} tars, once, into {config.cache}/tars/")
+        print(f"reading the captions of {count(len(new))}, once, into {config.cache}/tars/")
     for tar in tqdm(new, unit="tar", disable=distributed.bar_hidden() or not new):
         take_apart(tar, config.language)
     distributed.wait()
@@ -130,7 +131,17 @@ def expand(pattern: str) -> list[Path]:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise UserError("data.shards needs webdataset; install it: pip install -r requirements-extras.txt") from None
+    if re.search(r"[*?\[]", pattern) and not Path(pattern).is_file():
+        numbered = re.sub(r"[*?]+|\[.*?\]", "{000..127}", pattern, count=1)
+        raise UserError(
+            f"data.shards = {pattern} is for shells; here numbers count tars, those that are gone as well: "
+            f'write "data.shards={numbered}" with your first and last number'
+        )
     return list(dict.fromkeys(map(Path, expand_urls(Path(pattern).as_posix()))))
+
+
+def count(tars: int) -> str:
+    return f"{tars:,} tar{'' if tars == 1 else 's'}"
 
 
 def stamp_of(path: Path) -> list[Any]:
@@ -295,9 +306,9 @@ def main() -> None:
     args = parse_command_line(parser)
     config = load_config(overrides=args.overrides).data
     expand("")  # which says what to install
-    last = export(config, args.out, max(1, args.pictures)) - 1
-    pattern = f"{args.out.as_posix()}/{{00000..{last:05}}}.tar"
-    print(f'wrote {last + 1} tars; train on them with: python train.py "data.shards={pattern}"')
+    written = export(config, args.out, max(1, args.pictures))
+    pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
+    print(f'wrote {count(written)}; train on them with: python train.py "data.shards={pattern}"')
 
 
 if __name__ == "__main__":

@@ -66,7 +66,24 @@ def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pyte
     assert files == {".lock", "config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
     printed = capsys.readouterr().out
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
-    assert "next: python inference_visualize.py" in printed
+    assert "next: python inference_visualize.py --run first, python evaluate.py --split val --run first" in printed
+    assert "warning" not in printed
+
+
+def test_a_warm_up_longer_than_training_is_warned_of(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*FAST, "train.epochs=1", "train.warmup_steps=3") == 0
+    assert "warning: train.lr is never reached: train.warmup_steps=3, of 2 steps in all\n" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(archive: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAST, "run=mine", "train.epochs=2", "train.patience=1", "train.lr=1e-9") == 0
+    before = log_of("mine")
+    capsys.readouterr()
+    assert run("--resume", "--run", "mine", "train.epochs=2") == 0
+    assert "runs/mine is finished already; to train on: run=NAME train.start=runs/mine" in capsys.readouterr().out
+    assert log_of("mine") == before
 
 
 def test_the_log_tells_teacher_forced_from_generated(
