@@ -313,10 +313,28 @@ sys.excepthook = quiet_if_stopped
 
 
 def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
+    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`.
+
+    Raises UserError for an option that there is not; of a setting that is written like one it says how to write it.
+    """
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of config.yaml")
     words = sys.argv[1:]
     overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
-    args = parser.parse_args([word for word in words if word not in overrides])
+    args, unknown = parser.parse_known_args([word for word in words if word not in overrides])
+    if unknown:
+        raise UserError(unknown_option(words[words.index(unknown[0]) :], parser))
     args.overrides += overrides
     return args
+
+
+def unknown_option(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """Return what is wrong with the first of these words: --epochs 3, which should be train.epochs=3."""
+    option, _, value = words[0].partition("=")
+    if not value:
+        value = next((word for word in words[1:2] if not word.startswith("--")), "…")
+    key = option.strip("-").replace("-", "_")
+    settings = [name for name in flatten(read_yaml(CONFIG_YAML)) if key in (name, name.split(".")[-1])]
+    if settings:
+        return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in settings)}"
+    known = ", ".join(re.findall(r"--[a-z-]+", parser.format_usage()))
+    return f"there is no {shortened(option)}; there are {known}, and settings such as train.epochs=3"

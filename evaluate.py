@@ -271,6 +271,9 @@ def score(captions: dict[str, str], references: References, signature: str) -> d
     """Return what scores-<split>.json holds."""
     if len(captions) == 1:
         print("warning: one picture alone has a CIDEr of 0, since every n-gram is in all documents there are")
+    empty = sum(not caption.strip() for caption in captions.values())
+    if empty:
+        print(f"warning: {empty:,} of {len(captions):,} captions have no words")
     scores = metrics.score(captions, references.captions, references.tokenise, rouge=True)
     by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
     for note in notes:

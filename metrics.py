@@ -254,9 +254,10 @@ def describe(
     """Return what the scores do not say of captions; shares are between 0 and 1.
 
     length: mean number of words. vocabulary: different words used. distinct_captions: different captions / captions.
-    novelty: share of captions that are no training caption, letters and digits compared. distinct_1, distinct_2:
-    different n-grams / n-grams (Li et al. 2016). unk, bad_endings: share of captions with `<unk>`, and of those that
-    end like "with a". repetition: share in which a word follows itself or three words in a row come twice.
+    novelty: share of captions that have words and are no training caption, letters and digits compared.
+    distinct_1, distinct_2: different n-grams / n-grams (Li et al. 2016). unk, bad_endings: share of captions with
+    `<unk>`, and of those that end like "with a". repetition: share in which a word follows itself or three words in a
+    row come twice.
     """
     texts = [tokenise(caption) for caption in captions]
     known = set(map(letters, captions)).intersection(map(letters, training))  # which may be more than memory holds
@@ -269,7 +270,7 @@ def describe(
         "length": len(words) / len(captions),
         "vocabulary": len(set(words)),
         "distinct_captions": len(set(captions)) / len(captions),
-        "novelty": share(letters(caption) not in known for caption in captions),
+        "novelty": share(letters(caption) not in known | {""} for caption in captions),
         "distinct_1": len(set(words)) / max(1, len(words)),
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "unk": share("<unk>" in caption.lower() for caption in captions),

@@ -132,7 +132,7 @@ def expand(pattern: str) -> list[Path]:
     except ImportError:
         raise UserError("data.shards needs webdataset; install it: pip install -r requirements-extras.txt") from None
     if re.search(r"[*?\[]", pattern) and not Path(pattern).is_file():
-        numbered = re.sub(r"[*?]+|\[.*?\]", "{000..127}", pattern, count=1)
+        numbered = re.sub(r"([*?]|\[.*?\])+", "{000..127}", pattern, count=1)
         raise UserError(
             f"data.shards = {pattern} is for shells; here numbers count tars, those that are gone as well: "
             f'write "data.shards={numbered}" with your first and last number'

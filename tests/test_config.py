@@ -1,5 +1,6 @@
 """Settings: every mistake is explained with its dotted path, and nothing is silently taken for something else."""
 
+import argparse
 import os
 import re
 import signal
@@ -237,6 +238,32 @@ def test_a_name_cannot_write_on_the_terminal(capsys: pytest.CaptureFixture[str])
 
     assert config.cli(main) == 2
     assert capsys.readouterr().err == r"error: there is no \x1b]0;title\x07 \u202efile\n of that name; check it" + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("--epochs 3", "there is no --epochs; write train.epochs=3"),
+        ("run=mine --batch-size=32 --resume", "there is no --batch-size; write train.batch_size=32"),
+        ("--train.lr 1e-3", "there is no --train.lr; write train.lr=1e-3"),
+        ("--frozen --resume", "there is no --frozen; write encoder.frozen=…"),
+        ("--name x", "there is no --name; write encoder.name=x or decoder.name=x"),
+        ("--fast", "there is no --fast; there are --config, --resume, and settings such as train.epochs=3"),
+        ("-e 3", "there is no -e; there are --config, --resume, and settings such as train.epochs=3"),
+    ],
+)
+def test_an_option_that_there_is_not_is_refused_with_the_setting_that_there_is(
+    line: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--config", metavar="FILE")
+        parser.add_argument("--resume", action="store_true")
+        config.parse_command_line(parser)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
+    assert config.cli(main) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_what_no_encoding_has_is_printed_escaped(tmp_path: Path) -> None:
