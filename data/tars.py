@@ -104,13 +104,14 @@ class Tar:
 def find(config: DataConfig) -> list[Tar]:
     """Return the tars that `data.shards` names, taken apart by several processes in turn; none without the setting."""
     tars = named(config)
-    new = [tar for tar in distributed.share(tars) if not tar.is_known()]
+    new = [tar for tar in tars if not tar.is_known()]
+    distributed.wait()  # until all processes have seen the same ones, before any is taken apart
     if new:
         print(f"reading the captions of {count(len(new))}, once, into {config.cache}/tars/")
-    for tar in tqdm(new, unit="tar", disable=distributed.bar_hidden() or not new):
+    for tar in tqdm(distributed.share(new), unit="tar", disable=distributed.bar_hidden() or not new):
         take_apart(tar, config.language)
     distributed.wait()
-    for tar in tars:
+    for tar in new:
         if not tar.is_known():
             raise UserError(f"{tar.path} changed while it was read; start again")
     return tars
