@@ -112,7 +112,7 @@ def go_on(args: argparse.Namespace) -> None:
     run = args.run or choose_config(args).run
     args.resume, args.overwrite = (RUNS / run / "last.pth").is_file(), True
     if args.resume:
-        args.run, args.overrides = run, []
+        args.run, args.config, args.overrides = run, None, []
 
 
 def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:

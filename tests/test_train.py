@@ -81,6 +81,8 @@ def test_a_finished_run_says_so_when_it_is_resumed(archive: Path, run: Run, caps
     assert run(*FAST, "run=mine", "train.epochs=2", "train.patience=1", "train.lr=1e-9") == 0
     before = log_of("mine")
     capsys.readouterr()
+    assert run("--resume", "--config", "configs/lstm.yaml") == 2
+    assert "leave --config out" in capsys.readouterr().err
     assert run("--resume", "--run", "mine", "train.epochs=2") == 0
     assert "runs/mine is finished already; to train on: run=NAME train.start=runs/mine" in capsys.readouterr().out
     assert log_of("mine") == before
