@@ -244,7 +244,7 @@ def caption_pictures(
     broken: list[str] = []
     captioned: list[tuple[Picture, list[Caption]]] = []
     bar = tqdm(found, total=len(pictures), desc="captioning", unit="img", disable=distributed.bar_hidden())
-    subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
+    subtitle = f"{model.config.encoder.name} and {model.config.decoder.name}"
     subtitle += "; point at a word to see where the model looked" if heads else ""
     with Gallery(out / PAGE, "Captions", subtitle, attention=heads is not None) as gallery:
         for done in bar:
@@ -254,7 +254,7 @@ def caption_pictures(
                 captioned.append((done.picture, done.captions))
                 show(gallery, done, model.config.search.max_length)
         if not captioned:
-            raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
+            raise UserError(f"nothing was captioned: {broken[0]}")
         gallery.score(rate(captioned, model))
     left_out = sorted(set().union(*(undrawable(captions[0].text) for _, captions in captioned)))
     if left_out:
@@ -297,7 +297,6 @@ class Artist:
         taken: set[str] = set()
         self.stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
         self.seconds = {stem: unique_name(f"{stem}-attention", taken) for stem in self.stems.values() if heads}
-        folder.mkdir(parents=True, exist_ok=True)
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def __call__(self, batch: list[Opened | UserError]) -> list[Done | UserError]:
@@ -365,6 +364,7 @@ def word_maps(caption: Caption, heads: slice | None) -> WordMaps | None:
 
 
 def save(draw: Callable[..., Image.Image], picture: Image.Image, drawn: str | WordMaps, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, drawn).save(path, quality=QUALITY)
 
 

@@ -85,7 +85,7 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
             ImageOps.exif_transpose(file, in_place=True)
             return to_rgb(file)
     except UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
+        raise UserError(f"cannot read the picture {path} ({error}); replace it or leave it out") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

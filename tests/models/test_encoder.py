@@ -358,5 +358,11 @@ def test_parts_of_stages_can_be_trained(refused: Callable) -> None:
     encoder = EncoderCNN(config(*settings, "encoder.stages=[features.12]"))
     trained = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("features.12.") for name in trained)
-    with refused("layer4", "features.12"):
+    with refused("layer4", "take some of features.0, features.1, features.2, features.3,", " features.11, features.12"):
         EncoderCNN(config(*settings, "encoder.stages=[layer4]"))
+
+
+def test_a_stage_may_have_a_number_for_a_name() -> None:
+    encoder = EncoderCNN(config("encoder.name=efficientnet_lite0", "encoder.frozen=false", "encoder.stages=[15]"))
+    trained = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("15.") for name in trained)
