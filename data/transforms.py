@@ -84,7 +84,8 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
             return to_rgb(ImageOps.exif_transpose(file))
     except UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
+        reason = "of no format known here" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
