@@ -6,6 +6,7 @@ Streamlit's own texts are Markdown, in which a stranger's word could load a pict
 
 import argparse
 import html
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +16,8 @@ import streamlit as st
 import torch
 from PIL import Image
 
+import inference_visualize as inference
 from config import SearchConfig, UserError
-from inference_visualize import (
-    PICTURE_ENDINGS,
-    Opened,
-    Picture,
-    encoding,
-    knows_photographs,
-    per_word,
-    prediction,
-    read,
-    unique_name,
-    word_maps,
-)
 from models.model import Caption, CaptionModel
 from render import light, plain, scale, split_before
 from utils import RUNS, as_json, pick_device
@@ -41,8 +31,8 @@ p.caption { font-size: 1.75rem; line-height: 1.3; font-weight: 600; }
 p.caption mark { border-radius: .2em; background: #f2b632; color: #1f2328; }
 p.other { display: flex; justify-content: space-between; gap: 1rem; }
 p.other + p.other { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid rgb(128 128 128 / .3); }
-p.other span:last-child { opacity: .65; font-variant-numeric: tabular-nums; }
-p.quiet { font-size: .85rem; opacity: .65; }
+p.other span + span { flex-shrink: 0; }
+p.quiet, p.other span + span { font-size: .85rem; opacity: .65; font-variant-numeric: tabular-nums; }
 p.refusal { padding-left: .75rem; border-left: 3px solid #d1242f; }
 </style>"""
 
@@ -54,7 +44,7 @@ class Captioner:
     name: str
     key: tuple[str, int]
     model: CaptionModel
-    encode: Callable[[list[Opened]], torch.Tensor]
+    encode: Callable[[list[inference.Opened]], torch.Tensor]
 
 
 def main() -> None:
@@ -90,12 +80,9 @@ def show(kind: str, text: str) -> None:
 
 def named_checkpoints() -> list[Path]:
     """Return what stands after --checkpoint in: streamlit run app.py -- --checkpoint FILE."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--checkpoint", type=Path, action="append", default=[])
-    try:
-        args, unknown = parser.parse_known_args()
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; write: streamlit run app.py -- --checkpoint FILE") from None
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
+    args, unknown = parser.parse_known_args()
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; write: streamlit run app.py -- --checkpoint FILE")
     return args.checkpoint
@@ -104,7 +91,9 @@ def named_checkpoints() -> list[Path]:
 def find_checkpoints(named: list[Path]) -> list[Path]:
     """Return those named, those of runs, the newest first, and the pretrained; models of drawn shapes come last."""
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    found = sorted([*runs, *sorted(PRETRAINED.glob("*.pth"))], key=lambda path: not knows_photographs(path.parent))
+    found = sorted(
+        [*runs, *sorted(PRETRAINED.glob("*.pth"))], key=lambda path: not inference.knows_photographs(path.parent)
+    )
     if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
     return list(dict.fromkeys([*named, *found]))
@@ -113,17 +102,22 @@ def find_checkpoints(named: list[Path]) -> list[Path]:
 def choose_captioners(found: list[Path]) -> list[Captioner]:
     """Return the model chosen, and the one that it is to be compared with, where there is one."""
     with st.sidebar:
-        chosen = [st.selectbox("Model", found, format_func=name_of)]
-        others = [path for path in found if path not in chosen]
+        first = st.selectbox("Model", found, format_func=name_of)
+        captioners = [introduce(first)]
+        others = [path for path in found if path != first]
         other = st.selectbox("Compare with", others, None, name_of, placeholder="no other") if others else None
-        chosen += [other] if other else []
-        captioners = [load(path, path.stat().st_mtime_ns if path.is_file() else 0) for path in chosen]
-        for captioner in captioners:
-            model = captioner.model
-            show("quiet", f"{model.config.decoder.name} on {model.config.encoder.name}, {len(model.vocab):,} words")
-            if model.config.data.format == "sample":
-                show("quiet", f"{captioner.name} learned from drawn shapes and knows no photographs.")
+        if other:
+            captioners.append(introduce(other))
     return captioners
+
+
+def introduce(path: Path) -> Captioner:
+    captioner = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    config = captioner.model.config
+    show("quiet", f"{config.decoder.name} on {config.encoder.name}, {len(captioner.model.vocab):,} words")
+    if config.data.format == "sample":
+        show("quiet", "It learned from drawn shapes and knows no photographs.")
+    return captioner
 
 
 def name_of(path: Path) -> str:
@@ -133,7 +127,7 @@ def name_of(path: Path) -> str:
 @st.cache_resource(max_entries=3, show_spinner="Reading the model …")
 def load(path: Path, changed: int) -> Captioner:
     model = CaptionModel.from_checkpoint(path).to(pick_device())
-    return Captioner(name_of(path), (str(path), changed), model, encoding(model, None, pick_device()))
+    return Captioner(name_of(path), (str(path), changed), model, inference.encoding(model, None, pick_device()))
 
 
 def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
@@ -161,20 +155,20 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
 
 def caption_uploads(captioners: list[Captioner], options: SearchConfig, num_captions: int) -> list[list[dict]]:
     """Show the pictures dropped, each with its captions; return the rows of predictions.json of each captioner."""
-    endings = [ending.removeprefix(".") for ending in sorted(PICTURE_ENDINGS)]
+    endings = [ending.removeprefix(".") for ending in sorted(inference.PICTURE_ENDINGS)]
     files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
     rows: list[list[dict]] = [[] for _ in captioners]
     taken: set[str] = set()
     for file in files:
-        name = unique_name(file.name, taken)
-        picture = Picture(Path(file.name), name, name, content=file.getvalue())
+        name = inference.unique_name(file.name, taken)
+        picture = inference.Picture(Path(file.name), name, name, content=file.getvalue())
         with st.container(border=True), refusals():
             for column, captioner, own in zip(st.columns(len(captioners)), captioners, rows, strict=True):
                 with column:
                     shown, features = look(captioner, picture)
                     torch.manual_seed(captioner.model.config.train.seed)  # drawn captions are the same each time
                     (captions,) = captioner.model.describe(features, options, num_captions, keep_attention=True)
-                    own.append(prediction(picture, captions, num_captions))
+                    own.append(inference.prediction(picture, captions, num_captions))
                     title = f"{captioner.name}: {name}" if len(captioners) > 1 else name
                     panel(f"{file.file_id} {captioner.name}", title, shown, captions, options.max_length, len(rows))
     return rows
@@ -183,11 +177,11 @@ def caption_uploads(captioners: list[Captioner], options: SearchConfig, num_capt
 @st.cache_data(
     max_entries=100,
     show_spinner=False,
-    hash_funcs={Captioner: lambda captioner: captioner.key, Picture: lambda picture: picture.content},
+    hash_funcs={Captioner: lambda captioner: captioner.key, inference.Picture: lambda picture: picture.content},
 )
-def look(captioner: Captioner, picture: Picture) -> tuple[Image.Image, torch.Tensor]:
+def look(captioner: Captioner, picture: inference.Picture) -> tuple[Image.Image, torch.Tensor]:
     """Return the picture as it is shown, and its features (1, D) or (1, L, D); raises UserError for a broken one."""
-    opened = read(picture, captioner.model.transform)
+    opened = inference.read(picture, captioner.model.transform)
     if isinstance(opened, UserError):
         raise opened
     return opened[1], captioner.encode([opened])
@@ -196,19 +190,18 @@ def look(captioner: Captioner, picture: Picture) -> tuple[Image.Image, torch.Ten
 @st.fragment
 def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], max_length: int, columns: int) -> None:
     """Show a picture with its captions: beside it, or below it where there are several columns of pictures."""
-    best = captions[0]
-    looks = word_maps(best, slice(None))
+    best, *others = captions
+    looks = inference.word_maps(best, slice(None))
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
+        show("quiet", f"Probability per word: {percent(inference.per_word(best, max_length))}")
         word = 0
         if looks and looks.words:
-            label = "Slide through the words to see where the model looked"
-            word = st.slider(label, 0, len(looks.words), key=str(hash((key, best.words))))
+            word = st.slider("Where it looked, word by word", 0, len(looks.words), key=str(hash((key, best.words))))
         text.html(f'<p class="caption">{marked(best, word)}</p>')
-        rows = [(plain(caption.text), percent(per_word(caption, max_length))) for caption in captions]
-        st.html("".join(f'<p class="other"><span>{html.escape(t)}</span><span>{sure}</span></p>' for t, sure in rows))
-        show("quiet", "Per cent: how probable the model finds a word of the caption, in the geometric mean.")
+        if others:
+            st.html("".join(row(caption.text, percent(inference.per_word(caption, max_length))) for caption in others))
     with left:
         enlarged = picture.resize(scale(picture.size), Image.Resampling.LANCZOS)
         st.image(light(enlarged, looks.levels()[word - 1]) if looks and word else enlarged, output_format="JPEG")
@@ -220,8 +213,12 @@ def marked(caption: Caption, word: int) -> str:
     if not word:
         return html.escape(plain(caption.text))
     pieces = [html.escape(piece) for piece in split_before(caption.text, caption.words)]
-    pieces[word - 1] = f"<mark>{pieces[word - 1]}</mark>"
+    pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
     return "".join(pieces)
+
+
+def row(text: str, sure: str) -> str:
+    return f'<p class="other"><span>{html.escape(plain(text))}</span><span>{sure}</span></p>'
 
 
 def percent(probability: float) -> str:
