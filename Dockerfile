@@ -3,16 +3,16 @@
 FROM python:3.11-slim
 
 RUN useradd --create-home --uid 1000 user
-USER user
-ENV PATH=/home/user/.local/bin:$PATH PYTHONUNBUFFERED=1
+USER 1000
+ENV HOME=/home/user PATH=/home/user/.local/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /home/user/app
 
-COPY --chown=user requirements.txt requirements-extras.txt ./
-# CPU wheels first, from PyTorch's own index: the others bring 4 GB of CUDA libraries along.
-RUN pip install --no-cache-dir --user torch torchvision --index-url https://download.pytorch.org/whl/cpu \
-    && pip install --no-cache-dir --user -r requirements.txt -r requirements-extras.txt
+COPY --chown=1000 requirements.txt requirements-extras.txt ./
+# PyTorch's own index has wheels for the CPU, which go before the equal ones with 4 GB of CUDA libraries.
+RUN pip install --no-cache-dir --user -r requirements.txt -r requirements-extras.txt \
+    --extra-index-url https://download.pytorch.org/whl/cpu
 
-COPY --chown=user . .
+COPY --chown=1000 . .
 
 EXPOSE 8501
 HEALTHCHECK CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://localhost:8501/_stcore/health')"]

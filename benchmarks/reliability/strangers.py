@@ -307,10 +307,8 @@ def hostile_demo() -> Result:
     model = CaptionModel.build(load_config(overrides=[*SMALLEST, *settings]), Vocabulary([*SPECIALS, *texts]))
     scene = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(scene, "JPEG")
-    names = [f"{text.replace('/', '').encode(errors='replace').decode()}.jpg" for text in texts]
-    files: list["FilePayload"] = [
-        {"name": name, "mimeType": "image/jpeg", "buffer": scene.getvalue()} for name in names
-    ]
+    names = [re.sub("[/\0]", "", text).encode(errors="replace").decode() + ".jpg" for text in texts]
+    files: list[FilePayload] = [{"name": name, "mimeType": "image/jpeg", "buffer": scene.getvalue()} for name in names]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         save_checkpoint(Path(folder, "runs/hostile/checkpoints.pth"), model.state())
         with open_demo(Path(folder)) as (page, asked):
@@ -320,9 +318,11 @@ def hostile_demo() -> Result:
             shown = [paragraph.strip() for paragraph in page.locator("p.quiet").all_inner_texts()]
             for text, name in zip(texts, names, strict=True):
                 note(result, render.plain(text).replace(" ", "") in caption, f"the word {text!r}", caption)
-                note(result, render.plain(name) in shown, f"the name {name!r}", str(shown))
+                sent = name.replace('"', "%22")  # as browsers write it
+                note(result, render.plain(sent) in shown, f"the name {name!r}", str(shown))
             note(result, page.title() == "Image captioning", "something acted", page.title())
-            note(result, page.locator("iframe, base, .stMain p *, .stMain a[href*=invalid]").count() == 0, "elements")
+            others = page.locator("p.caption *, p.quiet *, .stMain :is(iframe, base, script, [href*=invalid])")
+            note(result, others.count() == 0, "a text became an element", str(others.all_inner_texts()))
             note(result, asked() <= {"localhost", "None"}, "something was asked for", str(asked()))
     return result
 
