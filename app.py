@@ -20,10 +20,9 @@ import inference_visualize as inference
 from config import SearchConfig, UserError
 from models.model import Caption, CaptionModel
 from render import light, plain, scale, split_before
-from utils import RUNS, as_json, pick_device
+from utils import PRETRAINED, RUNS, as_json, pick_device
 
 TITLE = "Image captioning"
-PRETRAINED = Path("pretrained")
 STYLE = """<style>
 .stMainBlockContainer { padding-top: 3.5rem; max-width: 80rem; }
 p.caption, p.other, p.quiet, p.refusal { margin: 0; overflow-wrap: anywhere; }
@@ -91,9 +90,8 @@ def named_checkpoints() -> list[Path]:
 def find_checkpoints(named: list[Path]) -> list[Path]:
     """Return those named, those of runs, the newest first, and the pretrained; models of drawn shapes come last."""
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    found = sorted(
-        [*runs, *sorted(PRETRAINED.glob("*.pth"))], key=lambda path: not inference.knows_photographs(path.parent)
-    )
+    given = [PRETRAINED] if PRETRAINED.is_file() else []
+    found = sorted([*runs, *given], key=lambda path: not inference.knows_photographs(path.parent))
     if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
     return list(dict.fromkeys([*named, *found]))
@@ -121,6 +119,8 @@ def introduce(path: Path) -> Captioner:
 
 
 def name_of(path: Path) -> str:
+    if path == PRETRAINED:
+        return "pretrained"
     return plain((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 

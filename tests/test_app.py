@@ -61,6 +61,7 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
 def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
     """`demo("--checkpoint", …)` opens the demo in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "PRETRAINED", Path("captioner.pth"))
 
     def open_page(*words: object) -> AppTest:
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, words)])
@@ -123,15 +124,14 @@ def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: 
         shutil.copy(checkpoints / f"{'sample' if run_name == 'sample' else 'lstm'}.pth", place)
         os.utime(place, (10**9 - age, 10**9 - age))
     Path("runs/sample/config.yaml").write_text("data: {format: sample}")
-    Path("pretrained").mkdir()
-    shutil.copy(checkpoints / "lstm.pth", "pretrained/small.pth")
+    shutil.copy(checkpoints / "lstm.pth", "captioner.pth")
     page = demo()
-    assert page.selectbox[0].options == ["runs/new", "runs/old", "pretrained/small.pth", "runs/sample"]
+    assert page.selectbox[0].options == ["runs/new", "runs/old", "pretrained", "runs/sample"]
     assert page.selectbox[0].value == Path("runs/new/checkpoints.pth") and "photographs" not in markup(page)
     for name in ("runs/new", "runs/old"):
         shutil.rmtree(name)
-    assert demo().selectbox[0].options == ["pretrained/small.pth", "runs/sample"]
-    shutil.rmtree("pretrained")
+    assert demo().selectbox[0].options == ["pretrained", "runs/sample"]
+    Path("captioner.pth").unlink()
     assert "It learned from drawn shapes and knows no photographs." in texts(demo(), "quiet")
 
 
