@@ -188,6 +188,16 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
 
 
+def change_search(config: Config, settings: dict[str, Any]) -> Config:
+    """Return `config` with these settings of `search` in place of its own; raises UserError for what they cannot be."""
+    values = flatten(config.model_dump())
+    layer = {f"search.{name}": value for name, value in settings.items()}
+    for name in layer:
+        if name not in values:
+            raise UserError(unknown_setting(name, "the call", values))
+    return validate(values | layer, dict.fromkeys(layer, "the call"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)

@@ -82,12 +82,14 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
+            return upright(file)
     except UNREADABLE as error:
         raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image) -> Image.Image:
+    """Return an opened picture as it is meant to be seen, as `open_picture` does."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
         values = np.asarray(picture, dtype=np.float32)
         picture = Image.fromarray((values * (255 / 65535 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
