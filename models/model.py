@@ -84,6 +84,7 @@ class CaptionModel(nn.Module):
     def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
         """Return the model whose `state()` was `saved`; `where` names its file in errors."""
         check(saved, where)
+        saved = whole(saved)
         config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = DECODERS[config.decoder.name]
@@ -205,6 +206,13 @@ class CaptionModel(nn.Module):
                 bar.update(len(batch))
         found = dict(distributed.gather(list(captions.items())))
         return {name: found[name] for name in names}
+
+
+def whole(values: Any) -> Any:
+    """Return a checkpoint with its halves as floats: `models.publish` halves what is given away."""
+    if isinstance(values, dict):
+        return {name: whole(value) for name, value in values.items()}
+    return values.float() if isinstance(values, torch.Tensor) and values.dtype == torch.float16 else values
 
 
 def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:

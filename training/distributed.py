@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 
@@ -63,6 +66,14 @@ def processes() -> Iterator[None]:
                 raise UserError("another process of this job has ended; what it said last tells why") from error
             raise
     dist.destroy_process_group()
+
+
+def parallel(module: nn.Module, precision: torch.dtype) -> DistributedDataParallel:
+    """Return `module`, whose gradients are means over all processes; in bfloat16 where they are computed in it."""
+    whole = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    if precision == torch.bfloat16:
+        whole.register_comm_hook(None, bf16_compress_hook)
+    return whole
 
 
 def end_job() -> None:

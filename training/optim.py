@@ -9,6 +9,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.model import CaptionModel
 
+SETTLED, EVERY = 100, 8  # the average is moved after each of the first steps, then after every eighth
+
 
 def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices alone and a learning rate of its own for an unfrozen backbone."""
@@ -42,9 +44,14 @@ class WeightAverage:
         self.weights = [parameter.detach().clone() for parameter in self.trained] if decay else []
 
     def update(self, step: int) -> None:
-        """Move the average towards the weights after a step; faster at first, lest it remember the random start."""
-        if self.weights:
-            get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(self.weights, self.trained, None)
+        """Move the average towards the weights after a step; faster at first, lest it remember the random start.
+
+        Later it moves at every eighth step only, by as much as in eight, since that reads and writes all weights.
+        """
+        each = 1 if step < SETTLED else EVERY
+        if self.weights and step % each == 0:
+            decay = min(self.decay, (1 + step) / (10 + step)) ** each
+            get_ema_multi_avg_fn(decay)(self.weights, self.trained, None)
 
     @contextmanager
     @torch.no_grad()

@@ -15,7 +15,7 @@ from pathlib import Path
 import evaluate
 import inference_visualize
 import train
-from benchmarks.reliability.kills import Result, differs, finish, in_folder, outcome, words_of
+from benchmarks.reliability.kills import Result, differs, finish, in_folder, outcome, same, words_of
 from benchmarks.reliability.tiny import SMALLEST, fork
 from utils import load_checkpoint
 
@@ -127,7 +127,7 @@ def no_permission() -> Result:
             (inference_visualize.main, ["--run", "whole"]),
             (train.main, start("new")),
         ]
-        before = Path("runs/whole/last.pth").read_bytes()
+        before = load_checkpoint("runs/whole/last.pth")
         for path in map(Path, FORBIDDEN):
             for mode in (0o000, 0o555 if path.is_dir() else 0o444):
                 usual = path.stat()
@@ -138,7 +138,7 @@ def no_permission() -> Result:
                     note(result, code == 0 or refused(code, said), f"{path} {mode:o} {words}", said)
                 os.chown(path, usual.st_uid, usual.st_gid)
                 path.chmod(usual.st_mode)
-        note(result, Path("runs/whole/last.pth").read_bytes() == before, "the checkpoint")
+        note(result, same(load_checkpoint("runs/whole/last.pth"), before), "the checkpoint")
         return result
 
     return in_folder(check)

@@ -52,8 +52,17 @@ def test_the_average_follows_the_weights_with_the_decay_asked_for(model: Caption
     average = WeightAverage(model, decay=0.9)
     before = average.weights[0].clone()
     shift(model, 1.0)
-    average.update(step=10_000)
+    average.update(step=99)
     assert torch.allclose(average.weights[0], before + 0.1, atol=1e-6)
+
+
+def test_later_eight_steps_are_taken_at_once(model: CaptionModel) -> None:
+    average = WeightAverage(model, decay=0.9)
+    before = average.weights[0].clone()
+    shift(model, 1.0)
+    for step in range(10_000, 10_016):
+        average.update(step)
+    assert torch.allclose(average.weights[0], before + 1 - 0.9**16, atol=1e-6)
 
 
 def test_the_average_forgets_the_random_start_quickly(model: CaptionModel) -> None:
