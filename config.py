@@ -36,7 +36,7 @@ Size = Annotated[int, Field(ge=1, le=8192)]
 # What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
 FREE_AFTER_TRAINING = {
     *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
-    *("train.num_workers", "train.log_every", "train.checkpoint_every"),
+    *("train.num_workers", "train.log_every", "train.checkpoint_every", "train.tensorboard"),
 }
 
 CONTROL = re.compile(
@@ -112,6 +112,7 @@ class TrainConfig(Section):
     num_workers: NonNegativeInt
     log_every: PositiveInt
     checkpoint_every: PositiveInt
+    tensorboard: bool
 
 
 class SearchConfig(Section):

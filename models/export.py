@@ -1,4 +1,4 @@
-"""Take a trained model elsewhere: its tensors as safetensors, all else as JSON, and two ONNX graphs that need no PyTorch.
+"""Take a trained model elsewhere: tensors as safetensors, all else as JSON, and two ONNX graphs that need no PyTorch.
 
 `python -m models.export --run attention` writes them, once the graphs have been compared with PyTorch; docs/export.md
 says what they hold.
@@ -42,14 +42,15 @@ def main() -> None:
     model = CaptionModel.from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 
-    files = separate(model.state() | {"scores": saved.get("scores")})
+    kept = {name: saved[name] for name in (*model.state(), "scores") if name in saved}
+    files = separate(kept | {"config": model.config.model_dump()})
     graphs = trace(model)
     difference = compare(model, OnnxDecoder(*graphs))
     print(f"ONNX against PyTorch on {PICTURES} pictures: logits differ by {difference:.1e} at most, no caption differs")
     files |= dict(zip((ENCODER, STEP), graphs, strict=True))
     for name, content in files.items():
         write_atomically(out / name, content)
-        print(f"wrote {out / name} ({len(content) / 1e6:.1f} MB)")
+        print(f"wrote {out / name} ({len(content) / 1e6:.2f} MB)")
     print(f"next: python docs/caption_with_onnx.py {out} photo.jpg")
 
 
@@ -173,16 +174,16 @@ def to_onnx(
     contiguous = tuple(part.contiguous() for part in inputs)  # strides are traced otherwise, and ONNX has none
     several = isinstance(module, OneStep)  # its other inputs are one argument, *known
     shapes = (axes[0], tuple(axes[1:])) if several else (axes[0],)
-    with quietly():
-        program = torch.onnx.export(
-            module.eval(),
-            contiguous,
-            input_names=given,
-            output_names=returned,
-            dynamic_shapes=shapes,
-            dynamo=True,
-            verbose=False,
-        )
+    options: dict[str, Any] = {"dynamic_shapes": shapes, "input_names": given, "output_names": returned}
+    try:
+        with quietly():
+            program = torch.onnx.export(module.eval(), contiguous, dynamo=True, verbose=False, **options)
+    except torch.onnx.OnnxExporterError as error:
+        what = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot write this {'decoder' if several else 'encoder'} as ONNX ({what}); "
+            "try another version of torch and onnxscript"
+        ) from error
     assert program is not None
     return program.model_proto.SerializeToString()
 

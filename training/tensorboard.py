@@ -1,5 +1,6 @@
-"""What TensorBoard shows of a run, below runs/<name>/tensorboard/: optional, and in the way of nothing else."""
+"""What TensorBoard shows of a run, in runs/<name>/tensorboard/: curves, and captioned pictures. Optional."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,21 +8,22 @@ import numpy as np
 from PIL import Image
 
 from config import UserError
+from data.dataset import Flickr8kDataset
 from data.transforms import open_picture
-from models.model import Caption
-from render import WordMaps, draw_attention, draw_caption
+from models.model import CaptionModel
 
 FOLDER = "tensorboard"
 
 
 class Board:
-    """Curves by step, scores by epoch, and captioned pictures; without a folder it writes nothing.
+    """Writes what TensorBoard shows, at the step that was just made; without a folder it writes nothing.
 
-    What is written at a step is what was so when as many had been made. Resuming drops what lies beyond the checkpoint,
-    so that no step is there twice: TensorBoard leaves out what is from `first_step` on.
+    Args:
+        first_step: the first one that is still to be made. What the folder holds of it and later ones, which a resumed
+            run makes again, is shown no more.
     """
 
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+    def __init__(self, folder: Path | None, first_step: int = 1) -> None:
         self.writer = find_writer()(folder, purge_step=first_step) if folder else None
 
     def step(self, step: int, loss: float, lr: float) -> None:
@@ -29,26 +31,32 @@ class Board:
             self.writer.add_scalar("step/train_loss", loss, step)
             self.writer.add_scalar("step/lr", lr, step)
 
-    def epoch(self, step: int, scores: dict[str, float]) -> None:
-        """Write a row of the loss log; `val_cider` and so on."""
+    def epoch(self, row: dict[str, float]) -> None:
+        """Draw a row of loss_log.txt."""
         if self.writer:
-            for name in scores.keys() - {"epoch", "step", "lr"}:
-                self.writer.add_scalar(f"epoch/{name}", scores[name], step)
+            for name in row.keys() - {"epoch", "step", "lr"}:
+                self.writer.add_scalar(f"epoch/{name}", row[name], row["step"])
 
-    def picture(self, step: int, path: Path, caption: Caption) -> None:
-        """Show a picture with its caption and, where the decoder has attention, with where it looked for each word."""
-        if self.writer:
-            picture = open_picture(path)
-            self.show(f"captions/{path.name}", step, draw_caption(picture, caption.text))
-            looks = WordMaps.of(caption.words, caption.attention)
+    def pictures(self, step: int, model: CaptionModel, dataset: Flickr8kDataset, images: Sequence[str]) -> None:
+        """Show some pictures of a dataset with features, each with its greedy caption and where the decoder looked."""
+        if not self.writer or dataset.features is None:
+            return
+        from inference_visualize import word_maps  # which draws: not for those who ask for no board
+        from render import draw_attention, draw_caption
+
+        features = dataset.features.take(images)
+        captions = model.describe(features, model.config.search.greedy(), keep_attention=True)
+        for image, [caption] in zip(images, captions, strict=True):
+            picture, looks = open_picture(dataset.folder / image), word_maps(caption, slice(None))
+            self.show(f"captions/{image}", draw_caption(picture, caption.text), step)
             if looks:
-                self.show(f"attention/{path.name}", step, draw_attention(picture, looks))
+                self.show(f"attention/{image}", draw_attention(picture, looks), step)
 
-    def show(self, name: str, step: int, sheet: Image.Image) -> None:
+    def show(self, name: str, sheet: Image.Image, step: int) -> None:
         self.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Have on the disk what was written; to be called before a checkpoint, which training may go on from."""
+        """Have everything on the disk, before a checkpoint says that training may go on from there."""
         if self.writer:
             self.writer.flush()
 
@@ -59,7 +67,7 @@ def find_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "train.tensorboard needs the package tensorboard; install it: pip install -r requirements-extras.txt, "
+            "train.tensorboard=true needs the package tensorboard; run: pip install -r requirements-extras.txt, "
             "or train without it: train.tensorboard=false"
         ) from None
     return SummaryWriter
