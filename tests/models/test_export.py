@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCENES
@@ -11,6 +12,7 @@ from PIL import Image
 
 import config
 from data import sample
+from data.transforms import Transform
 from data.vocab import build_vocab
 from models import export
 from models.decoder import Decoder, State
@@ -18,6 +20,7 @@ from models.model import DECODERS, CaptionModel
 from utils import load_checkpoint, save_checkpoint
 
 pytest.importorskip("safetensors")
+DOCS = str(Path(export.__file__).parents[1] / "docs")
 ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four cells
 DEEP = {
     "lstm": ["decoder.num_layers=2"],
@@ -57,7 +60,7 @@ def test_captions_without_pytorch_are_those_with_it(
         pytest.importorskip(package)
     path = save(name, tmp_path, tiny_config)
     assert run("--checkpoint", path, "search.beam=4") == 0
-    monkeypatch.syspath_prepend(str(Path(export.__file__).parents[1] / "docs"))
+    monkeypatch.syspath_prepend(DOCS)
     from caption_with_onnx import Captioner
 
     captioner = Captioner(tmp_path / "export")
@@ -65,6 +68,20 @@ def test_captions_without_pytorch_are_those_with_it(
     expected = CaptionModel.from_checkpoint(path).caption(pictures, beam=4)
     assert [captioner(Image.open(picture)) for picture in pictures] == expected
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("size", [(500, 375), (31, 70), (96, 200)])
+def test_pictures_are_resized_without_pytorch_as_in_training(
+    size: tuple[int, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(DOCS)
+    from caption_with_onnx import squeeze
+
+    picture = Image.open(drawn / "images/00.jpg").resize(size)
+    trained_on = Transform(96).resize(picture).permute(1, 2, 0).numpy()
+    off = np.abs(squeeze(np.asarray(picture), 96).astype(int) - trained_on)
+    assert off.max() <= (0 if "AVX" in torch.backends.cpu.get_cpu_capability() else 1)  # its integers are of 16 bits
 
 
 def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, tiny_config: Callable) -> None:
