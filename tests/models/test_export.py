@@ -1,4 +1,4 @@
-"""What is exported writes the captions that the checkpoint writes, with PyTorch and without; else nothing is written."""
+"""What is exported writes the captions of the checkpoint, with PyTorch and without; else nothing is written."""
 
 import sys
 from collections.abc import Callable
@@ -27,6 +27,7 @@ DEEP = {
     "attention": [],
     "transformer": ["decoder.num_layers=2", "decoder.encoder_layers=1", "decoder.num_heads=4"],
 }
+SCALE, NOISE = {"lstm": 2, "attention": 2, "transformer": 1}, {"lstm": 0, "attention": 0, "transformer": 0.3}
 
 
 def save(name: str, folder: Path, tiny_config: Callable) -> Path:
@@ -36,7 +37,7 @@ def save(name: str, folder: Path, tiny_config: Callable) -> Path:
     with torch.no_grad():
         model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
         for parameter in model.decoder.parameters():
-            parameter.mul_(2).add_(torch.randn(parameter.shape), alpha=0.5)
+            parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
     save_checkpoint(folder / "checkpoints.pth", model.state() | {"scores": {"val_cider": 12.5}, "optimiser": {}})
     return folder / "checkpoints.pth"
 
