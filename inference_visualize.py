@@ -28,7 +28,7 @@ from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
 from training import distributed
-from utils import RUNS, as_json, find_run, pick_device, write_atomically
+from utils import PRETRAINED, as_json, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88
@@ -109,7 +109,8 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint",
         action="append",
         metavar="FILE",
-        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs); "
+        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, or "
+        "the one in pretrained/); "
         "several, each after its own --checkpoint, write together",
     )
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
@@ -147,18 +148,15 @@ def positive(text: str) -> int:
 
 
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
-    """Return those named, or the newest run's; photographs are not given to the sample's shapes model."""
+    """Return those named, or the newest run's: for photographs, one that knows them, or else the one in pretrained/."""
     if args.checkpoint:
         return [Path(name) for name in args.checkpoint]
     if args.run or not args.images:
         return [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]
     try:
         return [find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"]
-    except UserError:
-        raise UserError(
-            f"no run under {RUNS}/ has learned from photographs; train one (see README, Flickr8k) "
-            "or give --checkpoint FILE"
-        ) from None
+    except UserError:  # there is none
+        return [PRETRAINED]
 
 
 def knows_photographs(run: Path) -> bool:

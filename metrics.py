@@ -215,8 +215,13 @@ def resample(scores: Scores, seed: int = 0) -> dict[str, np.ndarray]:
     those of all pictures.
     """
     pictures = len(scores.cider)
-    drawn = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
+    drawn = draw(pictures, seed)
     return {"bleu4": bleu4(drawn @ scores.bleu_counts), "cider": drawn @ scores.cider / pictures}
+
+
+def draw(pictures: int, seed: int = 0) -> np.ndarray:
+    """Return how often each of RESAMPLES bootstrap samples has each picture (RESAMPLES, pictures)."""
+    return np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
 
 
 def bleu4(counts: np.ndarray) -> np.ndarray:
@@ -229,9 +234,13 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
 
 def intervals(scores: Scores) -> dict[str, list[float]]:
     """Return the bootstrap interval of BLEU-4 and CIDEr-D: [low, high]."""
+    return {name: interval(samples).round(2).tolist() for name, samples in resample(scores).items()}
+
+
+def interval(samples: np.ndarray) -> np.ndarray:
+    """Return between which two values LEVEL % of the samples lie."""
     outside = (100 - LEVEL) / 2
-    bounds = [outside, 100 - outside]
-    return {name: np.percentile(samples, bounds).round(2).tolist() for name, samples in resample(scores).items()}
+    return np.percentile(samples, [outside, 100 - outside])
 
 
 def p_values(first: Scores, second: Scores) -> dict[str, float]:

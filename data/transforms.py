@@ -82,18 +82,25 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
-            return upright(file)
+            ImageOps.exif_transpose(file, in_place=True)
+            return to_rgb(file)
     except UNREADABLE as error:
         raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Return an opened picture as it is meant to be seen, as `open_picture` does."""
-    picture = ImageOps.exif_transpose(picture)
+    """Return a picture that is open already as `open_picture` would; it stays as it is."""
+    return to_rgb(ImageOps.exif_transpose(picture))
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
         values = np.asarray(picture, dtype=np.float32)
         picture = Image.fromarray((values * (255 / 65535 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return picture.convert("RGB")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture.load()
+    return (
+        picture if picture.mode == "RGB" else picture.convert("RGB")
+    )  # large pictures are not copied more than needed

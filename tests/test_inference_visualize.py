@@ -144,12 +144,17 @@ def test_limit_takes_the_first(run: Run) -> None:
     assert [Path(name).name for name in predictions()] == ["00.jpg", "01.jpg", "02.jpg"]
 
 
-def test_photographs_are_not_given_to_the_samples_model(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_samples(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = Path("runs/flickr8k/config.yaml")
     config.write_text(config.read_text().replace("format: auto", "format: sample"))
-    assert run("--images", "archive/images") == 2
-    assert "learned from photographs" in capsys.readouterr().err
+    shutil.copy("runs/flickr8k/checkpoints.pth", "captioner.pth")
+    monkeypatch.setattr(inference_visualize, "PRETRAINED", Path("captioner.pth"))
+    assert run("--images", "archive/images") == 0
+    assert "with captioner.pth" in capsys.readouterr().out
     assert run("--images", "archive/images", "--checkpoint", "runs/flickr8k/checkpoints.pth") == 0
+    assert "with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
 def test_a_checkpoint_and_pictures_are_all_it_takes(run: Run, tmp_path: Path) -> None:
