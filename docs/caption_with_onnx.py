@@ -42,7 +42,8 @@ class Captioner:
         pixels = squeeze(np.asarray(ImageOps.exif_transpose(picture).convert("RGB")), self.size)
         seen = self.encoder.run(None, {"pixels": pixels.transpose(2, 0, 1)[None]})  # of (1, 3, S, S)
         known = dict(zip(self.known, seen, strict=True))
-        written, log_prob, ended = [[SOS]], np.zeros(1), []  # K hypotheses; those that end leave the beam
+        written, log_prob = [[SOS]], np.zeros(1)  # of K hypotheses
+        ended: list[tuple[float, list[int]]] = []  # those that have left the beam, with their scores
         for length in range(1, self.search["max_length"] + 1):
             known["token"] = np.array([words[-1] for words in written])  # (K,)
             logits, *after = self.decoder.run(None, known)  # (K, V)
