@@ -188,7 +188,10 @@ class CaptionModel(nn.Module):
         captions = []
         for first in range(0, len(pictures), CAPTION_BATCH):
             batch = pictures[first : first + CAPTION_BATCH]
-            openers = [partial(upright if isinstance(each, Image.Image) else open_picture, each) for each in batch]
+            openers = [
+                partial(upright, each) if isinstance(each, Image.Image) else partial(open_picture, Path(each))
+                for each in batch
+            ]
             features = torch.cat([extractor(pixels) for pixels in extractor.read(openers)])
             captions += [best.text for best, *_ in self.describe(features, options)]
         return captions

@@ -24,7 +24,7 @@ class Board:
     """
 
     def __init__(self, folder: Path | None, first_step: int = 1) -> None:
-        self.writer = find_writer()(folder, purge_step=first_step) if folder else None
+        self.writer: Any = find_writer()(folder, purge_step=first_step) if folder else None
 
     def step(self, step: int, loss: float, lr: float) -> None:
         if self.writer:

@@ -145,6 +145,6 @@ def test_graphs_that_differ_are_not_written(
 def test_a_package_that_is_missing_is_named(
     run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert run("--checkpoint", tmp_path / "none.pth") == 2
     assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
