@@ -36,7 +36,7 @@ Size = Annotated[int, Field(ge=1, le=8192)]
 # What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
 FREE_AFTER_TRAINING = {
     *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
-    *("train.num_workers", "train.log_every", "train.checkpoint_every"),
+    *("train.num_workers", "train.log_every", "train.checkpoint_every", "train.tensorboard"),
 }
 
 # What the name of a file could do to a terminal.
@@ -111,6 +111,7 @@ class TrainConfig(Section):
     num_workers: NonNegativeInt
     log_every: PositiveInt
     checkpoint_every: PositiveInt
+    tensorboard: bool
 
 
 class SearchConfig(Section):
@@ -186,6 +187,16 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
                 "with train.start=FILE to keep what was learned"
             )
     return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
+
+
+def change_search(config: Config, settings: dict[str, Any]) -> Config:
+    """Return `config` with these settings of `search` in place of its own; raises UserError for what they cannot be."""
+    values = flatten(config.model_dump())
+    layer = {f"search.{name}": value for name, value in settings.items()}
+    for name in layer:
+        if name not in values:
+            raise UserError(unknown_setting(name, "the call", values))
+    return validate(values | layer, dict.fromkeys(layer, "the call"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
 from training.poison import Poison, is_finite, tell
 from training.runs import claimed, refuse_existing, resume, start_run, write_log
+from training.tensorboard import FOLDER, Board, find_writer
 from utils import DAMAGED, RUNS, StopRequest, pick_device, pick_precision, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
@@ -52,6 +53,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         go_on(args)
     config, saved = resume(args) if args.resume else (choose_config(args), None)
     run = RUNS / config.run
+    if config.train.tensorboard:
+        distributed.once(find_writer)
     distributed.once(stack.enter_context, claimed(run))
     distributed.once(refuse_existing, run, args, config)
 
@@ -217,6 +220,7 @@ class Trainer:
         self.average = WeightAverage(model, self.config.ema)
         self.nll = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         self.poison = Poison(device)
+        self.board = Board(None)
         self.under_way: Epoch | None = None
         self.kept = 0  # the step of last.pth
 
@@ -233,6 +237,7 @@ class Trainer:
     def save_last(self) -> None:
         """Write last.pth; to be called in all processes, of which the first one writes."""
         self.refuse_poison(is_finite(self.model))
+        self.board.flush()
         [nll] = distributed.total(float(self.nll))
         if distributed.rank() == 0:
             state = {"optimiser": self.optimiser.state_dict(), "progress": asdict(self.progress), "nll": nll}
@@ -243,6 +248,8 @@ class Trainer:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
         self.save_last()
         distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
+        if self.config.tensorboard and distributed.rank() == 0:
+            self.board = Board(self.run / FOLDER, self.progress.step + 1)
         with StopRequest() as stop:
             while not self.is_finished():
                 if not self.train_epoch(stop):
@@ -348,6 +355,7 @@ class Trainer:
         """Show the loss of this step on the bar, or as a line where there is no terminal."""
         self.refuse_poison()
         [loss] = distributed.total(part.item())
+        self.board.step(self.progress.step, loss, self.optimiser.param_groups[0]["lr"])
         perplexity = math.exp(min(loss, 700))
         if bar.disable:
             place = f"Epoch [{self.progress.epoch + 1}/{self.config.epochs}] Step [{self.progress.batch}/{batches}]"
@@ -386,7 +394,10 @@ class Trainer:
         progress.history.append(row)
         progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
         self.nll.zero_()
-        self.report_epoch(row, captions)
+        shown = list(captions)[:: max(1, len(captions) // SHOWN)][:SHOWN]
+        self.report_epoch(row, {image: captions[image] for image in shown})
+        self.board.epoch(row)
+        self.board.pictures(progress.step, self.model, val_set, shown)
         if row is progress.best and distributed.rank() == 0:
             save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
 
@@ -396,8 +407,7 @@ class Trainer:
             f"teacher-forced val: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.1f} | "
             f"greedy val captions: BLEU-4 {row['val_bleu4']:.1f}, CIDEr {row['val_cider']:.1f}"
         )
-        step = max(1, len(captions) // SHOWN)
-        for image, caption in list(captions.items())[::step][:SHOWN]:
+        for image, caption in captions.items():
             print(f"    {image}: {caption}")
 
     def sample_features(self) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from tqdm import tqdm
 from config import UserError
 from data.dataset import Features
 from data.transforms import WHOLE, View, open_picture, other_views
-from models.model import CaptionModel
 from training import distributed
 from utils import pick_precision, write_atomically
+
+if TYPE_CHECKING:  # which captions by way of this file
+    from models.model import CaptionModel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +43,7 @@ SAVE_EVERY = 256  # pictures between two manifests: the most a kill can cost
 class Extractor:
     """Encodes pictures at full speed with a frozen copy of the model's encoder: the one way from pixels to features."""
 
-    def __init__(self, model: CaptionModel, device: torch.device) -> None:
+    def __init__(self, model: "CaptionModel", device: torch.device) -> None:
         self.transform, self.device = model.transform, device
         self.dtype = pick_precision(model.config.train.precision, device)
         self.batch = BATCH[device.type]
@@ -76,7 +78,7 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch:
 
 
 def encode_pictures(
-    model: CaptionModel, names: Sequence[str], folder: Path, device: torch.device, view: View = WHOLE
+    model: "CaptionModel", names: Sequence[str], folder: Path, device: torch.device, view: View = WHOLE
 ) -> Features:
     """Return the features of these pictures in `folder`: from the cache, filled, where the encoder is frozen."""
     if model.config.encoder.frozen:
@@ -125,7 +127,7 @@ class Shards:
     """The features of pictures from several sources, a shard for each, in the folder `place`."""
 
     def __init__(
-        self, model: CaptionModel, device: torch.device, view: View, place: Path, shards: list["Shard"]
+        self, model: "CaptionModel", device: torch.device, view: View, place: Path, shards: list["Shard"]
     ) -> None:
         self.model, self.device, self.view, self.place, self.shards = model, device, view, place, shards
 
@@ -164,7 +166,7 @@ class FeatureCache(Shards):
     """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
 
     def __init__(
-        self, model: CaptionModel, names: list[str], folder: Path, device: torch.device, view: View = WHOLE
+        self, model: "CaptionModel", names: list[str], folder: Path, device: torch.device, view: View = WHOLE
     ) -> None:
         self.names, self.folder = names, folder
         made_by = identity(model, device, view) | {"folder": str(folder.resolve())}
@@ -189,7 +191,7 @@ class FeatureCache(Shards):
         return self.open()
 
 
-def identity(model: CaptionModel, device: torch.device, view: View) -> dict[str, Any]:
+def identity(model: "CaptionModel", device: torch.device, view: View) -> dict[str, Any]:
     """Return what features depend on beside the pictures."""
     made_by = {
         "encoder": model.encoder.identity,

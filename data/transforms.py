@@ -89,6 +89,11 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """Return a picture that is open already as `open_picture` would; it stays as it is."""
+    return to_rgb(ImageOps.exif_transpose(picture))
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
         values = np.asarray(picture, dtype=np.float32)
@@ -97,6 +102,4 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture.load()
-    return (
-        picture if picture.mode == "RGB" else picture.convert("RGB")
-    )  # large pictures are not copied more than needed
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # a copy of a large one costs memory

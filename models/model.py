@@ -1,19 +1,23 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing, and the file it is kept in."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, SearchConfig, UserError, flatten, restore_config
+from config import Config, SearchConfig, UserError, change_search, flatten, restore_config
 from data.dataset import Features
-from data.transforms import Transform
+from data.features import Extractor
+from data.transforms import Transform, open_picture, upright
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
 from models.contents import check
@@ -31,6 +35,7 @@ SHAPING = (
     *("decoder.embed_size", "decoder.hidden_size", "decoder.num_layers", "decoder.num_heads", "decoder.encoder_layers"),
 )
 LEAST_PART = 1 / 40  # of a classifier's weights are its backbone's: AlexNet has 1 / 25
+Picture = str | os.PathLike[str] | Image.Image
 CAPTION_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
 
 
@@ -190,6 +195,28 @@ class CaptionModel(nn.Module):
         return Caption(
             self.vocab.decode(hypothesis.ids), words, hypothesis.log_prob, hypothesis.score, hypothesis.attention
         )
+
+    def caption(self, images: Picture | Iterable[Picture], **settings: Any) -> list[str]:
+        """Return a caption of each of these pictures, files or opened ones, or of the one.
+
+        `settings` are those of `search` in config.yaml, such as beam=3 or length_penalty=1, in place of the
+        checkpoint's own. Each call first makes a fast copy of the encoder: give it many pictures rather than one.
+
+        Raises UserError for a setting that is none, and for a file that cannot be read.
+        """
+        options = change_search(self.config, settings).search
+        pictures = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        extractor = Extractor(self, next(self.decoder.parameters()).device)
+        captions = []
+        for first in range(0, len(pictures), CAPTION_BATCH):
+            batch = pictures[first : first + CAPTION_BATCH]
+            openers = [
+                partial(upright, each) if isinstance(each, Image.Image) else partial(open_picture, Path(each))
+                for each in batch
+            ]
+            features = torch.cat([extractor(pixels) for pixels in extractor.read(openers)])
+            captions += [best.text for best, *_ in self.describe(features, options)]
+        return captions
 
     def caption_all(
         self, features: Features, names: Sequence[str], options: SearchConfig | None = None

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from config import Config, UserError, restore_config
 from data import annotations
+from training import tensorboard
 from utils import RUNS, find_run, load_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
@@ -25,6 +26,7 @@ WRITTEN = (
     *("captions_result.html", "predictions.json", "loss_curve.png"),
     *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in annotations.SPLITS),
 )
+FOLDERS = ("outputs", "export", tensorboard.FOLDER)
 RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
 
 LOCK, HOLDER = ".lock", ".holder"  # the lock, and who has it: on Windows a locked file cannot be read
@@ -110,7 +112,8 @@ def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
     """Clear the run's folder of what an earlier run wrote; write the resolved config and every picture's split."""
     for name in WRITTEN:
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "outputs", ignore_errors=True)
+    for name in FOLDERS:
+        shutil.rmtree(run / name, ignore_errors=True)
     write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
     write_atomically(run / annotations.SAVED_SPLITS, json.dumps(annotations.splits_of(table)).encode())
 

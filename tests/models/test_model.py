@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from config import Config
 from data.vocab import SPECIALS, build_vocab
@@ -217,3 +218,27 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(
 def test_a_checkpoint_that_lacks_a_part_is_refused(part: str, saved: dict[str, Any], refused: Callable) -> None:
     with refused("a.pth"):
         CaptionModel.from_state({key: value for key, value in saved.items() if key != part}, "a.pth")
+
+
+def test_pictures_are_captioned_as_paths_or_opened_one_or_many(
+    drawn: Path, tmp_path: Path, tiny_config: Callable, refused: Callable
+) -> None:
+    save_checkpoint(tmp_path / "a.pth", build(tiny_config()).state())
+    model = CaptionModel.from_checkpoint(tmp_path / "a.pth")
+    paths = [drawn / f"images/{number:02}.jpg" for number in range(3)]
+    pixels = torch.stack([model.transform(Image.open(path)) for path in paths])
+    with torch.inference_mode():
+        options = model.config.search.model_copy(update={"beam": 2, "max_length": 4})
+        expected = [best.text for [best] in model.describe(model.encoder(pixels), options)]
+    assert model.caption(paths, beam=2, max_length=4) == expected
+    assert model.caption([str(paths[0]), Image.open(paths[1])], beam=2, max_length=4) == expected[:2]
+    sideways = Image.open(paths[2]).transpose(Image.Transpose.ROTATE_90)
+    sideways.getexif()[0x0112] = 6  # to be turned back
+    assert model.caption(sideways, beam=2, max_length=4) == expected[2:]
+    assert model.caption([]) == []
+    with refused("search.beem", "search.beam"):
+        model.caption(paths, beem=2)
+    with refused("search.beam = 0", "1"):
+        model.caption(paths, beam=0)
+    with refused(str(tmp_path / "none.jpg")):
+        model.caption([paths[0], tmp_path / "none.jpg"])

@@ -1,0 +1,270 @@
+"""Take a trained model elsewhere: tensors as safetensors, all else as JSON, and two ONNX graphs that need no PyTorch.
+
+`python -m models.export --run attention` writes them, once the graphs have been compared with PyTorch; docs/export.md
+says what they hold.
+"""
+
+from config import UserError, cli, parse_command_line  # isort: skip  # first: quiet if stopped
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import sample
+from data.vocab import SOS
+from models.decoder import Decoder, Memory, State
+from models.model import CaptionModel
+from models.search import search
+from utils import CHECKPOINT_FORMAT, as_json, find_run, load_checkpoint, write_atomically
+
+TENSORS, REST, ENCODER, STEP = "model.safetensors", "config.json", "encoder.onnx", "decoder_step.onnx"
+PICTURES, BEAM = 6, 3  # how many drawn scenes the graphs are compared on, and by which beam
+TOLERANCE = 1e-4  # of the largest logit, by which logits may differ: fp32 has seven digits, of which some get lost
+
+
+def main() -> None:
+    args = parse_args()
+    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    out = Path(args.out) if args.out else path.parent / "export"
+    require("safetensors", "onnx", "onnxscript", "onnxruntime")
+    saved = load_checkpoint(path)
+    model = CaptionModel.from_state(saved, str(path), args.overrides).eval()
+    print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
+
+    kept = {name: saved[name] for name in (*model.state(), "scores") if name in saved}
+    files = separate(kept | {"config": model.config.model_dump()})
+    graphs = trace(model)
+    difference = compare(model, OnnxDecoder(*graphs))
+    print(f"ONNX against PyTorch on {PICTURES} pictures: logits differ by {difference:.1e} at most, no caption differs")
+    files |= dict(zip((ENCODER, STEP), graphs, strict=True))
+    for name, content in files.items():
+        write_atomically(out / name, content)
+        print(f"wrote {out / name} ({len(content) / 1e6:.2f} MB)")
+    print(f"next: python docs/caption_with_onnx.py {out} photo.jpg")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write a trained model as safetensors and JSON, and as ONNX for use without PyTorch.",
+        epilog="Example: python -m models.export --run attention --out exported. How captions are searched may be said "
+        "anew for config.json: search.beam=5",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
+    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
+    parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
+    return parse_command_line(parser)
+
+
+def require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UserError(
+                f"export needs the package {package}; run: pip install -r requirements-extras.txt"
+            ) from None
+
+
+def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:
+    """Return the files that hold a checkpoint's tensors, named `decoder.output.weight` and so on, and all else."""
+    import safetensors.torch
+
+    tensors, rest = {}, {"format": CHECKPOINT_FORMAT}
+    for part, content in checkpoint.items():
+        if isinstance(content, torch.Tensor):
+            tensors[part] = content
+        elif part in ("decoder", "backbone"):
+            tensors |= {f"{part}.{name}": tensor for name, tensor in (content or {}).items()}
+        else:
+            rest[part] = content
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {TENSORS: safetensors.torch.save(whole), REST: as_json(rest)}
+
+
+def load(folder: str | Path) -> dict[str, Any]:
+    """Return the checkpoint in a folder's model.safetensors and config.json, for `CaptionModel.from_state`."""
+    import safetensors.torch
+
+    folder = Path(folder)
+    checkpoint = json.loads((folder / REST).read_text(encoding="utf-8")) | {"decoder": {}, "backbone": {}}
+    checkpoint["transform"] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint["transform"].items()
+    }
+    for name, tensor in safetensors.torch.load_file(folder / TENSORS).items():
+        part, _, inner = name.partition(".")
+        (checkpoint[part] if inner else checkpoint)[inner or part] = tensor
+    return checkpoint | {"backbone": checkpoint["backbone"] or None}
+
+
+class FirstLook(nn.Module):
+    """From uint8 pixels (B, 3, S, S) to what the decoder remembers of each picture, and its state before `<sos>`."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        memory = self.model.decoder.prepare(self.model.encode(pixels))
+        return *memory, *self.model.decoder.start(memory)
+
+
+class OneStep(nn.Module):
+    """The decoder's step with its state, of `states` tensors, and memory spread out."""
+
+    def __init__(self, decoder: Decoder, states: int) -> None:
+        super().__init__()
+        self.decoder, self.states = decoder, states
+
+    def forward(self, token: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, state, attention = self.decoder.step(token, known[: self.states], known[self.states :])
+        return logits, *state, *([] if attention is None else [attention])
+
+
+@torch.no_grad()
+def trace(model: CaptionModel) -> tuple[bytes, bytes]:
+    """Return the ONNX graphs of a model on the CPU: the encoder and one step of the decoder.
+
+    They are traced with two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
+    """
+    pixels = torch.zeros(2, 3, *[model.transform.image_size] * 2, dtype=torch.uint8)
+    memory = model.decoder.prepare(model.encode(pixels))
+    start = model.decoder.start(memory)
+    token, state = torch.full((6,), SOS), tuple(part.repeat_interleave(3, 0) for part in start)
+    for _ in range(2):
+        _, state, attention = model.decoder.step(token, state, memory)
+    grown = [axis_names(before, after) for before, after in zip(start, state, strict=True)]
+    memories, states = names("memory", memory), names("state", state)
+    first = to_onnx(FirstLook(model), [pixels], [{0: "pictures"}], ["pixels"], [*memories, *states])
+    step = to_onnx(
+        OneStep(model.decoder, len(state)),
+        [token, *state, *memory],
+        [{0: "hypotheses"}, *grown, *({0: "pictures"} for _ in memory)],
+        ["token", *states, *memories],
+        ["logits", *names("next_state", state), *([] if attention is None else ["attention"])],
+    )
+    return first, step
+
+
+def names(kind: str, tensors: tuple[torch.Tensor, ...]) -> list[str]:
+    return [f"{kind}_{number}" for number in range(len(tensors))]
+
+
+def axis_names(before: torch.Tensor, after: torch.Tensor) -> dict[int, str]:
+    """Return which axes of a part of the state change: the first, and those that grow with each word."""
+    growing = {axis: "written" for axis in range(1, after.ndim) if before.shape[axis] != after.shape[axis]}
+    return {0: "hypotheses", **growing}
+
+
+def to_onnx(
+    module: nn.Module, inputs: list[torch.Tensor], axes: list[dict[int, str]], given: list[str], returned: list[str]
+) -> bytes:
+    """Return the graph of `module`; `axes` names those of each input that may change, `given` and `returned` it all."""
+    contiguous = tuple(part.contiguous() for part in inputs)  # strides are traced otherwise, and ONNX has none
+    several = isinstance(module, OneStep)  # its other inputs are one argument, *known
+    shapes = (axes[0], tuple(axes[1:])) if several else (axes[0],)
+    options: dict[str, Any] = {"dynamic_shapes": shapes, "input_names": given, "output_names": returned}
+    try:
+        with quietly():
+            program = torch.onnx.export(module.eval(), contiguous, dynamo=True, verbose=False, **options)
+    except torch.onnx.OnnxExporterError as error:
+        what = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot write this {'decoder' if several else 'encoder'} as ONNX ({what}); "
+            "try another version of torch and onnxscript"
+        ) from error
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep the exporter from warning of what is as it should be: LSTM weights in one piece, its own old functions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(before)
+
+
+class OnnxDecoder(Decoder):
+    """The two graphs behind the decoder interface, so that the same search runs them; pictures are uint8 pixels."""
+
+    def __init__(self, encoder: bytes, step: bytes) -> None:
+        import onnxruntime
+
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self.encoder, self.decoder = (onnxruntime.InferenceSession(graph, options) for graph in (encoder, step))
+        self.memories = sum(part.name.startswith("memory") for part in self.encoder.get_outputs())
+        self.given = [part.name for part in self.decoder.get_inputs()]
+
+    def prepare(self, features: torch.Tensor) -> Memory:
+        found = [torch.from_numpy(part) for part in self.encoder.run(None, {"pixels": features.numpy()})]
+        self.first = tuple(found[self.memories :])
+        return tuple(found[: self.memories])
+
+    def start(self, memory: Memory) -> State:
+        return self.first
+
+    def step(
+        self, token: torch.Tensor, state: State, memory: Memory
+    ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
+        values = [np.ascontiguousarray(part.numpy()) for part in (token, *state, *memory)]
+        found = map(torch.from_numpy, self.decoder.run(None, dict(zip(self.given, values, strict=True))))
+        logits, *rest = found
+        return logits, tuple(rest[: len(state)]), rest[len(state)] if len(rest) > len(state) else None
+
+
+@torch.inference_mode()
+def compare(model: CaptionModel, graphs: Decoder) -> float:
+    """Return by how much the graphs' logits differ from the model's at most, over the captions of drawn scenes.
+
+    Raises UserError when that is more than TOLERANCE of the largest, or when beam search finds another caption.
+    """
+    scenes = [scene for _, scene in sample.choose_scenes()[:PICTURES]]
+    drawn = [sample.draw_scene(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes)]
+    pixels = torch.stack([model.transform.resize(picture) for picture in drawn])  # (B, 3, S, S)
+    options = model.config.search.model_copy(update={"temperature": 0.0, "beam": BEAM})
+    sources: list[tuple[Decoder, torch.Tensor]] = [(model.decoder, model.encode(pixels)), (graphs, pixels)]
+    own, theirs = ([[best.ids for best in each] for each in search(*source, options)] for source in sources)
+    read_in = [torch.tensor([SOS, *itertools.chain(*ids)]) for ids in own]  # numbers that overflow write no caption
+    words = nn.utils.rnn.pad_sequence(read_in, batch_first=True)  # (B, 1 + T)
+    own_logits, their_logits = (read(*source, words) for source in sources)
+    difference = float((own_logits - their_logits).abs().max())
+    if not difference <= TOLERANCE * float(own_logits.abs().max()) or own != theirs:
+        differ = sum(mine != other for mine, other in zip(own, theirs, strict=True))
+        raise UserError(
+            f"the ONNX graphs differ from the model (logits by {difference:.1e}, {differ} of {len(own)} captions), so "
+            "nothing was written; try other versions of torch, onnxscript and onnxruntime"
+        )
+    return difference
+
+
+def read(decoder: Decoder, pictures: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, T, V) of a decoder that is given `words` (B, T) one after the other."""
+    memory = decoder.prepare(pictures)
+    state, logits = decoder.start(memory), []
+    for token in words.T:
+        following, state, _ = decoder.step(token.contiguous(), state, memory)
+        logits.append(following)
+    return torch.stack(logits, dim=1)
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))

@@ -1,0 +1,150 @@
+"""What is exported writes the captions of the checkpoint, with PyTorch and without; else nothing is written."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCENES
+from PIL import Image
+
+import config
+from data import sample
+from data.transforms import Transform
+from data.vocab import build_vocab
+from models import export
+from models.decoder import Decoder, State
+from models.model import DECODERS, CaptionModel
+from utils import load_checkpoint, save_checkpoint
+
+pytest.importorskip("safetensors")
+DOCS = str(Path(export.__file__).parents[1] / "docs")
+ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four cells
+DEEP = {
+    "lstm": ["decoder.num_layers=2"],
+    "attention": [],
+    "transformer": ["decoder.num_layers=2", "decoder.encoder_layers=1", "decoder.num_heads=4"],
+}
+SCALE, NOISE = {"lstm": 2, "attention": 2, "transformer": 1}, {"lstm": 0, "attention": 0, "transformer": 0.3}
+
+
+def save(name: str, folder: Path, tiny_config: Callable) -> Path:
+    """Write the checkpoint of a small model whose captions differ from picture to picture."""
+    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+    model = CaptionModel.build(tiny_config(*ALEXNET, f"decoder.name={name}", *DEEP[name]), vocab).eval()
+    with torch.no_grad():
+        model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
+        for parameter in model.decoder.parameters():
+            parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
+    save_checkpoint(folder / "checkpoints.pth", model.state() | {"scores": {"val_cider": 12.5}, "optimiser": {}})
+    return folder / "checkpoints.pth"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run models/export.py's `main` with these words on the command line and return its exit code."""
+
+    def command(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+        return config.cli(export.main)
+
+    return command
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_captions_without_pytorch_are_those_with_it(
+    name: str, drawn: Path, run: Callable, tmp_path: Path, tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = save(name, tmp_path, tiny_config)
+    assert run("--checkpoint", path, "search.beam=4") == 0
+    monkeypatch.syspath_prepend(DOCS)
+    from caption_with_onnx import Captioner
+
+    captioner = Captioner(tmp_path / "export")
+    pictures = sorted((drawn / "images").iterdir())[:6]
+    expected = CaptionModel.from_checkpoint(path).caption(pictures, beam=4)
+    assert [captioner(Image.open(picture)) for picture in pictures] == expected
+    assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("size", [(500, 375), (31, 70), (96, 200)])
+def test_pictures_are_resized_without_pytorch_as_in_training(
+    size: tuple[int, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.syspath_prepend(DOCS)
+    from caption_with_onnx import squeeze
+
+    picture = Image.open(drawn / "images/00.jpg").resize(size)
+    trained_on = Transform(96).resize(picture).permute(1, 2, 0).numpy()
+    off = np.abs(squeeze(np.asarray(picture), 96).astype(int) - trained_on)
+    assert off.max() <= (0 if "AVX" in torch.backends.cpu.get_cpu_capability() else 1)  # its integers are of 16 bits
+
+
+def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, tiny_config: Callable) -> None:
+    path = save("attention", tmp_path, tiny_config)
+    saved = load_checkpoint(path)
+    del saved["optimiser"]
+    for name, content in export.separate(saved).items():
+        (tmp_path / name).write_bytes(content)
+    again = export.load(tmp_path)
+    for part in ("decoder", "backbone"):
+        assert again[part].keys() == saved[part].keys()
+        assert all(torch.equal(again[part][name], saved[part][name]) for name in saved[part])
+    assert again["scores"] == {"val_cider": 12.5}
+    assert again["vocabulary"] == saved["vocabulary"]
+    picture = drawn / "images/00.jpg"
+    model = CaptionModel.from_state(again, "here").eval()
+    assert model.caption(picture) == CaptionModel.from_checkpoint(path).caption(picture)
+    assert model.state().keys() | {"scores", "format"} == again.keys()
+
+
+class Off(Decoder):
+    """A decoder as it is, but for logits that are a little off."""
+
+    def __init__(self, model: CaptionModel, by: float) -> None:
+        super().__init__()
+        self.model, self.by = model, by
+
+    def prepare(self, features: torch.Tensor) -> State:
+        return self.model.decoder.prepare(self.model.encode(features))
+
+    def start(self, memory: State) -> State:
+        return self.model.decoder.start(memory)
+
+    def step(self, token: torch.Tensor, state: State, memory: State) -> tuple[torch.Tensor, State, torch.Tensor | None]:
+        logits, state, attention = self.model.decoder.step(token, state, memory)
+        return logits + self.by * torch.arange(logits.shape[1]), state, attention
+
+
+@pytest.mark.parametrize(("by", "differ"), [(0.01, "captions"), (float("nan"), "logits by nan")])
+def test_graphs_that_differ_are_not_written(
+    by: float,
+    differ: str,
+    run: Callable,
+    tmp_path: Path,
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = save("lstm", tmp_path, tiny_config)
+    monkeypatch.setattr(export, "require", lambda *packages: None)
+    monkeypatch.setattr(export, "trace", lambda model: (model, by))
+    monkeypatch.setattr(export, "OnnxDecoder", Off)
+    assert run("--checkpoint", path) == 2
+    told = capsys.readouterr().err
+    assert differ in told
+    assert "nothing was written" in told
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoints.pth"]
+
+
+def test_a_package_that_is_missing_is_named(
+    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run("--checkpoint", tmp_path / "none.pth") == 2
+    assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
