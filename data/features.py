@@ -202,7 +202,7 @@ def identity(model: "CaptionModel", device: torch.device, view: View) -> dict[st
     return made_by | {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
 
 
-def cache_place(model: CaptionModel, *made_by: Any) -> Path:
+def cache_place(model: "CaptionModel", *made_by: Any) -> Path:
     """Return the folder below `data.cache` for features that were made by this."""
     key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     return Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
