@@ -1,4 +1,4 @@
-"""Draw the README's pictures from two runs on the built-in sample, each in some three minutes: `python -m docs.figures`.
+"""Draw the README's pictures from two runs on the built-in sample: `python -m docs.figures`.
 
     python train.py
     python train.py --config configs/sample.yaml decoder.name=attention run=sample-attention
@@ -255,7 +255,9 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
         return y
 
     plant(tree, 1.6)
-    write(axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color="#8a9099")
+    write(
+        axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color="#8a9099"
+    )
     return figure
 
 
@@ -267,7 +269,9 @@ def worst(model: CaptionModel, names: list[str]) -> tuple[Scene, str]:
     """Return the test scene whose caption shares the fewest words in a row with its references, and the caption."""
     scenes = [scene(model, name) for name in names]
     captions = [best(model, each).text for each in scenes]
-    return min(zip(scenes, captions, strict=True), key=lambda pair: score(model, pair[1], pair[0].references).corpus["bleu4"])
+    return min(
+        zip(scenes, captions, strict=True), key=lambda pair: score(model, pair[1], pair[0].references).corpus["bleu4"]
+    )
 
 
 def score(model: CaptionModel, caption: str, references: list[str]) -> metrics.Scores:
