@@ -312,9 +312,22 @@ sys.excepthook = quiet_if_stopped
 
 def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings of config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
     words = sys.argv[1:]
     overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
-    args = parser.parse_args([word for word in words if word not in overrides])
-    args.overrides += overrides
+    args, unknown = parser.parse_known_args([word for word in words if word not in overrides])
+    options = [word for word in unknown if word.startswith("-")]
+    if options:
+        raise UserError(unknown_option(options[0], parser))
+    args.overrides += [*unknown, *overrides]
     return args
+
+
+def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
+    name = shortened(word.partition("=")[0])
+    setting = name.lstrip("-").replace("-", "_")
+    for known in flatten(read_yaml(CONFIG_YAML)):
+        if setting in (known, known.split(".")[-1]):
+            return f"{name} is a setting and no option; write it as {known}=VALUE"
+    near = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", parser.format_help()), n=1)
+    return f"there is no option {name}; {f'did you mean {near[0]}?' if near else '--help lists them'}"

@@ -157,7 +157,7 @@ def as_colours(cells: torch.Tensor) -> Any:
 @torch.inference_mode()
 def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     """Draw, for each word of a reference, what the LSTM reads, what it should say, and how probable it finds that."""
-    ids = torch.tensor(model.vocab.encode(seen.references[1]))  # (1 + T,)
+    ids = torch.tensor(model.vocab.encode(seen.references[0]))  # (1 + T,)
     features = model.standardise(seen.features)
     logits, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, V)
     probable = logits[0].softmax(1).gather(1, ids[1:, None]).squeeze(1).tolist()  # (T,)
@@ -171,13 +171,13 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     axes.plot([left + step * 0.6, 12.8], [1.1, 1.1], color=LINES, lw=1)
     for number, (read, said, p) in enumerate(zip(words, words[1:], probable, strict=False), 1):
         x, colour = left + number * step, RIGHT if p > 0.5 else WRONG
-        write(axes, x, 3.5, read)
-        write(axes, x, 2.95, said, color=colour, weight="bold")
+        write(axes, x, 3.5, read, 9.5)
+        write(axes, x, 2.95, said, 9.5, color=colour, weight="bold")
         axes.bar(x, 1.25 * p, 0.45, 1.1, color=colour)
         write(axes, x, 1.22 + 1.25 * p, f"{p:.2f}", 10)
         write(axes, x, 0.72, f"{-math.log(p):.2f}", 10)
     loss = -sum(map(math.log, probable)) / len(probable)
-    write(axes, 12.8, 0.3, f"mean over the {len(probable)} words: a loss of {loss:.3f}, ", ha="right", weight="bold")
+    write(axes, 12.8, 0.3, f"mean over the {len(probable)} words: a loss of {loss:.3f}", ha="right", weight="bold")
     return figure
 
 
@@ -289,10 +289,10 @@ def draw_overlap(seen: Scene, caption: str, model: CaptionModel) -> Figure:
     write(axes, 2.3, 4.8, "five references", ha="left", weight="bold")
     for number, reference in enumerate(references):
         write(axes, 2.3, 4.47 - 0.3 * number, " ".join(reference), ha="left")
-    left, step = 2.3, min(0.8, 8.2 / len(words))
+    left, step = 2.3, min(0.85, 9.4 / len(words))
     write(axes, 0.3, 2.55, "the caption", ha="left", weight="bold")
     for place, word in enumerate(words):
-        write(axes, left + (place + 0.5) * step, 2.55, word, weight="bold")
+        write(axes, left + (place + 0.5) * step, 2.55, word, 9.5, weight="bold")
     write(axes, left + (len(words) + 0.5) * step, 2.55, "right", ha="left", weight="bold")
     for n in range(1, 5):
         known = {tuple(r[first : first + n]) for r in references for first in range(len(r) - n + 1)}

@@ -1,5 +1,6 @@
 """Settings: every mistake is explained with its dotted path, and nothing is silently taken for something else."""
 
+import argparse
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import config
-from config import Config, UserError, flatten, load_config, read_yaml, restore_config
+from config import Config, UserError, flatten, load_config, parse_command_line, read_yaml, restore_config
 
 ROOT = Path(config.__file__).parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -230,6 +231,26 @@ def test_what_no_encoding_has_is_printed_escaped(tmp_path: Path) -> None:
     script = "import config, sys; sys.exit(config.cli(lambda: print('caf\\udce9.jpg')))"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout.strip() == rb"caf\udce9.jpg"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--epochs", "10"], "write it as train.epochs=VALUE"),
+        (["--train.lr=1e-3"], "write it as train.lr=VALUE"),
+        (["--batch-size=8"], "write it as train.batch_size=VALUE"),
+        (["--resumed"], "did you mean --resume?"),
+        (["-x"], "--help"),
+    ],
+)
+def test_a_wrong_option_is_answered_by_the_right_one(
+    words: list[str], answer: str, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--resume", action="store_true")
+    monkeypatch.setattr(sys, "argv", ["train.py", "train.seed=1", *words])
+    with refused(words[0].partition("=")[0], answer):
+        parse_command_line(parser)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
