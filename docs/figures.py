@@ -1,7 +1,7 @@
 """Draw the README's pictures from two runs on the built-in sample: `python -m docs.figures`.
 
     python train.py
-    python train.py --config configs/sample.yaml decoder.name=attention run=sample-attention
+    python train.py --config configs/sample.yaml decoder.name=attention train.doubly_stochastic=1 run=sample-attention
 
 Nothing in them is made up: words, probabilities, maps and scores are those of the two trained models.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     lstm, attention = (load(name) for name in ("sample", "sample-attention"))
     names = list(annotations.references(test_pictures(lstm)))
     save(draw_chain(attention, scene(attention, names[3])), IMAGES / "encoder_decoder.png")
-    save(draw_teacher_forcing(lstm, scene(lstm, names[3])), IMAGES / "teacher_forcing.png")
+    save(draw_teacher_forcing(lstm, scene(lstm, names[6])), IMAGES / "teacher_forcing.png")
     draw_looks(attention, scene(attention, names[3])).save(IMAGES / "attention.png", optimize=True)
     save(draw_tree(lstm, scene(lstm, names[3])), IMAGES / "beam_search.png")
     save(draw_overlap(*worst(lstm, names), lstm), IMAGES / "bleu.png")
@@ -93,7 +93,8 @@ def paper(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: float = 11, **look: Any) -> None:
-    axes.text(x, y, text, **({"fontsize": size, "color": TEXT, "ha": "center", "va": "center"} | look))
+    usual: dict[str, Any] = {"fontsize": size, "color": TEXT, "ha": "center", "va": "center"}
+    axes.text(x, y, text, **(usual | look))
 
 
 def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.42, colour: str = PALE) -> None:
@@ -156,7 +157,7 @@ def as_colours(cells: torch.Tensor) -> Any:
 
 @torch.inference_mode()
 def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw, for each word of a reference, what the LSTM reads, what it should say, and how probable it finds that."""
+    """Draw for each word of a reference what the LSTM reads, what it should say, and how probable it finds that."""
     ids = torch.tensor(model.vocab.encode(seen.references[0]))  # (1 + T,)
     features = model.standardise(seen.features)
     logits, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, V)
