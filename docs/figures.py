@@ -24,7 +24,7 @@ from config import UserError, cli
 from data import annotations
 from data.transforms import open_picture
 from data.vocab import EOS
-from inference_visualize import word_maps
+from inference_visualize import QUALITY, word_maps
 from models.model import Caption, CaptionModel
 from models.search import Running, Search
 from render import draw_attention
@@ -51,12 +51,12 @@ def main() -> None:
     names = list(annotations.references(test_pictures(lstm)))
     save(draw_chain(attention, scene(attention, names[3])), IMAGES / "encoder_decoder.png")
     save(draw_teacher_forcing(lstm, scene(lstm, names[6])), IMAGES / "teacher_forcing.png")
-    draw_looks(attention, scene(attention, names[3])).save(IMAGES / "attention.png", optimize=True)
+    draw_looks(attention, scene(attention, names[10])).save(IMAGES / "attention.jpg", quality=QUALITY)
     save(draw_tree(lstm, scene(lstm, names[3])), IMAGES / "beam_search.png")
     save(draw_overlap(*worst(lstm, names), lstm), IMAGES / "bleu.png")
     runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
     save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
-    print(f"wrote {IMAGES}/*.png")
+    print(f"wrote the pictures in {IMAGES}/")
 
 
 def load(run: str) -> CaptionModel:
