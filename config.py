@@ -39,9 +39,8 @@ FREE_AFTER_TRAINING = {
     *("train.num_workers", "train.log_every", "train.checkpoint_every"),
 }
 
-CONTROL = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
-)  # a name may turn terminals upside down
+# What the name of a file could do to a terminal.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
@@ -73,7 +72,7 @@ class EncoderConfig(Section):
     name: str
     weights: str | None
     frozen: bool
-    stages: list[str] | None
+    stages: list[Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] | None  # some are called 0, 1 …
     stride_in_1x1: bool
     image_size: Annotated[int, Field(ge=32, le=1024)] | None
 
@@ -172,17 +171,18 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | None = 
 def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, where: str = "the checkpoint") -> Config:
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
-    Raises UserError for overrides of what the checkpoint fixes: only where things lie and how captions are searched
-    can be said anew.
+    Raises UserError for overrides that differ from what the checkpoint fixes: only where things lie and how captions
+    are searched can be said anew.
     """
     values = flatten(read_yaml(CONFIG_YAML)) | flatten(saved)
     layer = parse_overrides(overrides or [], values)
     for name in layer:
         if name not in values:
             raise UserError(unknown_setting(name, "the command line", values))
-        if name not in FREE_AFTER_TRAINING and not name.startswith("search."):
+        fixed = name not in FREE_AFTER_TRAINING and not name.startswith("search.")
+        if fixed and layer[name] != values[name]:
             raise UserError(
-                f"{name} is fixed in the checkpoint; train a new run to change it, "
+                f"{name} is fixed in the checkpoint, as {reprlib.repr(values[name])}; train a new run to change it, "
                 "with train.start=FILE to keep what was learned"
             )
     return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
@@ -257,10 +257,10 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"]))
+        name, places = ".".join(map(str, first["loc"][:2])), "".join(f"[{place}]" for place in first["loc"][2:])
         expected = re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
         raise UserError(
-            f"{name} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
+            f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
             f"{expected}; config.yaml says what it means"
         ) from None
     if config.train.self_critical_epochs > config.train.epochs:
@@ -311,23 +311,28 @@ sys.excepthook = quiet_if_stopped
 
 
 def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`."""
+    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`.
+
+    Raises UserError for an option that there is not; of a setting that is written like one it says how to write it.
+    """
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
     words = sys.argv[1:]
     overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
     args, unknown = parser.parse_known_args([word for word in words if word not in overrides])
-    options = [word for word in unknown if word.startswith("-")]
-    if options:
-        raise UserError(unknown_option(options[0], parser))
-    args.overrides += [*unknown, *overrides]
+    if unknown:
+        raise UserError(unknown_option(words[words.index(unknown[0]) :], parser))
+    args.overrides += overrides
     return args
 
 
-def unknown_option(word: str, parser: argparse.ArgumentParser) -> str:
-    name = shortened(word.partition("=")[0])
-    setting = name.lstrip("-").replace("-", "_")
-    for known in flatten(read_yaml(CONFIG_YAML)):
-        if setting in (known, known.split(".")[-1]):
-            return f"{name} is a setting and no option; write it as {known}=VALUE"
-    near = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", parser.format_help()), n=1)
-    return f"there is no option {name}; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+def unknown_option(words: list[str], parser: argparse.ArgumentParser) -> str:
+    """Return what is wrong with the first of these words: --epochs 3, which should be train.epochs=3."""
+    option, _, value = words[0].partition("=")
+    if not value:
+        value = next((word for word in words[1:2] if not word.startswith("--")), "…")
+    key = option.strip("-").replace("-", "_")
+    settings = [name for name in flatten(read_yaml(CONFIG_YAML)) if key in (name, name.split(".")[-1])]
+    if settings:
+        return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in settings)}"
+    known = ", ".join(re.findall(r"--[a-z-]+", parser.format_usage()))
+    return f"there is no {shortened(option)}; there are {known}, and settings such as train.epochs=3"

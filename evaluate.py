@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--split",
         choices=["train", "val", "dev", "test"],
-        help="the pictures (default: test, or val where it is empty)",
+        help="the pictures (default: test, or val where it is empty; with --compare val, or test where only that is scored)",
     )
     parser.add_argument(
         "--tokeniser",
@@ -153,9 +153,8 @@ def score_predictions(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Score several runs' captions in the same way, and say which differences to the first may be chance."""
-    runs = {name: find_predictions(name, args.split) for name in args.compare}
+    runs = choose_predictions(args)
     references = read_references(next(iter(runs.values())), args)
-    runs = {name: find_predictions(name, references.split) for name in args.compare}
     rows: list[dict[str, Any]] = []
     baseline: metrics.Scores | None = None
     for name, path in runs.items():
@@ -209,18 +208,28 @@ def read_references(predictions: Path, args: argparse.Namespace) -> References:
     return choose_references(table, config, args)
 
 
-def find_predictions(name: str, split: str | None) -> Path:
-    """Return the predictions of a run, or the file of that name."""
-    if Path(name).is_file():
-        return Path(name)
-    split = "val" if split == "dev" else split
-    for candidate in [split] if split else ["test", "val"]:
-        for folder in (RUNS / name, Path(name)):
-            if (folder / f"predictions-{candidate}.json").is_file():
-                return folder / f"predictions-{candidate}.json"
-    split = split or "val"
-    again = f"python evaluate.py --run {name} --split {split}"
-    raise UserError(f"{name} has no predictions-{split}.json to compare; score it first with: {again}")
+def choose_predictions(args: argparse.Namespace) -> dict[str, Path]:
+    """Return each run's predictions, or the file of that name.
+
+    Without --split it becomes val where all runs were scored on it, since one compares to choose, else test.
+    Raises UserError for a run that was not scored on the split.
+    """
+    if all(Path(name).is_file() for name in args.compare):
+        return {name: Path(name) for name in args.compare}
+    splits = ["val" if args.split == "dev" else args.split] if args.split else ["val", "test"]
+    for split in splits:
+        found = {name: path for name in args.compare if (path := find_predictions(name, split))}
+        if len(found) == len(set(args.compare)):
+            args.split = split
+            return found
+    missing = next(name for name in args.compare if not find_predictions(name, splits[0]))
+    again = f"python evaluate.py --run {missing} --split {splits[0]}"
+    raise UserError(f"{missing} has no predictions-{splits[0]}.json to compare; score it first with: {again}")
+
+
+def find_predictions(name: str, split: str) -> Path | None:
+    places = (Path(name), *(folder / f"predictions-{split}.json" for folder in (RUNS / name, Path(name))))
+    return next((place for place in places if place.is_file()), None)
 
 
 def read_predictions(path: Path, references: References) -> dict[str, str]:
@@ -265,6 +274,9 @@ def score(captions: dict[str, str], references: References, signature: str) -> d
     """Return what scores-<split>.json holds."""
     if len(captions) == 1:
         print("warning: one picture alone has a CIDEr of 0, since every n-gram is in all documents there are")
+    empty = sum(not caption.strip() for caption in captions.values())
+    if empty:
+        print(f"warning: {empty:,} of {len(captions):,} captions have no words")
     scores = metrics.score(captions, references.captions, references.tokenise, rouge=True)
     by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
     for note in notes:

@@ -28,7 +28,7 @@ from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
 from training import distributed
-from utils import RUNS, as_json, find_run, pick_device, write_atomically
+from utils import PRETRAINED, as_json, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88
@@ -109,7 +109,8 @@ def parse_args() -> argparse.Namespace:
         "--checkpoint",
         action="append",
         metavar="FILE",
-        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs); "
+        help="a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, or "
+        "the one in pretrained/); "
         "several, each after its own --checkpoint, write together",
     )
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
@@ -151,18 +152,15 @@ def positive(text: str) -> int:
 
 
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
-    """Return those named, or the newest run's; photographs are not given to the sample's shapes model."""
+    """Return those named, or the newest run's: for photographs, one that knows them, or else the one in pretrained/."""
     if args.checkpoint:
         return [Path(name) for name in args.checkpoint]
     if args.run or not args.images:
         return [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]
     try:
         return [find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"]
-    except UserError:
-        raise UserError(
-            f"no run under {RUNS}/ has learned from photographs; train one (see README, Flickr8k) "
-            "or give --checkpoint FILE"
-        ) from None
+    except UserError:  # there is none
+        return [PRETRAINED]
 
 
 def knows_photographs(run: Path) -> bool:
@@ -250,7 +248,7 @@ def caption_pictures(
     broken: list[str] = []
     captioned: list[tuple[Picture, list[Caption]]] = []
     bar = tqdm(found, total=len(pictures), desc="captioning", unit="img", disable=distributed.bar_hidden())
-    subtitle = f"{count(len(pictures))}, {model.config.encoder.name} and {model.config.decoder.name}"
+    subtitle = f"{model.config.encoder.name} and {model.config.decoder.name}"
     subtitle += "; point at a word to see where the model looked" if heads else ""
     with Gallery(out / PAGE, "Captions", subtitle, attention=heads is not None) as gallery:
         for done in bar:
@@ -260,7 +258,7 @@ def caption_pictures(
                 captioned.append((done.picture, done.captions))
                 show(gallery, done, model.config.search.max_length)
         if not captioned:
-            raise UserError(f"none of the pictures could be read (first: {broken[0]}); give others with --images")
+            raise UserError(f"nothing was captioned: {broken[0]}")
         gallery.score(rate(captioned, model))
     left_out = sorted(set().union(*(undrawable(captions[0].text) for _, captions in captioned)))
     if left_out:
@@ -303,7 +301,6 @@ class Artist:
         taken: set[str] = set()
         self.stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
         self.seconds = {stem: unique_name(f"{stem}-attention", taken) for stem in self.stems.values() if heads}
-        folder.mkdir(parents=True, exist_ok=True)
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def __call__(self, batch: list[Opened | UserError]) -> list[Done | UserError]:
@@ -371,6 +368,7 @@ def word_maps(caption: Caption, heads: slice | None) -> WordMaps | None:
 
 
 def save(draw: Callable[..., Image.Image], picture: Image.Image, drawn: str | WordMaps, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(picture, drawn).save(path, quality=QUALITY)
 
 

@@ -215,8 +215,13 @@ def resample(scores: Scores, seed: int = 0) -> dict[str, np.ndarray]:
     those of all pictures.
     """
     pictures = len(scores.cider)
-    drawn = np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
+    drawn = draw(pictures, seed)
     return {"bleu4": bleu4(drawn @ scores.bleu_counts), "cider": drawn @ scores.cider / pictures}
+
+
+def draw(pictures: int, seed: int = 0) -> np.ndarray:
+    """Return how often each of RESAMPLES bootstrap samples has each picture (RESAMPLES, pictures)."""
+    return np.random.default_rng(seed).multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES)
 
 
 def bleu4(counts: np.ndarray) -> np.ndarray:
@@ -229,18 +234,23 @@ def bleu4(counts: np.ndarray) -> np.ndarray:
 
 def intervals(scores: Scores) -> dict[str, list[float]]:
     """Return the bootstrap interval of BLEU-4 and CIDEr-D: [low, high]."""
+    return {name: interval(samples).round(2).tolist() for name, samples in resample(scores).items()}
+
+
+def interval(samples: np.ndarray) -> np.ndarray:
+    """Return between which two values LEVEL % of the samples lie."""
     outside = (100 - LEVEL) / 2
-    bounds = [outside, 100 - outside]
-    return {name: np.percentile(samples, bounds).round(2).tolist() for name, samples in resample(scores).items()}
+    return np.percentile(samples, [outside, 100 - outside])
 
 
 def p_values(first: Scores, second: Scores) -> dict[str, float]:
     """Return how probable it is, by paired bootstrap, that the difference between two systems is chance (two-sided).
 
-    A sample in which both are equal counts half for each: the same captions give 1.
+    A sample in which both are equal, to a hundredth, counts half for each: the same captions give 1, and so do two
+    systems without a right n-gram of four words, whose BLEU-4 is not quite 0.
     """
     ours, theirs = resample(first), resample(second)
-    better = {name: float(np.mean((np.sign(ours[name] - theirs[name]) + 1) / 2)) for name in ours}
+    better = {name: float(np.mean((np.sign((ours[name] - theirs[name]).round(2)) + 1) / 2)) for name in ours}
     return {name: min(1.0, 2 * min(share, 1 - share)) for name, share in better.items()}
 
 
@@ -253,9 +263,10 @@ def describe(
     """Return what the scores do not say of captions; shares are between 0 and 1.
 
     length: mean number of words. vocabulary: different words used. distinct_captions: different captions / captions.
-    novelty: share of captions that are no training caption, letters and digits compared. distinct_1, distinct_2:
-    different n-grams / n-grams (Li et al. 2016). unk, bad_endings: share of captions with `<unk>`, and of those that
-    end like "with a". repetition: share in which a word follows itself or three words in a row come twice.
+    novelty: share of captions that have words and are no training caption, letters and digits compared.
+    distinct_1, distinct_2: different n-grams / n-grams (Li et al. 2016). unk, bad_endings: share of captions with
+    `<unk>`, and of those that end like "with a". repetition: share in which a word follows itself or three words in a
+    row come twice.
     """
     texts = [tokenise(caption) for caption in captions]
     known = set(map(letters, captions)).intersection(map(letters, training))  # which may be more than memory holds
@@ -268,7 +279,7 @@ def describe(
         "length": len(words) / len(captions),
         "vocabulary": len(set(words)),
         "distinct_captions": len(set(captions)) / len(captions),
-        "novelty": share(letters(caption) not in known for caption in captions),
+        "novelty": share(letters(caption) not in known | {""} for caption in captions),
         "distinct_1": len(set(words)) / max(1, len(words)),
         "distinct_2": len(set(pairs)) / max(1, len(pairs)),
         "unk": share("<unk>" in caption.lower() for caption in captions),

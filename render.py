@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text beside them reads well, large ones shrunk
 SHORTEST_SIDE = 240  # thinner pictures lie on a background this wide, so that a caption has room
+NO_WORDS = "(no words)"  # shown for an empty caption
 LONGEST_CAPTION = 600  # characters drawn; a model that never ends must not draw a tower
 BACKGROUND = (226, 228, 231)
 PAPER = (250, 250, 249)
@@ -78,7 +79,7 @@ def scale(size: tuple[int, int]) -> tuple[int, int]:
 
 def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return an RGB picture, resized to `fit(picture.size)`, with its caption on a strip of paper below it."""
-    caption = plain(caption)
+    caption = plain(caption) or NO_WORDS
     width, height = fit(picture.size)
     caption, font = drawable(caption, 16 + width // 100)
     margin, line_height = round(0.7 * font.size), round(1.4 * font.size)
@@ -241,6 +242,7 @@ class Gallery:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
 
     def __enter__(self) -> Self:
+        self._made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._temporary, "w", encoding="utf-8", newline="\n")
         self._file.write(self._head)
@@ -267,7 +269,7 @@ class Gallery:
             looks: of the words of the best caption, in a page with attention.
         """
         url = "./" + quote(image, errors=sys.getfilesystemencodeerrors())  # "./": never taken for a scheme or a host
-        texts = [[plain(text) for text in group] for group in (captions, references)]
+        texts = [[plain(text) or NO_WORDS for text in group] for group in (captions, references)]
         rounded = [float(f"{probability:.3g}") for probability in probabilities]
         row: list[Any] = [url, texts[0], rounded, texts[1], *fit(size), plain(name)]
         if looks and looks.words:
@@ -292,6 +294,9 @@ class Gallery:
                 os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
+            if kind and self._made_folder:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.path.parent.rmdir()
 
 
 def split_before(caption: str, words: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
 from training.poison import Poison, is_finite, tell
 from training.runs import claimed, refuse_existing, resume, start_run, write_log
-from utils import DAMAGED, RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
+from utils import DAMAGED, RUNS, StopRequest, pick_device, pick_precision, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -71,7 +71,10 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     trainer = Trainer(model, train_set, val_set, annotations.references(table[table["split"] == "val"]), run, device)
     if saved:
         trainer.restore(saved)
-        print(f"going on with {run} from step {trainer.progress.step}")
+        if trainer.is_finished():
+            print(f"{run} is finished already; to train on: run=NAME train.start={run}/checkpoints.pth")
+        else:
+            print(f"going on with {run} from step {trainer.progress.step}")
     else:
         if not config.train.start:
             model.fit_statistics(trainer.sample_features())
@@ -110,7 +113,7 @@ def go_on(args: argparse.Namespace) -> None:
     run = args.run or choose_config(args).run
     args.resume, args.overwrite = (RUNS / run / "last.pth").is_file(), True
     if args.resume:
-        args.run, args.overrides = run, []
+        args.run, args.config, args.overrides = run, None, []
 
 
 def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:
@@ -141,13 +144,7 @@ def build_model(config: Config, count_words: Callable[[], Counter[str]]) -> Capt
             f"there is no checkpoint at train.start = {config.train.start}; "
             f"train it first (python train.py --config {recipe}) or name another"
         )
-    saved = load_checkpoint(config.train.start)
-    model = CaptionModel.from_state(saved | {"config": config.model_dump()}, config.train.start)
-    if model.vocab.language != data.language:
-        raise UserError(
-            f"{config.train.start} writes {model.vocab.language}; go on with data.language={model.vocab.language}"
-        )
-    return model
+    return CaptionModel.from_start(config, config.train.start)
 
 
 def make_datasets(
@@ -249,18 +246,21 @@ class Trainer:
         self.save_last()
         distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
         with StopRequest() as stop:
-            while self.progress.epoch < self.config.epochs and not self.has_stalled():
+            while not self.is_finished():
                 if not self.train_epoch(stop):
                     self.save_last()
                     print(f"\nstopped; go on with: python train.py --resume --run {self.run.name}")
                     return 130
                 self.finish_epoch()
+        if self.progress.epoch < self.config.epochs:
+            print(f"no better CIDEr for {self.config.patience} epochs: stopped early")
         best = self.progress.best
         print(
             f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
         )
         print(f"wrote {self.run}/: checkpoints.pth (the best epoch), last.pth (to resume), loss_log.txt, config.yaml")
-        print("next: python inference_visualize.py, python evaluate.py --split val, python visualize_loss.py")
+        scripts = ("inference_visualize.py", "evaluate.py --split val", "visualize_loss.py")
+        print(f"next: {', '.join(f'python {script} --run {self.run.name}' for script in scripts)}")
         return 0
 
     @property
@@ -268,12 +268,11 @@ class Trainer:
         """Whether the epoch under way is self-critical, as the last ones may be."""
         return self.progress.epoch >= self.config.epochs - self.config.self_critical_epochs
 
-    def has_stalled(self) -> bool:
-        patience = self.config.patience
-        if not patience or not self.progress.history or self.progress.epoch - self.progress.best["epoch"] < patience:
-            return False
-        print(f"no better CIDEr for {patience} epochs: stopping early")
-        return True
+    def is_finished(self) -> bool:
+        """Whether all epochs are over, or the last `train.patience` ones have brought nothing."""
+        progress, patience = self.progress, self.config.patience
+        stalled = patience and progress.history and progress.epoch - progress.best["epoch"] >= patience
+        return progress.epoch >= self.config.epochs or bool(stalled)
 
     def train_epoch(self, stop: StopRequest) -> bool:
         """Make the steps of the epoch that are still to be made, in an order drawn from (seed, epoch).
@@ -283,6 +282,10 @@ class Trainer:
         progress, config = self.progress, self.config
         epoch = self.under_way = Epoch(self.train_set, config, progress.epoch, self.by_image or self.critical)
         batches = len(epoch)
+        if progress.step == 0 and config.warmup_steps > (steps := config.epochs * batches):
+            print(
+                f"warning: train.lr is never reached: train.warmup_steps={config.warmup_steps}, of {steps} steps in all"
+            )
         self.model.train()
         if self.critical:
             dry(self.model)

@@ -19,6 +19,7 @@ import torch
 from config import UserError
 
 RUNS = Path("runs")
+PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
 CHECKPOINT_FORMAT = "image-captioning/1"
 # What torch and zipfile raise for damaged files.
 DAMAGED = (

@@ -16,8 +16,8 @@ from benchmarks.workload import EACH, PeakMemory, make_config, make_words
 from config import Config, cli, parse_command_line
 from data import tars
 from data.dataset import Flickr8kDataset
-from data.features import Shard, identity
-from data.stream import StreamedDataset, encoded_place
+from data.features import Shard, cache_place, identity
+from data.stream import StreamedDataset
 from data.transforms import WHOLE
 from data.vocab import Vocabulary, build_vocab
 from models.model import CaptionModel
@@ -51,7 +51,7 @@ def write_tars(root: Path, captions: int) -> Config:
         tar.stamp, tar.pictures = [tar.path.name, 0, 0], PICTURES
         names = [f"{number:06}" for number in range(PICTURES)]
         tars.write_index(tar, names, [EACH] * PICTURES, make_words(PICTURES * EACH, rng, DIFFERENT))
-        shard = Shard(encoded_place(model, made_by) / tar.place.name, tar, model.encoder.feature_shape, made_by)
+        shard = Shard(cache_place(model, made_by) / tar.place.name, tar, model.encoder.feature_shape, made_by)
         shard.place.mkdir(parents=True)
         np.save(shard.place / "features.npy", rows)
         manifest = shard.manifest()[0] | {"rows_done": PICTURES}

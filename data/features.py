@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from config import UserError
 from data.dataset import Features
-from data.transforms import WHOLE, View, open_picture
+from data.transforms import WHOLE, View, open_picture, other_views
 from models.model import CaptionModel
 from training import distributed
 from utils import pick_precision, write_atomically
@@ -148,8 +148,9 @@ class Shards:
     def encode(self, shards: list["Shard"]) -> None:
         total = sum(len(shard.source) for shard in shards)
         extractor = Extractor(self.model, self.device)
-        what = "pictures" if self.view == WHOLE else "views of pictures"
-        print(f"encoding {total:,} {what}, once, into {self.place}/")
+        views = [WHOLE, *other_views(self.model.config.train.mirror, self.model.config.train.corners)]
+        which = "" if self.view == WHOLE else f", view {views.index(self.view) + 1} of {len(views)}"
+        print(f"encoding {total:,} pictures{which}, once, into {self.place}/")
         done = 0
         with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
             for rows in (rows for shard in shards for rows in shard.fill(extractor, self.view)):
@@ -167,8 +168,7 @@ class FeatureCache(Shards):
     ) -> None:
         self.names, self.folder = names, folder
         made_by = identity(model, device, view) | {"folder": str(folder.resolve())}
-        key = hashlib.sha256(json.dumps([made_by, names]).encode()).hexdigest()[:12]
-        place = Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
+        place = cache_place(model, made_by, names)
         rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
         shards = [
             Shard(place / f"{first // rows:05}", Files(names[first : first + rows], folder), shape, made_by)
@@ -198,6 +198,12 @@ def identity(model: CaptionModel, device: torch.device, view: View) -> dict[str,
         "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
     }
     return made_by | {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
+
+
+def cache_place(model: CaptionModel, *made_by: Any) -> Path:
+    """Return the folder below `data.cache` for features that were made by this."""
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
 
 
 class Shard:

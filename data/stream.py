@@ -1,18 +1,15 @@
 """Training on more captions than memory holds: feature shards are read a few at a time, in an order drawn anew."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from data.dataset import Features, Flickr8kDataset, Window
-from data.features import Shard, Shards, identity
+from data.features import Shard, Shards, cache_place, identity
 from data.tars import Tar
 from data.transforms import WHOLE, View
 from data.words import join
@@ -76,12 +73,7 @@ class StreamedDataset:
 def encoded(tars: Sequence[Tar], model: CaptionModel, view: View, device: torch.device) -> list[Shard]:
     """Return a feature shard for each tar, encoded where it is not yet; several processes share the work."""
     made_by = identity(model, device, view)
-    place = encoded_place(model, made_by)
+    place = cache_place(model, made_by)
     shards = [Shard(place / tar.place.name, tar, model.encoder.feature_shape, made_by) for tar in tars]
     Shards(model, device, view, place, shards).complete()
     return shards
-
-
-def encoded_place(model: CaptionModel, made_by: dict[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:12]
-    return Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"

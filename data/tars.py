@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tarfile
 from collections import Counter
@@ -103,13 +104,14 @@ class Tar:
 def find(config: DataConfig) -> list[Tar]:
     """Return the tars that `data.shards` names, taken apart by several processes in turn; none without the setting."""
     tars = named(config)
-    new = [tar for tar in distributed.share(tars) if not tar.is_known()]
+    new = [tar for tar in tars if not tar.is_known()]
+    distributed.wait()  # until all processes have seen the same ones, before any is taken apart
     if new:
-        print(f"reading the captions of {len(new):,} tars, once, into {config.cache}/tars/")
-    for tar in tqdm(new, unit="tar", disable=distributed.bar_hidden() or not new):
+        print(f"reading the captions of {count(len(new))}, once, into {config.cache}/tars/")
+    for tar in tqdm(distributed.share(new), unit="tar", disable=distributed.bar_hidden() or not new):
         take_apart(tar, config.language)
     distributed.wait()
-    for tar in tars:
+    for tar in new:
         if not tar.is_known():
             raise UserError(f"{tar.path} changed while it was read; start again")
     return tars
@@ -130,7 +132,17 @@ def expand(pattern: str) -> list[Path]:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise UserError("data.shards needs webdataset; install it: pip install -r requirements-extras.txt") from None
+    if re.search(r"[*?\[]", pattern) and not Path(pattern).is_file():
+        numbered = re.sub(r"([*?]|\[.*?\])+", "{000..127}", pattern, count=1)
+        raise UserError(
+            f"data.shards = {pattern} is for shells; here numbers count tars, those that are gone as well: "
+            f'write "data.shards={numbered}" with your first and last number'
+        )
     return list(dict.fromkeys(map(Path, expand_urls(Path(pattern).as_posix()))))
+
+
+def count(tars: int) -> str:
+    return f"{tars:,} tar{'' if tars == 1 else 's'}"
 
 
 def stamp_of(path: Path) -> list[Any]:
@@ -298,9 +310,9 @@ def main() -> None:
     args = parse_command_line(parser)
     config = load_config(overrides=args.overrides).data
     expand("")  # which says what to install
-    last = export(config, args.out, max(1, args.pictures)) - 1
-    pattern = f"{args.out.as_posix()}/{{00000..{last:05}}}.tar"
-    print(f'wrote {last + 1} tars; train on them with: python train.py "data.shards={pattern}"')
+    written = export(config, args.out, max(1, args.pictures))
+    pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
+    print(f'wrote {count(written)}; train on them with: python train.py "data.shards={pattern}"')
 
 
 if __name__ == "__main__":

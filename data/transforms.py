@@ -82,9 +82,10 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
-            return to_rgb(ImageOps.exif_transpose(file))
+            ImageOps.exif_transpose(file, in_place=True)
+            return to_rgb(file)
     except UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}); replace or remove it, captions and all") from None
+        raise UserError(f"cannot read the picture {path} ({error}); replace it or leave it out") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -92,6 +93,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture, dtype=np.float32)
         picture = Image.fromarray((values * (255 / 65535 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return picture.convert("RGB")
+        picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture.load()
+    return (
+        picture if picture.mode == "RGB" else picture.convert("RGB")
+    )  # large pictures are not copied more than needed

@@ -151,9 +151,18 @@ def trained_stages(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module
     stages = dict(backbone.named_modules())
     unknown = [name for name in config.stages or () if name not in stages]
     if unknown:
-        names = ", ".join(name for name in stages if name and name.count(".") < 2)
-        raise UserError(f"encoder.stages names {unknown[0]}, which {config.name} has not; it has {names}")
+        names = ", ".join(top_stages(backbone))
+        raise UserError(f"encoder.stages names {unknown[0]:.60}, which {config.name} has not; take some of {names}")
     return [backbone] if config.stages is None else [stages[name] for name in config.stages]
+
+
+def top_stages(backbone: nn.Module) -> list[str]:
+    """Return the names of the parts with weights that a picture passes through, such as layer4 or features.8."""
+    inside, parts = "", list(backbone.named_children())
+    while len(parts) == 1:  # one that holds them all
+        inside += f"{parts[0][0]}."
+        parts = list(parts[0][1].named_children())
+    return [inside + name for name, part in parts if any(True for _ in part.parameters())]
 
 
 def load_weights(backbone: nn.Module, network: nn.Module, config: EncoderConfig) -> Path:

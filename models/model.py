@@ -1,5 +1,6 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing, and the file it is kept in."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, SearchConfig, UserError, restore_config
+from config import Config, SearchConfig, UserError, flatten, restore_config
 from data.dataset import Features
 from data.transforms import Transform
 from data.vocab import Vocabulary
@@ -24,6 +25,11 @@ from training import distributed
 from utils import load_checkpoint
 
 DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}
+# What a model's tensors depend on: one that goes on from another has to agree with it in these.
+SHAPING = (
+    *("data.language", "encoder.name", "encoder.stride_in_1x1", "encoder.image_size", "decoder.name"),
+    *("decoder.embed_size", "decoder.hidden_size", "decoder.num_layers", "decoder.num_heads", "decoder.encoder_layers"),
+)
 LEAST_PART = 1 / 40  # of a classifier's weights are its backbone's: AlexNet has 1 / 25
 CAPTION_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
 
@@ -79,6 +85,7 @@ class CaptionModel(nn.Module):
     def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
         """Return the model whose `state()` was `saved`; `where` names its file in errors."""
         check(saved, where)
+        saved = whole(saved)
         config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = decoder_of(config)
@@ -93,6 +100,22 @@ class CaptionModel(nn.Module):
         fit({name: getattr(model, name) for name in statistics}, statistics, where)
         model.feature_mean, model.feature_scale = statistics.values()
         return model
+
+    @classmethod
+    def from_start(cls, config: Config, path: str) -> "CaptionModel":
+        """Return a model of this `config` that has learned all that the one in the file `path` has.
+
+        Raises UserError, naming them, for settings that would give it other shapes.
+        """
+        saved = load_checkpoint(path)
+        check(saved, path)
+        own, asked = (flatten(each.model_dump()) for each in (restore_config(saved["config"], where=path), config))
+        differ = [name for name in SHAPING if own[name] != asked[name]]
+        if differ:
+            values = ", ".join(f"{name} ({as_yaml(own[name])} there, {as_yaml(asked[name])} here)" for name in differ)
+            mend = " ".join(f"{name}={as_yaml(own[name])}" for name in differ)
+            raise UserError(f"train.start = {path} was trained with another {values}; go on from it with: {mend}")
+        return cls.from_state(saved | {"config": config.model_dump()}, path)
 
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
@@ -193,6 +216,13 @@ def decoder_of(config: Config) -> type[Decoder]:
     return kind
 
 
+def whole(values: Any) -> Any:
+    """Return a checkpoint with its halves as floats: `models.publish` halves what is given away."""
+    if isinstance(values, dict):
+        return {name: whole(value) for name, value in values.items()}
+    return values.float() if isinstance(values, torch.Tensor) and values.dtype == torch.float16 else values
+
+
 def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: str) -> EncoderCNN:
     identity = saved["encoder"]
     if saved["backbone"] is not None:
@@ -213,6 +243,10 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
             f"give the file that was {identity['source']} with encoder.weights=FILE"
         )
     return encoder
+
+
+def as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def refuse_small(backbone: dict[str, torch.Tensor], name: str, where: str) -> None:

@@ -187,6 +187,11 @@ def test_one_picture_alone_is_warned_of(run: Run, capsys: pytest.CaptureFixture[
     assert read_scores("scores-test.json")["cider"] == 0
 
 
+def test_captions_without_words_are_warned_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--predictions", write_captions(THEIRS | {"11.jpg": " "})) == 0
+    assert "warning: 1 of 2 captions have no words\n" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("folder")
 def test_two_pictures_are_not_warned_of() -> None:
     assert "warning" not in Path("printed.txt").read_text()

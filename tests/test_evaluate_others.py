@@ -216,15 +216,22 @@ def test_the_split_to_compare_can_be_chosen(run: Run) -> None:
 
 def test_a_run_never_scored_is_refused_with_what_to_do(refuses: Refusal) -> None:
     refuses(
-        "--compare flickr8k unscored",
+        "--compare unscored flickr8k",
         "unscored has no predictions-val.json",
         "python evaluate.py --run unscored --split val",
     )
 
 
+def test_runs_are_compared_on_val_where_all_were_scored_on_it(run: Run) -> None:
+    for name in ("flickr8k", "other"):
+        write_captions({"08.jpg": "a star", "09.jpg": "a circle"}, f"runs/{name}/predictions-val.json")
+    assert run("--compare", "flickr8k", "other") == 0
+    assert Path("runs/comparison-val.md").is_file()
+
+
 def test_a_run_scored_on_another_split_is_refused_with_what_to_do(refuses: Refusal) -> None:
-    shutil.move(RUN_PREDICTIONS, "runs/flickr8k/predictions-val.json")
-    refuses("--compare flickr8k", "flickr8k has no predictions", "python evaluate.py --run flickr8k --split test")
+    write_captions({"08.jpg": "a star", "09.jpg": "a circle"}, "runs/other/predictions-val.json")
+    refuses("--compare other flickr8k", "flickr8k has no predictions", "evaluate.py --run flickr8k --split val")
 
 
 @pytest.mark.parametrize("other", ["theirs.json", "runs/other"])

@@ -139,17 +139,28 @@ def test_what_cannot_be_done_ends_in_code_2(words: list[str], run: Run, capsys: 
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_captioned_nothing_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--images", "archive/captions.csv", "--out", "there") == 2
+    assert "nothing was captioned: cannot read the picture archive/captions.csv" in capsys.readouterr().err
+    assert not Path("there").exists()
+
+
 def test_limit_takes_the_first(run: Run) -> None:
     run("--images", "archive/images", "--limit", "3")
     assert [Path(name).name for name in predictions()] == ["00.jpg", "01.jpg", "02.jpg"]
 
 
-def test_photographs_are_not_given_to_the_samples_model(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_samples(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = Path("runs/flickr8k/config.yaml")
     config.write_text(config.read_text().replace("format: auto", "format: sample"))
-    assert run("--images", "archive/images") == 2
-    assert "learned from photographs" in capsys.readouterr().err
+    shutil.copy("runs/flickr8k/checkpoints.pth", "captioner.pth")
+    monkeypatch.setattr(inference_visualize, "PRETRAINED", Path("captioner.pth"))
+    assert run("--images", "archive/images") == 0
+    assert "with captioner.pth" in capsys.readouterr().out
     assert run("--images", "archive/images", "--checkpoint", "runs/flickr8k/checkpoints.pth") == 0
+    assert "with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
 def test_a_checkpoint_and_pictures_are_all_it_takes(run: Run, tmp_path: Path) -> None:
@@ -230,6 +241,6 @@ def test_one_picture_and_pictures_without_references_have_no_scores(words: list[
 def test_one_picture_is_not_called_pictures(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("--limit", "1")
     page = Path("runs/flickr8k/captions_result.html").read_text()
-    assert "<p>1 picture, resnet18 and lstm</p>" in page
+    assert "<p>resnet18 and lstm</p>" in page
     printed = capsys.readouterr().out
     assert "captioning 1 picture with" in printed and "captions of 1 picture in" in printed

@@ -428,6 +428,12 @@ def test_a_system_does_not_differ_from_itself() -> None:
     assert metrics.p_values(score_golden(), score_golden()) == {"bleu4": 1, "cider": 1}
 
 
+def test_two_systems_without_a_right_4_gram_do_not_differ_in_bleu4() -> None:
+    poor, poorer = (score_all([(caption, ["red cats sit on grass"])] * 9) for caption in ("red", "red on"))
+    assert 0 < poorer.corpus["bleu4"] < poor.corpus["bleu4"] < 0.05
+    assert metrics.p_values(poor, poorer)["bleu4"] == 1
+
+
 def test_one_better_caption_may_be_chance() -> None:
     better = score_golden(CAPTIONS | {"16.jpg": REFERENCES["16.jpg"][0]})
     assert all(p > 0.2 for p in metrics.p_values(score_golden(), better).values())

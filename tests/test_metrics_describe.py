@@ -41,4 +41,4 @@ def test_a_repetition_is_a_word_behind_itself_or_three_words_twice(caption: str,
 
 def test_empty_captions_can_be_described() -> None:
     about = metrics.describe(["", ""], [], str.split)
-    assert {about[name] for name in ("length", "vocabulary", "distinct_1", "distinct_2", "bad_endings")} == {0}
+    assert {about[name] for name in about if name != "distinct_captions"} == {0}

@@ -66,7 +66,26 @@ def test_a_run_leaves_what_the_design_says(archive: Path, run: Run, capsys: pyte
     assert files == {".lock", "config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
     printed = capsys.readouterr().out
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
-    assert "next: python inference_visualize.py" in printed
+    assert "next: python inference_visualize.py --run first, python evaluate.py --split val --run first" in printed
+    assert "warning" not in printed
+
+
+def test_a_warm_up_longer_than_training_is_warned_of(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*FAST, "train.epochs=1", "train.warmup_steps=3") == 0
+    assert "warning: train.lr is never reached: train.warmup_steps=3, of 2 steps in all\n" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(archive: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAST, "run=mine", "train.epochs=2", "train.patience=1", "train.lr=1e-9") == 0
+    before = log_of("mine")
+    capsys.readouterr()
+    assert run("--resume", "--config", "configs/lstm.yaml") == 2
+    assert "leave --config out" in capsys.readouterr().err
+    assert run("--resume", "--run", "mine", "train.epochs=2") == 0
+    assert "runs/mine is finished already; to train on: run=NAME train.start=runs/mine" in capsys.readouterr().out
+    assert log_of("mine") == before
 
 
 def test_the_log_tells_teacher_forced_from_generated(
@@ -132,12 +151,16 @@ def test_the_last_epochs_are_self_critical_with_a_learning_rate_of_their_own(arc
     assert rates == pytest.approx(expected, abs=1e-8)
 
 
-def test_a_start_that_does_not_fit_the_recipe_is_refused(
+def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ(
     archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*FAST, "run=first", "train.epochs=1") == 0
-    assert run(*FAST, *CRITICAL, "run=second", "decoder.hidden_size=31") == 2
-    assert "runs/first/checkpoints.pth" in capsys.readouterr().err
+    other = ("decoder.hidden_size=31", "encoder.image_size=null", "encoder.name=resnet34")
+    assert run(*FAST, *CRITICAL, "run=second", "decoder.dropout=0", *other) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "runs/first/checkpoints.pth" in error
+    assert "another encoder.name (resnet18 there, resnet34 here), encoder.image_size (32 there, null here)" in error
+    assert error.endswith("with: encoder.name=resnet18 encoder.image_size=32 decoder.hidden_size=32")
     assert not Path("runs/second").exists()
 
 

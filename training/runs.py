@@ -79,6 +79,8 @@ def remove_empty(run: Path) -> None:
 
 def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     """Return config and last.pth of the run to go on with; `args.overrides` keeps what is not its name."""
+    if args.config:
+        raise UserError("--resume goes on with a run's own settings; leave --config out and name the run: --run NAME")
     names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
     args.overrides = [word for word in args.overrides if not word.startswith("run=")]
     run = find_run("last.pth", args.run or next(iter(names), None))

@@ -168,11 +168,18 @@ def test_another_encoder_has_its_own_rows(cache: FeatureCache, encoded: list[int
 
 
 def test_mirror_images_have_their_own_rows(
-    cache: FeatureCache, archive: Path, tiny_model: CaptionModel, encoded: list[int]
+    cache: FeatureCache,
+    tiny_config: Callable,
+    tiny_model: CaptionModel,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cache.fill()
-    mirrored = FeatureCache(tiny_model, NAMES, archive / "images", CPU, View(mirrored=True)).fill().take(NAMES)
+    monkeypatch.setattr(tiny_model, "config", tiny_config("train.mirror=true", "train.corners=1"))
+    mirrored = FeatureCache(tiny_model, NAMES, cache.folder, CPU, View(mirrored=True)).fill().take(NAMES)
     assert sum(encoded) == 24
+    assert "encoding 12 pictures, view 2 of 3, once" in capsys.readouterr().out
     for name in NAMES:
         ImageOps.mirror(open_picture(cache.folder / name)).save(cache.folder / name, lossless=True, format="WEBP")
     torch.testing.assert_close(mirrored.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)

@@ -239,6 +239,14 @@ def test_a_pattern_that_matches_nothing_is_refused(exported: DataConfig, refused
         found("tars/{00000..00003}.tar")
 
 
+@pytest.mark.parametrize("pattern", ["tars/*.tar", "tars/?????.tar", "tars/[0-9]*.tar"])
+def test_a_pattern_for_shells_is_refused_with_the_one_to_write(
+    pattern: str, exported: DataConfig, refused: Callable
+) -> None:
+    with refused(f"data.shards = {pattern}", '"data.shards=tars/{000..127}.tar"'):
+        found(pattern)
+
+
 def test_tars_are_not_written_over(exported: DataConfig, refused: Callable) -> None:
     with refused("tars"):
         tars.export(load_config().data, Path("tars"), 4)

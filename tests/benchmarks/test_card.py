@@ -1,0 +1,101 @@
+"""The model card is that of the checkpoint in pretrained/, and tells what was measured."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_limits import references
+
+from benchmarks import card, limits
+from config import flatten, load_config
+
+SIGNATURE = "scorer:x|split:val"
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with a checkpoint and all results that its card is made from."""
+    (tmp_path / "captioner.pth").write_bytes(b"weights")
+    scores: dict[str, Any] = dict.fromkeys(card.NAMES, 20.0) | {"spice": None}
+    intervals = {"bleu4": [19.0, 21.0], "cider": [48.0, 52.0]}
+    config = flatten(load_config(overrides=["decoder.name=attention", "train.epochs=8"]).model_dump())
+    result = {
+        "config": config,
+        "intervals": intervals,
+        "train_minutes": 12.4,
+        "peak_memory_gb": 2.5,
+        "environment": {"processor": "Z80", "threads": 1, "torch": "2"},
+    }
+    for seed, cider in enumerate([49.0, 50.0, 48.0]):
+        content = result | {"seed": seed, "scores": scores | {"cider": cider}}
+        for recipe in (card.RECIPE, card.RIVAL):
+            (tmp_path / f"{recipe}-seed{seed}.json").write_text(json.dumps(content))
+    given = references(["two women"] * 5, ["a brown dog"] * 5, ["a man"] * 5)
+    captions = dict(zip(given.captions, ["a man", "a black dog", "a man"], strict=True))
+    found = limits.measure(captions, given)
+    file = {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 12_345_678, "seed": 1, "image_size": 260}
+    file |= {"features": [81, 1280], "decoder_weights": 6_100_000, "words": 2538}
+    kept = scores | {"cider": 49.9, "intervals": intervals, "captions": found["one_person"], "signature": SIGNATURE}
+    (tmp_path / limits.LIMITS.name).write_text(json.dumps({"checkpoint": file, "scores": kept, **found}))
+    return tmp_path
+
+
+def change(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    content["checkpoint"] |= changes
+    path.write_text(json.dumps(content))
+
+
+def test_the_card_is_generated_from_the_results_of_this_checkpoint() -> None:
+    if not card.CHECKPOINT.is_file():
+        pytest.skip("pretrained/ has no captioner.pth")
+    made = card.make(limits.LIMITS.parent, card.CHECKPOINT)
+    assert card.CARD.read_text(encoding="utf-8") == made, "run: python -m benchmarks.card"
+
+
+def test_the_hub_reads_from_the_header_what_the_file_scores(made: Path) -> None:
+    _, header, _ = card.make(made, made / "captioner.pth").split("---\n", 2)
+    about = yaml.safe_load(header)
+    assert (about["license"], about["language"], about["pipeline_tag"]) == ("mit", "en", "image-to-text")
+    (result,) = about["model-index"][0]["results"]
+    assert {each["name"]: each["value"] for each in result["metrics"]}["CIDEr-D"] == 49.9
+
+
+def test_the_card_tells_training_scores_and_limits(made: Path) -> None:
+    text = card.make(made, made / "captioner.pth")
+    assert "$" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "| `train.epochs` | `8` |" in rows and not any("train.lr" in row for row in rows)
+    assert "| seed 0 | 20.0 | 20.0 (19.0–21.0) | 20.0 | 20.0 | 49.0 (48.0–52.0) |" in rows
+    assert "| mean ± deviation | 20.0 ± 0.0 | 20.0 ± 0.0 | 20.0 ± 0.0 | 20.0 ± 0.0 | 49.0 ± 1.0 |" in rows
+    assert "| women or girls | 1 | 0 | 0 | 0 | 100 (100–100) | 0 |" in rows
+    assert "| “two” | 1 | 0 | 100 | 0 | – | 100 |" in rows
+    for told in ("seed 1.", "12.3 MB", "12, 12, 12 minutes", f"`{SIGNATURE}`", "brown (1)", "calls 100 % of women"):
+        assert told in text, told
+
+
+def test_tables_have_as_many_cells_in_every_row(made: Path) -> None:
+    for block in card.make(made, made / "captioner.pth").split("\n\n"):
+        if block.startswith("|"):
+            assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_a_checkpoint_that_was_not_measured_or_is_not_the_best_has_no_card(made: Path, refused: Callable) -> None:
+    measured = made / limits.LIMITS.name
+    change(measured, seed=0)
+    with refused("seed", "1", "best CIDEr-D"):
+        card.make(made, made / "captioner.pth")
+    (made / "captioner.pth").write_bytes(b"other weights")
+    with refused(limits.LIMITS.name, "benchmarks.limits"):
+        card.make(made, made / "captioner.pth")
+    measured.unlink()
+    with refused(limits.LIMITS.name, "benchmarks.limits"):
+        card.make(made, made / "captioner.pth")
+    with refused("captioner", "there is no"):
+        card.make(made, made / "no" / "captioner.pth")
+    with refused("benchmarks.recipes pretrained"):
+        card.make(made / "no", made / "captioner.pth")
