@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--split",
         choices=["train", "val", "dev", "test"],
-        help="the pictures (default: test, or val where it is empty; with --compare val, or test where only that is scored)",
+        help="default: test, or val where it is empty; with --compare val, or test where only that is scored",
     )
     parser.add_argument(
         "--tokeniser",
