@@ -33,7 +33,7 @@ from visualize_loss import COLOURS, LINES, TEXT, save
 
 IMAGES = Path(__file__).parent / "images"
 RIGHT, WRONG = COLOURS[:2]
-PALE = "#f1f4f8"
+PALE, FAINT = "#f1f4f8", "#8a9099"
 CHARACTER = 0.088  # inches of a character of the tree's font
 
 
@@ -48,12 +48,14 @@ class Scene:
 
 def main() -> None:
     lstm, attention = (load(name) for name in ("sample", "sample-attention"))
-    names = list(annotations.references(test_pictures(lstm)))
-    save(draw_chain(attention, scene(attention, names[3])), IMAGES / "encoder_decoder.png")
-    save(draw_teacher_forcing(lstm, scene(lstm, names[6])), IMAGES / "teacher_forcing.png")
-    draw_looks(attention, scene(attention, names[10])).save(IMAGES / "attention.jpg", quality=QUALITY)
-    save(draw_tree(lstm, scene(lstm, names[3])), IMAGES / "beam_search.png")
-    save(draw_overlap(*worst(lstm, names), lstm), IMAGES / "bleu.png")
+    table = annotations.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
+    scenes = list(annotations.references(table).items())
+    large, unsure, small = scenes[3], scenes[6], scenes[10]
+    save(draw_chain(attention, look(attention, *large)), IMAGES / "encoder_decoder.png")
+    save(draw_teacher_forcing(lstm, look(lstm, *unsure)), IMAGES / "teacher_forcing.png")
+    draw_looks(attention, look(attention, *small)).save(IMAGES / "attention.jpg", quality=QUALITY)
+    save(draw_tree(lstm, look(lstm, *large)), IMAGES / "beam_search.png")
+    save(draw_overlap(lstm, worst(lstm, [look(lstm, *each) for each in scenes])), IMAGES / "bleu.png")
     runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
     save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
     print(f"wrote the pictures in {IMAGES}/")
@@ -66,15 +68,10 @@ def load(run: str) -> CaptionModel:
     return CaptionModel.from_checkpoint(path)
 
 
-def test_pictures(model: CaptionModel) -> Any:
-    return annotations.choose_split(annotations.load(model.config.data), "test", "the sample")[1]
-
-
 @torch.inference_mode()
-def scene(model: CaptionModel, name: str) -> Scene:
+def look(model: CaptionModel, name: str, references: list[str]) -> Scene:
     picture = open_picture(annotations.image_folder(model.config.data) / name)
-    features = model.encoder(model.transform(picture).unsqueeze(0))
-    return Scene(picture, annotations.references(test_pictures(model))[name], features)
+    return Scene(picture, references, model.encoder(model.transform(picture).unsqueeze(0)))
 
 
 def best(model: CaptionModel, seen: Scene, keep_attention: bool = False) -> Caption:
@@ -105,9 +102,9 @@ def box(axes: Axes, x: float, y: float, text: str, width: float, height: float =
     write(axes, x, y, text)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = "#8a9099") -> None:
-    look = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", end, start, arrowprops=look)
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = FAINT) -> None:
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=style)
 
 
 def show(axes: Axes, picture: Any, left: float, bottom: float, side: float) -> None:
@@ -168,7 +165,7 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     for y, text in ((3.5, "reads"), (2.95, "should say"), (1.7, "probability"), (0.72, "- ln of it")):
         write(axes, 0.25, y, text, ha="left", weight="bold")
     show(axes, seen.picture, left - 0.3, 3.2, 0.6)
-    write(axes, left, 2.95, "not scored", 9.5, color="#8a9099")
+    write(axes, left, 2.95, "not scored", 9.5, color=FAINT)
     axes.plot([left + step * 0.6, 12.8], [1.1, 1.1], color=LINES, lw=1)
     for number, (read, said, p) in enumerate(zip(words, words[1:], probable, strict=False), 1):
         x, colour = left + number * step, RIGHT if p > 0.5 else WRONG
@@ -240,15 +237,16 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
         y = (heights[0] + heights[-1]) / 2 if heights else next(rows)
         for height in heights:
             axes.plot([after, after + 0.2, after + 0.4], [y, height, height], color=LINES, lw=1.5, zorder=0)
-        won = branch.end[:-1] == tuple(winner.ids)
-        colour = RIGHT if won else TEXT if heights or branch.end[-1] == EOS else "#8a9099"
+        ended = branch.end[-1:] == (EOS,) or len(branch.end) == options.max_length
+        won = branch.end in (tuple(winner.ids), (*winner.ids, EOS))
+        colour = RIGHT if won else TEXT if heights or ended else FAINT
         mono = {"ha": "left", "family": "DejaVu Sans Mono", "color": colour, "weight": "bold" if won else "normal"}
         write(axes, x, y, text, 10.5, **mono)
         if branch.words:
-            write(axes, x + CHARACTER * (len(text) + 0.7), y, f"{branch.log_prob:.2f}", 9, ha="left", color="#8a9099")
+            write(axes, x + CHARACTER * (len(text) + 0.7), y, f"{branch.log_prob:.2f}", 9, ha="left", color=FAINT)
         if not heights:
             fate = "dropped from the beam"
-            if branch.end[-1] == EOS:
+            if ended:
                 score = branch.log_prob / len(branch.end) ** options.length_penalty
                 fate = f"{'best' if won else 'ended'}: {branch.log_prob:.2f} / {len(branch.end)}"
                 fate += f"$^{{{options.length_penalty}}}$ = {score:.3f}"
@@ -256,9 +254,7 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
         return y
 
     plant(tree, 1.6)
-    write(
-        axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color="#8a9099"
-    )
+    write(axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color=FAINT)
     return figure
 
 
@@ -266,13 +262,9 @@ def count_leaves(branch: Branch) -> int:
     return sum(map(count_leaves, branch.branches)) or 1
 
 
-def worst(model: CaptionModel, names: list[str]) -> tuple[Scene, str]:
-    """Return the test scene whose caption shares the fewest words in a row with its references, and the caption."""
-    scenes = [scene(model, name) for name in names]
-    captions = [best(model, each).text for each in scenes]
-    return min(
-        zip(scenes, captions, strict=True), key=lambda pair: score(model, pair[1], pair[0].references).corpus["bleu4"]
-    )
+def worst(model: CaptionModel, scenes: list[Scene]) -> Scene:
+    """Return the scene whose caption shares the fewest sequences of words with its references."""
+    return min(scenes, key=lambda seen: score(model, best(model, seen).text, seen.references).corpus["bleu4"])
 
 
 def score(model: CaptionModel, caption: str, references: list[str]) -> metrics.Scores:
@@ -280,8 +272,9 @@ def score(model: CaptionModel, caption: str, references: list[str]) -> metrics.S
     return metrics.score({"it": caption}, {"it": references}, tokenise)
 
 
-def draw_overlap(seen: Scene, caption: str, model: CaptionModel) -> Figure:
+def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
     """Draw which sequences of 1 to 4 words of a caption stand in one of its references."""
+    caption = best(model, seen).text
     words = caption.split()
     references = [model.vocab.tokenise(text) for text in seen.references]
     scores = score(model, caption, seen.references)

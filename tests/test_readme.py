@@ -25,6 +25,7 @@ PAGES = [README, *sorted(set((ROOT / "docs").glob("*.md")) - set(TRANSLATED))]
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\n)?^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:\w+=\S* )?(?:python|torchrun|pytest|pip)\s[^`]*)`")
+SMALL = (*TINY, "encoder.name=efficientnet_lite0", "encoder.weights=IMAGENET1K_V1")  # not inside checkpoints: quick
 HERE = ("data.root=archive", "data.format=csv")
 SHORT = ("train.epochs=1", "train.warmup_steps=1", "--overwrite")
 SELF_CRITICAL = ("train.self_critical_epochs=1", "train.self_critical_samples=2")
@@ -84,7 +85,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
     if name == "train.py" and "--resume" not in options:
         critical = SELF_CRITICAL if "configs/scst.yaml" in options else ()
         here = () if is_absent(command) else HERE
-        options = [*TINY, *here, *options, *SHORT, *critical]
+        options = [*SMALL, *here, *options, *SHORT, *critical]
     monkeypatch.setattr(sys, "argv", [name, *options])
     return config.cli(importlib.import_module(name.removesuffix(".py")).main)
 
@@ -155,7 +156,7 @@ def test_the_decoder_shown_is_one_file_and_one_line(archive: Path, monkeypatch: 
     trained = model.CaptionModel.from_checkpoint("runs/gru/checkpoints.pth")
     assert type(trained.decoder).__name__ == "DecoderGRU"
 
-    seen, tokens = torch.randn(2, 512), torch.tensor([[1, 5, 6, 7]])
+    seen, tokens = torch.randn(2, trained.encoder.feature_shape[-1]), torch.tensor([[1, 5, 6, 7]])
     whole, _ = trained.decoder(seen, tokens, torch.tensor([1]))  # (1, 4, V)
     memory = trained.decoder.prepare(seen[1:])
     state = trained.decoder.start(memory)
