@@ -39,12 +39,16 @@ PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", "
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to caption: `image_id` names it in predictions.json, `references` are known captions."""
+    """A picture to caption: `image_id` names it in predictions.json, `references` are known captions.
+
+    `content` is what the file holds, where it lies on no disk.
+    """
 
     path: Path
     name: str
     image_id: str
     references: tuple[str, ...] = ()
+    content: bytes | None = None
 
 
 Opened = tuple[Picture, Image.Image, torch.Tensor | None]  # small enough to keep; pixels (3, S, S) to be encoded
@@ -350,7 +354,7 @@ def encoding(
 def read(picture: Picture, transform: Transform | None) -> Opened | UserError:
     """Open a picture, and transform it where it is to be encoded; of a broken one return the error."""
     try:
-        opened = open_picture(picture.path)
+        opened = open_picture(picture.path, picture.content)
     except UserError as error:
         return error
     pixels = transform.resize(opened) if transform else None

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import html
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -300,13 +301,14 @@ class Gallery:
 
 
 def split_before(caption: str, words: Sequence[str]) -> list[str]:
-    """Split a caption before each of `words`, which stand in it in this order: `["a", " dog", "'s", " toy"]`."""
-    pieces = []
-    for word in words:
-        end = caption.index(word) + len(word)
-        pieces.append(UNPRINTABLE.sub(" ", caption[:end]))
-        caption = caption[end:]
-    return pieces
+    """Split a caption before each of `words`, which it is made of: `["a", " dog", "'s", " toy"]`.
+
+    Tokenisers join words with blanks or without, and a stranger's word may have blanks of its own: they do not count.
+    """
+    ends = [place for place, character in enumerate(caption, start=1) if character != " "]
+    counts = itertools.accumulate(len(word.replace(" ", "")) for word in words)
+    places = [0, *(ends[count - 1] if count else 0 for count in counts)]
+    return [UNPRINTABLE.sub(" ", caption[start:end]) for start, end in itertools.pairwise(places)]
 
 
 def script_safe(code: str) -> str:

@@ -85,7 +85,8 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
             ImageOps.exif_transpose(file, in_place=True)
             return to_rgb(file)
     except UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}); replace it or leave it out") from None
+        reason = "of no format known here" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 from test_render import BLUE, HOSTILE, browse, captions, ink, needs_chromium, picture
 
 import render
+from data.vocab import TOKENISERS
 
 CELLS = [(0, 0), (2, 4), (6, 6), (0, 6)]
 
@@ -108,6 +109,17 @@ def test_any_shape_and_length_gives_a_sheet_of_bearable_size(
     assert max(sheet.size) < 4000
     assert arranged["titles"] == ["", *["dog"] * min(words, 59), *["dog …"] * (words > 60)]
     assert len(arranged["panels"]) == len(arranged["titles"])
+
+
+@pytest.mark.parametrize("language", ["en", "zh-characters"])
+@pytest.mark.parametrize(
+    "words", [["a", "dog", "'s", "toy"], ["一", "件", "red", "t恤"], ["x = 'y'", "a  'b", " ", "c"]]
+)
+def test_a_caption_is_split_before_its_words_however_they_were_joined(words: list[str], language: str) -> None:
+    caption = TOKENISERS[language]().join(words)
+    pieces = render.split_before(caption, words)
+    assert "".join(pieces) == caption
+    assert [piece.replace(" ", "") for piece in pieces] == [word.replace(" ", "") for word in words]
 
 
 @pytest.fixture(scope="module")

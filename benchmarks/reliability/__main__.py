@@ -45,6 +45,7 @@ CHECKS: dict[str, tuple[str, Callable[[], Result]]] = {
     "odd_pictures": ("pictures of all kinds: bombs, broken, animated, 16-bit, links, pipes …", strangers.odd_pictures),
     "evil_archives": ("archives that write elsewhere or swell", strangers.evil_archives),
     "hostile_captions": ("captions that would act in the page, in Chromium", strangers.hostile_captions),
+    "hostile_demo": ("words and file names that would act in the demo, in Chromium", strangers.hostile_demo),
     **{f"fuzz_{name}": (f"fuzzing: {name}", partial(fuzz.both, name)) for name in [*fuzz.TASTERS, "state"]},
     "many_epochs": ("2,000 epochs", long_runs.many_epochs),
     "many_captions": ("100,000 captions", long_runs.many_captions),

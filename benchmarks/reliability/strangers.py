@@ -7,26 +7,31 @@ import os
 import pickle
 import re
 import resource
-import shutil
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 import inference_visualize
 import render
+from benchmarks.reliability.demo import find_chromium, open_demo
 from benchmarks.reliability.faults import note, run
 from benchmarks.reliability.kills import Result, in_folder
-from config import UserError
+from benchmarks.reliability.tiny import SMALLEST
+from config import UserError, load_config
 from data import download
 from data.download import Source
+from data.vocab import SPECIALS, Vocabulary
 from models.model import CaptionModel
 from utils import load_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:
+    from playwright.sync_api import FilePayload
 
 MOST_MEMORY = 300  # MB that a refusal may take
 STEP = 4096  # bytes
@@ -286,9 +291,45 @@ def hostile_captions() -> Result:
     return result
 
 
+MARKDOWN = [
+    "![x](https://a.invalid/x.png)",
+    "[x](javascript:alert(1))",
+    "https://a.invalid/",
+    ":material/bolt: :red[x] $x$",
+]
+
+
+def hostile_demo() -> Result:
+    """Give the demo pictures whose names would act, and a model whose words would, and see in Chromium what they do."""
+    result = Result()
+    texts = [*HOSTILE, *MARKDOWN]
+    settings = (f"search.min_length={len(texts)}", "search.max_length=30", "search.no_repeat_ngram=1")  # each word once
+    model = CaptionModel.build(load_config(overrides=[*SMALLEST, *settings]), Vocabulary([*SPECIALS, *texts]))
+    scene = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(scene, "JPEG")
+    names = [re.sub("[/\0]", "", text).encode(errors="replace").decode() + ".jpg" for text in texts]
+    files: list[FilePayload] = [{"name": name, "mimeType": "image/jpeg", "buffer": scene.getvalue()} for name in names]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        save_checkpoint(Path(folder, "runs/hostile/checkpoints.pth"), model.state())
+        with open_demo(Path(folder)) as (page, asked):
+            page.set_input_files("input[type=file]", files)
+            page.get_by_text("Download captions").wait_for()
+            caption = page.locator("p.caption").first.inner_text().replace(" ", "")  # words are joined with some blanks
+            shown = [paragraph.strip() for paragraph in page.locator("p.quiet").all_inner_texts()]
+            for text, name in zip(texts, names, strict=True):
+                note(result, render.plain(text).replace(" ", "") in caption, f"the word {text!r}", caption)
+                sent = name.replace('"', "%22")  # as browsers write it
+                note(result, render.plain(sent) in shown, f"the name {name!r}", str(shown))
+            note(result, page.title() == "Image captioning", "something acted", page.title())
+            others = page.locator("p.caption *, p.quiet *, .stMain :is(iframe, base, script, [href*=invalid])")
+            note(result, others.count() == 0, "a text became an element", str(others.all_inner_texts()))
+            note(result, asked() <= {"localhost", "None"}, "something was asked for", str(asked()))
+    return result
+
+
 def browse(page: Path, *options: str) -> str:
     """Return the page as Chromium has it once it is loaded."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    program = find_chromium()
     if program is None:
         raise UserError("this check needs Chromium; install it: apt install chromium")
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]

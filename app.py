@@ -1,0 +1,228 @@
+"""The web demo: drop pictures, read captions, see where the model looked. Start it with: streamlit run app.py
+
+A page over inference_visualize.py. What models write and what files are called is shown by `show`, as plain text:
+Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
+"""
+
+import argparse
+import html
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+import torch
+from PIL import Image
+
+import inference_visualize as inference
+from config import SearchConfig, UserError
+from models.model import Caption, CaptionModel
+from render import light, plain, scale, split_before
+from utils import PRETRAINED, RUNS, as_json, pick_device
+
+TITLE = "Image captioning"
+STYLE = """<style>
+.stMainBlockContainer { padding-top: 3.5rem; max-width: 80rem; }
+p.caption, p.other, p.quiet, p.refusal { margin: 0; overflow-wrap: anywhere; }
+p.caption { font-size: 1.75rem; line-height: 1.3; font-weight: 600; }
+p.caption mark { border-radius: .2em; background: #f2b632; color: #1f2328; }
+p.other { display: flex; justify-content: space-between; gap: 1rem; }
+p.other + p.other { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid rgb(128 128 128 / .3); }
+p.other span + span { flex-shrink: 0; }
+p.quiet, p.other span + span { font-size: .85rem; opacity: .65; font-variant-numeric: tabular-nums; }
+p.refusal { padding-left: .75rem; border-left: 3px solid #d1242f; }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Captioner:
+    """A trained model and what encodes pictures for it; `key` is its file, and when that was written."""
+
+    name: str
+    key: tuple[str, int]
+    model: CaptionModel
+    encode: Callable[[list[inference.Opened]], torch.Tensor]
+
+
+def main() -> None:
+    st.set_page_config(page_title=TITLE, layout="wide")
+    st.html(STYLE)
+    st.title(TITLE)
+    with refusals():
+        captioners = choose_captioners(find_checkpoints(named_checkpoints()))
+        options, num_captions = choose_search(captioners[0].model.config.search)
+        rows = caption_uploads(captioners, options, num_captions)
+        for captioner, own in zip(captioners, rows, strict=True):
+            if own:
+                of = f" of {captioner.name}" if len(captioners) > 1 else ""
+                st.download_button(f"Download captions{of}", as_json(own), "predictions.json", "application/json")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Show the sentence of a UserError in the place where it ends the work."""
+    try:
+        yield
+    except UserError as error:
+        show("refusal", str(error))
+
+
+def show(kind: str, text: str) -> None:
+    """Write a paragraph of plain text, whatever is in it; `kind` is its look in STYLE."""
+    st.html(f'<p class="{kind}">{html.escape(plain(text))}</p>')
+
+
+# ---- which model, which search ---------------------------------------------------------------------------------------
+
+
+def named_checkpoints() -> list[Path]:
+    """Return what stands after --checkpoint in: streamlit run app.py -- --checkpoint FILE."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}; write: streamlit run app.py -- --checkpoint FILE")
+    return args.checkpoint
+
+
+def find_checkpoints(named: list[Path]) -> list[Path]:
+    """Return those named, those of runs, the newest first, and the pretrained; models of drawn shapes come last."""
+    runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    given = [PRETRAINED] if PRETRAINED.is_file() else []
+    found = sorted([*runs, *given], key=lambda path: not inference.knows_photographs(path.parent))
+    if not named and not found:
+        raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
+    return list(dict.fromkeys([*named, *found]))
+
+
+def choose_captioners(found: list[Path]) -> list[Captioner]:
+    """Return the model chosen, and the one that it is to be compared with, where there is one."""
+    with st.sidebar:
+        first = st.selectbox("Model", found, format_func=name_of)
+        captioners = [introduce(first)]
+        others = [path for path in found if path != first]
+        other = st.selectbox("Compare with", others, None, name_of, placeholder="no other") if others else None
+        if other:
+            captioners.append(introduce(other))
+    return captioners
+
+
+def introduce(path: Path) -> Captioner:
+    captioner = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    config = captioner.model.config
+    show("quiet", f"{config.decoder.name} on {config.encoder.name}, {len(captioner.model.vocab):,} words")
+    if config.data.format == "sample":
+        show("quiet", "It learned from drawn shapes and knows no photographs.")
+    return captioner
+
+
+def name_of(path: Path) -> str:
+    if path == PRETRAINED:
+        return "pretrained"
+    return plain((path.parent if path.name == "checkpoints.pth" else path).as_posix())
+
+
+@st.cache_resource(max_entries=3, show_spinner="Reading the model …")
+def load(path: Path, changed: int) -> Captioner:
+    model = CaptionModel.from_checkpoint(path).to(pick_device())
+    return Captioner(name_of(path), (str(path), changed), model, inference.encoding(model, None, pick_device()))
+
+
+def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
+    """Return how captions are to be searched, by default in the model's `own` way, and how many."""
+    with st.sidebar:
+        num_captions = st.slider("Captions", 1, 10, 3)
+        beam = st.slider("Beam", 1, max(10, own.beam), own.beam, help="Hypotheses kept while a caption is searched.")
+        penalty = st.slider(
+            "Length penalty",
+            *(0.0, max(2.0, own.length_penalty), own.length_penalty, 0.05),
+            help="Captions are ranked by log-probability / length to this power; 0 favours short ones.",
+        )
+        longest = st.slider("Most words", 1, max(50, own.max_length), own.max_length)
+        temperature = st.slider(
+            "Temperature",
+            *(0.0, max(2.0, own.temperature), own.temperature, 0.05),
+            help="Above 0, words are drawn instead of searched: 1 as the model says, less is more careful.",
+        )
+    chosen = {"beam": beam, "length_penalty": penalty, "max_length": longest, "temperature": temperature}
+    return own.model_copy(update=chosen), num_captions
+
+
+# ---- pictures and their captions -------------------------------------------------------------------------------------
+
+
+def caption_uploads(captioners: list[Captioner], options: SearchConfig, num_captions: int) -> list[list[dict]]:
+    """Show the pictures dropped, each with its captions; return the rows of predictions.json of each captioner."""
+    endings = [ending.removeprefix(".") for ending in sorted(inference.PICTURE_ENDINGS)]
+    files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
+    rows: list[list[dict]] = [[] for _ in captioners]
+    taken: set[str] = set()
+    for file in files:
+        name = inference.unique_name(file.name, taken)
+        picture = inference.Picture(Path(file.name), name, name, content=file.getvalue())
+        with st.container(border=True), refusals():
+            for column, captioner, own in zip(st.columns(len(captioners)), captioners, rows, strict=True):
+                with column:
+                    shown, features = look(captioner, picture)
+                    torch.manual_seed(captioner.model.config.train.seed)  # drawn captions are the same each time
+                    (captions,) = captioner.model.describe(features, options, num_captions, keep_attention=True)
+                    own.append(inference.prediction(picture, captions, num_captions))
+                    title = f"{captioner.name}: {name}" if len(captioners) > 1 else name
+                    panel(f"{file.file_id} {captioner.name}", title, shown, captions, options.max_length, len(rows))
+    return rows
+
+
+@st.cache_data(
+    max_entries=100,
+    show_spinner=False,
+    hash_funcs={Captioner: lambda captioner: captioner.key, inference.Picture: lambda picture: picture.content},
+)
+def look(captioner: Captioner, picture: inference.Picture) -> tuple[Image.Image, torch.Tensor]:
+    """Return the picture as it is shown, and its features (1, D) or (1, L, D); raises UserError for a broken one."""
+    opened = inference.read(picture, captioner.model.transform)
+    if isinstance(opened, UserError):
+        raise opened
+    return opened[1], captioner.encode([opened])
+
+
+@st.fragment
+def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], max_length: int, columns: int) -> None:
+    """Show a picture with its captions: beside it, or below it where there are several columns of pictures."""
+    best, *others = captions
+    looks = inference.word_maps(best, slice(None))
+    left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
+    with right:
+        text = st.empty()
+        show("quiet", f"Probability per word: {percent(inference.per_word(best, max_length))}")
+        word = 0
+        if looks and looks.words:
+            word = st.slider("Where it looked, word by word", 0, len(looks.words), key=str(hash((key, best.words))))
+        text.html(f'<p class="caption">{marked(best, word)}</p>')
+        if others:
+            st.html("".join(row(caption.text, percent(inference.per_word(caption, max_length))) for caption in others))
+    with left:
+        enlarged = picture.resize(scale(picture.size), Image.Resampling.LANCZOS)
+        st.image(light(enlarged, looks.levels()[word - 1]) if looks and word else enlarged, output_format="JPEG")
+        show("quiet", title)
+
+
+def marked(caption: Caption, word: int) -> str:
+    """Return a caption as HTML, with this word marked, counted from 1."""
+    if not word:
+        return html.escape(plain(caption.text))
+    pieces = [html.escape(piece) for piece in split_before(caption.text, caption.words)]
+    pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
+    return "".join(pieces)
+
+
+def row(text: str, sure: str) -> str:
+    return f'<p class="other"><span>{html.escape(plain(text))}</span><span>{sure}</span></p>'
+
+
+def percent(probability: float) -> str:
+    return f"{probability:.0%}" if probability >= 0.1 else f"{probability:.1%}"
+
+
+main()

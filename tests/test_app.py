@@ -1,0 +1,249 @@
+"""The demo: its states by Streamlit's own tester, and as its user has it, in Chromium."""
+
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCENES
+from PIL import Image
+from test_render import HOSTILE, needs_chromium
+
+pytest.importorskip("streamlit", reason="the demo needs requirements-extras.txt")
+from streamlit.testing.v1 import AppTest
+
+import render
+import utils
+from benchmarks.reliability.demo import APP, open_demo
+from config import Config
+from data import sample
+from data.transforms import open_picture
+from data.vocab import SPECIALS, Vocabulary, build_vocab
+from inference_visualize import per_word, word_maps
+from models.model import Caption, CaptionModel
+
+Demo = Callable[..., AppTest]
+MARKDOWN = ["![x](https://a.invalid/x.png)", "[x](javascript:alert(1))", "https://a.invalid/", ":material/bolt: $x$"]
+SETTINGS = {
+    "lstm": ("search.beam=2", "search.min_length=3", "search.max_length=8"),
+    "attention": ("decoder.name=attention", "search.beam=2", "search.min_length=3", "search.max_length=8"),
+    "hostile": ("decoder.name=attention", "search.min_length=8", "search.no_repeat_ngram=1"),  # each bad word once
+    "sample": ("data.format=sample",),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained model for each of SETTINGS; the words of hostile.pth would act."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
+    known = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+    for name, settings in SETTINGS.items():
+        vocab = Vocabulary([*SPECIALS, *HOSTILE, *MARKDOWN]) if name == "hostile" else known
+        model = CaptionModel.build(tiny_config(*settings, "encoder.image_size=96", "train.seed=2"), vocab)
+        with torch.no_grad():
+            model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
+            for parameter in model.decoder.parameters():
+                parameter.mul_(2.5)  # so that captions differ
+        utils.save_checkpoint(folder / f"{name}.pth", model.state())
+    return folder
+
+
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
+    """`demo("--checkpoint", …)` opens the demo in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils, "PRETRAINED", Path("captioner.pth"))
+
+    def open_page(*words: object) -> AppTest:
+        monkeypatch.setattr(sys, "argv", ["app.py", *map(str, words)])
+        return run(AppTest.from_file(str(APP), default_timeout=60))
+
+    return open_page
+
+
+def run(page: AppTest) -> AppTest:
+    page.run()
+    assert not page.exception
+    return page
+
+
+def drop(page: AppTest, *files: Path | tuple[str, bytes]) -> AppTest:
+    for file in files:
+        name, content = file if isinstance(file, tuple) else (file.name, file.read_bytes())
+        page.file_uploader[0].upload(name, content)
+    return run(page)
+
+
+def slide(page: AppTest, label: str, value: float) -> AppTest:
+    next(slider for slider in page.slider if slider.label.startswith(label)).set_value(value)
+    return run(page)
+
+
+def markup(page: AppTest) -> str:
+    return "".join(element.proto.body for element in page.get("html") if not element.proto.body.startswith("<style"))
+
+
+def texts(page: AppTest, kind: str) -> list[str]:
+    """Return what the paragraphs of this kind say, in the order of the page."""
+    found = re.findall(f'<p class="{kind}">(.*?)</p>', markup(page))
+    return [html.unescape(re.sub("<.*?>", " " if kind == "other" else "", text)).strip() for text in found]
+
+
+def solid(text: str) -> str:
+    """Return plain text without blanks, of which joining words drops some before an apostrophe."""
+    return render.plain(text).replace(" ", "")
+
+
+def captions_of(checkpoint: Path, picture: Path, num_captions: int = 3, **search: Any) -> list[Caption]:
+    """Return the captions that a model has for a picture on its own."""
+    model = CaptionModel.from_checkpoint(checkpoint)
+    with torch.inference_mode():
+        features = model.encoder(model.transform(open_picture(picture)).unsqueeze(0))
+    return model.describe(features, model.config.search.model_copy(update=search), num_captions, keep_attention=True)[0]
+
+
+def test_without_any_model_one_sentence_says_what_to_do(demo: Demo) -> None:
+    page = demo()
+    assert texts(page, "refusal") == ["there is no trained captioner under runs/ yet; train one with: python train.py"]
+    assert not page.get("file_uploader")
+
+
+def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: Demo, checkpoints: Path) -> None:
+    for age, run_name in enumerate(["sample", "new", "old"]):
+        place = Path("runs", run_name, "checkpoints.pth")
+        place.parent.mkdir(parents=True)
+        shutil.copy(checkpoints / f"{'sample' if run_name == 'sample' else 'lstm'}.pth", place)
+        os.utime(place, (10**9 - age, 10**9 - age))
+    Path("runs/sample/config.yaml").write_text("data: {format: sample}")
+    shutil.copy(checkpoints / "lstm.pth", "captioner.pth")
+    page = demo()
+    assert page.selectbox[0].options == ["runs/new", "runs/old", "pretrained", "runs/sample"]
+    assert page.selectbox[0].value == Path("runs/new/checkpoints.pth") and "photographs" not in markup(page)
+    for name in ("runs/new", "runs/old"):
+        shutil.rmtree(name)
+    assert demo().selectbox[0].options == ["pretrained", "runs/sample"]
+    Path("captioner.pth").unlink()
+    assert "It learned from drawn shapes and knows no photographs." in texts(demo(), "quiet")
+
+
+def test_a_picture_gets_its_best_captions_with_how_probable_they_are(
+    demo: Demo, checkpoints: Path, drawn: Path
+) -> None:
+    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), drawn / "images/03.jpg")
+    own = captions_of(checkpoints / "lstm.pth", drawn / "images/03.jpg")
+    said = [texts(page, "caption")[0], *(text.rpartition("  ")[0] for text in texts(page, "other"))]
+    assert said == [caption.text for caption in own] and len(set(said)) == 3
+    rated = re.findall(r"([\d.]+)%", markup(page))
+    assert [float(percent) for percent in rated] == pytest.approx([100 * per_word(each, 8) for each in own], abs=0.5)
+
+
+def test_captions_are_searched_as_chosen(demo: Demo, checkpoints: Path, drawn: Path) -> None:
+    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), drawn / "images/03.jpg")
+    chosen = {"beam": 4, "length_penalty": 0.0, "max_length": 5}
+    for label, value in (("Captions", 2), *zip(("Beam", "Length penalty", "Most words"), chosen.values(), strict=True)):
+        slide(page, label, value)
+    own = captions_of(checkpoints / "lstm.pth", drawn / "images/03.jpg", 2, **chosen)
+    assert [*texts(page, "caption"), texts(page, "other")[0].rpartition("  ")[0]] == [each.text for each in own]
+    slide(page, "Temperature", 2.0)
+    drawn_words = texts(page, "caption")
+    assert drawn_words != [own[0].text] and texts(run(page), "caption") == drawn_words
+
+
+def test_a_broken_file_is_told_beside_the_captions_of_the_others(demo: Demo, checkpoints: Path, drawn: Path) -> None:
+    first, second = drawn / "images/00.jpg", drawn / "images/01.jpg"
+    broken = [("cut.jpg", first.read_bytes()[:700]), ("text.jpg", b"no picture")]
+    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), first, *broken, second)
+    assert texts(page, "caption") == [captions_of(checkpoints / "lstm.pth", each)[0].text for each in (first, second)]
+    cut, text = texts(page, "refusal")
+    assert re.fullmatch(r"cannot read the picture cut\.jpg \(.*truncated.*\); replace it or leave it out", cut)
+    assert text == "cannot read the picture text.jpg (of no format known here); replace it or leave it out"
+
+
+def test_sliding_through_the_words_shows_where_each_was_looked_for(
+    demo: Demo, checkpoints: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lit: list[np.ndarray] = []
+
+    def light(picture: Image.Image, level: np.ndarray) -> Image.Image:
+        lit.append(level)
+        return picture
+
+    monkeypatch.setattr(render, "light", light)
+    picture = drawn / "images/03.jpg"
+    page = drop(demo("--checkpoint", checkpoints / "attention.pth"), picture)
+    assert not lit and "<mark>" not in markup(page)
+    best = captions_of(checkpoints / "attention.pth", picture)[0]
+    looks = word_maps(best, slice(None))
+    assert looks
+    for word in (1, len(best.words)):
+        slide(page, "Where it looked", word)
+        assert re.findall("<mark>(.*?)</mark>", markup(page)) == [best.words[word - 1]]
+        assert np.abs(lit.pop().astype(int) - looks.levels()[word - 1]).max() <= 1
+    assert not lit and texts(page, "caption") == [best.text]
+
+
+def test_two_models_stand_side_by_side(demo: Demo, checkpoints: Path, drawn: Path) -> None:
+    picture = drawn / "images/03.jpg"
+    paths = [checkpoints / "attention.pth", checkpoints / "lstm.pth"]
+    page = drop(demo("--checkpoint", *paths), picture)
+    page.selectbox[1].set_value(paths[1])
+    assert texts(run(page), "caption") == [captions_of(path, picture)[0].text for path in paths]
+    assert [f"{path}: 03.jpg" in texts(page, "quiet") for path in paths] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--checkpoint", "broken.pth"), "broken.pth is not a checkpoint of this project"),
+        (("--checkpoint", "none.pth"), "there is no checkpoint at none.pth"),
+        (("--limit", "3"), "unknown option --limit; write: streamlit run app.py -- --checkpoint FILE"),
+    ],
+)
+def test_what_cannot_be_opened_is_told_in_one_sentence(demo: Demo, words: tuple[str, ...], told: str) -> None:
+    Path("broken.pth").write_text("no model")
+    (message,) = texts(demo(*words), "refusal")
+    assert message.startswith(told)
+
+
+def test_words_and_names_that_would_act_are_shown_as_text(demo: Demo, checkpoints: Path, drawn: Path) -> None:
+    content = (drawn / "images/00.jpg").read_bytes()
+    names = [f"{word.replace('/', '')}.jpg" for word in (*HOSTILE, *MARKDOWN)]
+    page = drop(demo("--checkpoint", checkpoints / "hostile.pth"), *((name, content) for name in names))
+    assert all(render.plain(name) in texts(page, "quiet") for name in names)
+    slide(page, "Where it looked", 2)
+    assert all(solid(word) in solid(texts(page, "caption")[0]) for word in [*HOSTILE, *MARKDOWN])
+    assert re.sub(r'<p class="\w+">|</p>|</?span>|</?mark>', "", markup(page)).count("<") == 0
+    assert not page.markdown and not page.caption
+
+
+@needs_chromium
+def test_in_a_browser_a_picture_is_captioned_and_nothing_is_asked_of_others(
+    checkpoints: Path, drawn: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("playwright", reason="the browser is steered by playwright, of requirements-dev.txt")
+    (tmp_path / "runs/hostile").mkdir(parents=True)
+    shutil.copy(checkpoints / "hostile.pth", tmp_path / "runs/hostile/checkpoints.pth")
+    picture = drawn / "images/00.jpg"
+    (best, *_) = captions_of(checkpoints / "hostile.pth", picture)
+    with open_demo(tmp_path) as (page, asked):
+        page.set_input_files("input[type=file]", picture)
+        assert page.locator("p.caption").inner_text() == render.plain(best.text)
+        slider = page.locator(".stMain .stSlider").get_by_role("slider")
+        slider.focus()
+        slider.press("ArrowRight")
+        assert solid(page.locator("p.caption mark").inner_text()) == solid(best.words[0])
+        with page.expect_download() as download:
+            page.get_by_text("Download captions").click()
+        (row,) = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+        assert (row["image_id"], row["caption"], len(row["captions"])) == ("00.jpg", best.text, 3)
+        assert page.title() == "Image captioning"
+        assert asked() == {"localhost", "None"} or asked() == {"localhost"}
