@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     )
     what.add_argument("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
-    parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint, or its references")
+    parser.add_argument("--run", metavar="NAME", help="score this run, or with --predictions take its references")
     parser.add_argument(
         "--split",
         choices=["train", "val", "dev", "test"],
@@ -93,9 +93,12 @@ def parse_args() -> argparse.Namespace:
         "--tokeniser",
         choices=["auto", "ptb", "words", "characters"],
         default="auto",
-        help="ptb needs Java, words does without; characters are for Chinese, and auto there; else ptb where it can",
+        help="how captions are cut: ptb as papers do (needs Java), words (without it), characters (for Chinese); "
+        "default: auto, which chooses",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="default: beside the checkpoint or the predictions")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)"
+    )
     return parse_command_line(parser)
 
 

@@ -119,7 +119,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
     parser.add_argument(
-        "--split", choices=["train", "val", "dev", "test"], help="default: test, or val where it is empty"
+        "--split",
+        choices=["train", "val", "dev", "test"],
+        help="the pictures, without --images (default: test, or val where it is empty)",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="caption the first N pictures only")
     parser.add_argument(
@@ -136,7 +138,9 @@ def parse_args() -> argparse.Namespace:
         metavar="HEAD",
         help="draw where the decoder looked for each word: the mean over its heads, or one of them, counted from 1",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="default: the run's folder, or with --images this one")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)"
+    )
     return parse_command_line(parser)
 
 

@@ -88,12 +88,14 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a captioner on Flickr8k, or, with no dataset at archive/, on the built-in sample.",
-        epilog="config.yaml lists every setting. Example: python train.py train.epochs=10 run=longer",
+        epilog="Example: python train.py train.epochs=10 run=longer",
     )
     parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with a run from its last step")
-    parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
-    parser.add_argument("--overwrite", action="store_true", help="lose what an existing run of this name wrote")
+    parser.add_argument("--run", metavar="NAME", help="with --resume: the run to go on with (default: the newest)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start again where a run of this name exists, and lose what it wrote"
+    )
     return parse_command_line(parser)
 
 

@@ -44,7 +44,10 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw the loss curve of a run, or of several to compare them.")
+    parser = argparse.ArgumentParser(
+        description="Draw the loss curve of a run, or of several to compare them.",
+        epilog="Example: python visualize_loss.py --run flickr8k attention",
+    )
     parser.add_argument("--run", nargs="+", metavar="NAME", help="names or folders of runs (default: the newest)")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="picture to write (default: loss_curve.png, in the run if it is one)"

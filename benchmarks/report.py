@@ -16,7 +16,7 @@ from evaluate import NAMES
 from utils import write_atomically
 
 HERE = Path(__file__).parent
-README, SCALING = HERE.parent / "README.md", HERE.parent / "docs" / "scaling.md"
+README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
 DATASETS = {  # pictures and captions
     "Flickr8k, train and dev": (7_000, 35_000),
     "COCO 2017, train and val": (123_287, 616_767),
@@ -131,16 +131,11 @@ def ablations() -> str:
 
 def speed() -> str:
     """Return what benchmarks/speed.py has measured; nothing where it has not been run."""
-    path = HERE / "results" / "speed.json"
-    if not path.is_file():
+    found = read_speed()
+    if not found:
         return ""
-    found = json.loads(path.read_text())
     lines = ["| what | measured |", "|---" * 2 + "|"]
     lines += [f"| {what.format(**found)} | {told.format(**found)} |" for what, told in FIGURES]
-    lines += ["", f"| | {' | '.join(DECODERS)} |", "|---" * (1 + len(DECODERS)) + "|"]
-    for what, told in PER_DECODER:
-        own = [{key.removeprefix(f"{name}_"): value for key, value in found.items()} for name in DECODERS]
-        lines.append(f"| {what} | {' | '.join(told.format(**each) for each in own)} |")
     machine = found["environment"]
     lines += [
         "",
@@ -150,10 +145,25 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def speed_by_decoder() -> str:
+    found = read_speed()
+    if not found:
+        return ""
+    lines = [f"| | {' | '.join(DECODERS)} |", "|---" * (1 + len(DECODERS)) + "|"]
+    for what, told in PER_DECODER:
+        own = [{key.removeprefix(f"{name}_"): value for key, value in found.items()} for name in DECODERS]
+        lines.append(f"| {what} | {' | '.join(told.format(**each) for each in own)} |")
+    return "\n".join(lines)
+
+
+def read_speed() -> dict[str, Any]:
+    path = HERE / "results" / "speed.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def scaling() -> str:
     """Return what datasets take: disk by arithmetic, time by the rates that benchmarks/speed.py has measured."""
-    path = HERE / "results" / "speed.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = read_speed()
     lines = [
         "| dataset | pictures | captions | pooled features | 7 x 7 features | words | encoding | LSTM epoch |",
         "|---" * 8 + "|",
@@ -197,13 +207,13 @@ def spread(values: list[float]) -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {
-        "dev-scores": partial(dev_scores, "flickr8k"),
-        "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+    README: {"dev-scores": partial(dev_scores, "flickr8k"), "speed": speed},
+    DOCS / "results.md": {
         "ablations": ablations,
-        "speed": speed,
+        "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+        "speed-by-decoder": speed_by_decoder,
     },
-    SCALING: {"scaling": scaling},
+    DOCS / "scaling.md": {"scaling": scaling},
 }
 
 

@@ -49,7 +49,7 @@ TURNS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/speed.json")
     parser.add_argument("--pictures", type=int, default=700, metavar="N", help="with five captions each (700)")
     parser.add_argument("--drawn", type=int, default=1000, metavar="N", help="that are encoded and captioned (1000)")
     parser.add_argument("--streamed", type=int, nargs=2, default=STREAMED, metavar="N", help="captions of simulations")

@@ -96,7 +96,7 @@ KNOWN = [*SOURCES, *BY_HAND]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(KNOWN)}")
-    parser.add_argument("--to", metavar="FOLDER", type=Path, help="default: archive, or coco")
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
     args = parser.parse_args()
     if args.dataset not in KNOWN:

@@ -301,7 +301,10 @@ def export(config: DataConfig, folder: Path, each: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a dataset as WebDataset tar shards.")
+    parser = argparse.ArgumentParser(
+        description="Write a dataset as WebDataset tar shards.",
+        epilog="Example: python -m data.tars tars data.root=archive",
+    )
     parser.add_argument("out", type=Path, help="the folder for them")
     parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
     args = parse_command_line(parser)

@@ -73,7 +73,7 @@ class CaptionModel(nn.Module):
     def build(cls, config: Config, vocab: Vocabulary) -> "CaptionModel":
         """Return a model with pretrained encoder and random decoder, drawn from `train.seed`."""
         torch.manual_seed(config.train.seed)
-        kind = DECODERS[config.decoder.name]
+        kind = decoder_of(config)
         encoder = EncoderCNN(config.encoder, grid=kind.grid)
         decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
         return cls(config, vocab, transform_for(config.encoder), encoder, decoder)
@@ -93,7 +93,7 @@ class CaptionModel(nn.Module):
         saved = whole(saved)
         config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
-        kind = DECODERS[config.decoder.name]
+        kind = decoder_of(config)
         encoder = restore_encoder(config, saved, kind.grid, where)
         size = encoder.feature_shape[-1]
         with torch.device("meta"):
@@ -231,6 +231,16 @@ class CaptionModel(nn.Module):
                 bar.update(len(batch))
         found = dict(distributed.gather(list(captions.items())))
         return {name: found[name] for name in names}
+
+
+def decoder_of(config: Config) -> type[Decoder]:
+    """Return the class that `decoder.name` names; raises UserError where there is none, or one that cannot attend."""
+    kind = DECODERS.get(config.decoder.name)
+    if kind is None:
+        raise UserError(f"decoder.name = {config.decoder.name:.60} is no decoder; take one of: {', '.join(DECODERS)}")
+    if config.train.doubly_stochastic and not kind.grid:
+        raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
+    return kind
 
 
 def whole(values: Any) -> Any:

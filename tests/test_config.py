@@ -107,7 +107,7 @@ def test_an_unknown_setting_in_a_file_is_refused_with_that_file(tmp_path: Path, 
             "train.epochs=",
             "train.seed=-1",
         ),
-        *("encoder.frozen=1", "encoder.image_size=8", "decoder.dropout=1", "decoder.name=gpt", "data.language=xx"),
+        *("encoder.frozen=1", "encoder.image_size=8", "decoder.dropout=1", "decoder.name=null", "data.language=xx"),
         *("encoder.stages=[layer3, null]", "search.forbidden=[1]"),
         *("data.root=null", "run=../elsewhere", "run=", "train.epochs=[1, 2]", "train.epochs=2024-01-01"),
     ],
@@ -115,11 +115,6 @@ def test_an_unknown_setting_in_a_file_is_refused_with_that_file(tmp_path: Path, 
 def test_a_value_of_the_wrong_kind_is_refused_with_its_dotted_path(word: str, refused: Callable) -> None:
     with refused(word.split("=")[0], "the command line"):
         load_config(overrides=[word])
-
-
-def test_a_penalty_on_attention_needs_attention(refused: Callable) -> None:
-    with refused("train.doubly_stochastic", "decoder.name"):
-        load_config(overrides=["train.doubly_stochastic=1"])
 
 
 def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:

@@ -85,6 +85,16 @@ def test_a_model_is_drawn_from_the_seed(tiny_config: Callable) -> None:
     assert not torch.equal(logits(first), logits(other))
 
 
+def test_a_decoder_that_does_not_exist_is_refused_with_those_that_do(tiny_config: Callable, refused: Callable) -> None:
+    with refused("decoder.name", "gpt", "lstm, attention, transformer"):
+        CaptionModel.build(tiny_config("decoder.name=gpt"), VOCAB)
+
+
+def test_a_penalty_on_attention_needs_attention(tiny_config: Callable, refused: Callable) -> None:
+    with refused("train.doubly_stochastic", "decoder.name"):
+        CaptionModel.build(tiny_config("train.doubly_stochastic=1"), VOCAB)
+
+
 @pytest.mark.parametrize("shape", [(50, 512), (20, 4, 512)])
 def test_training_features_are_centred_and_scaled_as_one(shape: tuple[int, ...], tiny_config: Callable) -> None:
     model = build(tiny_config())

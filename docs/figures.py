@@ -1,0 +1,306 @@
+"""Draw the README's pictures from two runs on the built-in sample: `python -m docs.figures`.
+
+    python train.py
+    python train.py --config configs/sample.yaml decoder.name=attention train.doubly_stochastic=1 run=sample-attention
+
+Nothing in them is made up: words, probabilities, maps and scores are those of the two trained models.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
+
+import metrics
+import visualize_loss
+from config import UserError, cli
+from data import annotations
+from data.transforms import open_picture
+from data.vocab import EOS
+from inference_visualize import QUALITY, word_maps
+from models.model import Caption, CaptionModel
+from models.search import Running, Search
+from render import draw_attention
+from utils import RUNS
+from visualize_loss import COLOURS, LINES, TEXT, save
+
+IMAGES = Path(__file__).parent / "images"
+RIGHT, WRONG = COLOURS[:2]
+PALE, FAINT = "#f1f4f8", "#8a9099"
+CHARACTER = 0.088  # inches of a character of the tree's font
+
+
+@dataclass
+class Scene:
+    """A picture of the sample, its five captions, and what the model's encoder makes of it (1, D) or (1, L, D)."""
+
+    picture: Image.Image
+    references: list[str]
+    features: torch.Tensor
+
+
+def main() -> None:
+    lstm, attention = (load(name) for name in ("sample", "sample-attention"))
+    table = annotations.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
+    scenes = list(annotations.references(table).items())
+    large, unsure, small = scenes[3], scenes[6], scenes[10]
+    save(draw_chain(attention, look(attention, *large)), IMAGES / "encoder_decoder.png")
+    save(draw_teacher_forcing(lstm, look(lstm, *unsure)), IMAGES / "teacher_forcing.png")
+    draw_looks(attention, look(attention, *small)).save(IMAGES / "attention.jpg", quality=QUALITY)
+    save(draw_tree(lstm, look(lstm, *large)), IMAGES / "beam_search.png")
+    save(draw_overlap(lstm, worst(lstm, [look(lstm, *each) for each in scenes])), IMAGES / "bleu.png")
+    runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
+    save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
+    print(f"wrote the pictures in {IMAGES}/")
+
+
+def load(run: str) -> CaptionModel:
+    path = RUNS / run / "checkpoints.pth"
+    if not path.is_file():
+        raise UserError(f"there is no {path}; train it as the first lines of {Path(__file__).name} say")
+    return CaptionModel.from_checkpoint(path)
+
+
+@torch.inference_mode()
+def look(model: CaptionModel, name: str, references: list[str]) -> Scene:
+    picture = open_picture(annotations.image_folder(model.config.data) / name)
+    return Scene(picture, references, model.encoder(model.transform(picture).unsqueeze(0)))
+
+
+def best(model: CaptionModel, seen: Scene, keep_attention: bool = False) -> Caption:
+    return model.describe(seen.features, keep_attention=keep_attention)[0][0]
+
+
+# ---- drawing in inches -----------------------------------------------------------------------------------------------
+
+
+def paper(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a white sheet whose axes are inches, from the lower left corner."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def write(axes: Axes, x: float, y: float, text: str, size: float = 11, **look: Any) -> None:
+    usual: dict[str, Any] = {"fontsize": size, "color": TEXT, "ha": "center", "va": "center"}
+    axes.text(x, y, text, **(usual | look))
+
+
+def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.42, colour: str = PALE) -> None:
+    """Draw a box around its centre."""
+    corner = (x - width / 2, y - height / 2)
+    shape = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=colour, edgecolor=LINES))
+    write(axes, x, y, text)
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = FAINT) -> None:
+    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=style)
+
+
+def show(axes: Axes, picture: Any, left: float, bottom: float, side: float) -> None:
+    extent = (left, left + side, bottom, bottom + side)
+    axes.imshow(picture, extent=extent, aspect="auto")
+    axes.add_patch(Rectangle((left, bottom), side, side, fill=False, edgecolor=LINES))
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def draw_chain(model: CaptionModel, seen: Scene) -> Figure:
+    """Draw picture → cells → a decoder that reads its own last word."""
+    words = [*best(model, seen).words[:6], "…"]
+    figure, axes = paper(13, 3.5)
+    show(axes, seen.picture, 0.3, 0.8, 1.9)
+    write(axes, 1.25, 0.5, f"a picture: {seen.picture.width} x {seen.picture.height}")
+    arrow(axes, (2.35, 1.75), (3.55, 1.75))
+    write(axes, 2.92, 1.98, "encoder")
+    show(axes, as_colours(seen.features[0]), 3.7, 0.8, 1.9)
+    write(axes, 4.65, 0.5, f"{seen.features.shape[1]} cells of {seen.features.shape[2]:,} numbers")
+    arrow(axes, (5.75, 1.75), (6.4, 1.75))
+    write(axes, 6.07, 1.98, "decoder")
+    for number, (read, said) in enumerate(zip(["<sos>", *words], words, strict=False)):
+        x = 6.9 + 0.9 * number
+        box(axes, x, 1.75, "…" if said == "…" else "LSTM", 0.6)
+        write(axes, x, 0.7, read, color=RIGHT if number else TEXT)
+        write(axes, x, 2.8, said, color=RIGHT, weight="bold")
+        arrow(axes, (x, 0.88), (x, 1.5))
+        arrow(axes, (x, 2.0), (x, 2.62))
+        if number:
+            arrow(axes, (x - 0.6, 1.75), (x - 0.3, 1.75))
+            arrow(axes, (x - 0.76, 2.68), (x - 0.12, 0.88), LINES)
+    write(axes, 6.6, 3.2, "what it writes …", ha="left")
+    write(axes, 6.6, 0.3, "… it reads next", ha="left")
+    return figure
+
+
+def as_colours(cells: torch.Tensor) -> Any:
+    """Return the cells (L, D) as an RGB picture of their three principal components (side, side, 3)."""
+    centred = cells - cells.mean(0)
+    parts = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # (L, 3)
+    parts = (parts - parts.amin(0)) / (parts.amax(0) - parts.amin(0))
+    side = math.isqrt(len(cells))
+    return (0.25 + 0.7 * parts).view(side, side, 3).numpy()
+
+
+@torch.inference_mode()
+def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
+    """Draw for each word of a reference what the LSTM reads, what it should say, and how probable it finds that."""
+    ids = torch.tensor(model.vocab.encode(seen.references[0]))  # (1 + T,)
+    features = model.standardise(seen.features)
+    logits, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, V)
+    probable = logits[0].softmax(1).gather(1, ids[1:, None]).squeeze(1).tolist()  # (T,)
+    words = [model.vocab.words[i] for i in ids]
+    figure, axes = paper(13, 3.9)
+    left, step = 1.75, (13 - 2.35) / len(words)
+    for y, text in ((3.5, "reads"), (2.95, "should say"), (1.7, "probability"), (0.72, "- ln of it")):
+        write(axes, 0.25, y, text, ha="left", weight="bold")
+    show(axes, seen.picture, left - 0.3, 3.2, 0.6)
+    write(axes, left, 2.95, "not scored", 9.5, color=FAINT)
+    axes.plot([left + step * 0.6, 12.8], [1.1, 1.1], color=LINES, lw=1)
+    for number, (read, said, p) in enumerate(zip(words, words[1:], probable, strict=False), 1):
+        x, colour = left + number * step, RIGHT if p > 0.5 else WRONG
+        write(axes, x, 3.5, read, 9.5)
+        write(axes, x, 2.95, said, 9.5, color=colour, weight="bold")
+        axes.bar(x, 1.25 * p, 0.45, 1.1, color=colour)
+        write(axes, x, 1.22 + 1.25 * p, f"{p:.2f}", 10)
+        write(axes, x, 0.72, f"{-math.log(p):.2f}", 10)
+    loss = -sum(map(math.log, probable)) / len(probable)
+    write(axes, 12.8, 0.3, f"mean over the {len(probable)} words: a loss of {loss:.3f}", ha="right", weight="bold")
+    return figure
+
+
+def draw_looks(model: CaptionModel, seen: Scene) -> Image.Image:
+    looks = word_maps(best(model, seen, keep_attention=True), slice(None))
+    assert looks
+    return draw_attention(seen.picture, looks)
+
+
+class Traced(Search):
+    """A search that keeps, of every hypothesis it ever held, the words and the log-probability."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.held: dict[tuple[int, ...], float] = {}
+
+    def collect(self, running: Running) -> None:
+        for ids, log_prob in zip(running.words[:, 1:].tolist(), running.log_prob.flatten().tolist(), strict=True):
+            if log_prob > -math.inf:
+                self.held[tuple(ids)] = log_prob
+        super().collect(running)
+
+
+@dataclass
+class Branch:
+    """Words that follow each other without another choice that was kept, and what went on from them."""
+
+    words: tuple[int, ...]
+    log_prob: float
+    end: tuple[int, ...]
+    branches: list["Branch"] = field(default_factory=list)
+
+
+def grow(held: dict[tuple[int, ...], float], start: tuple[int, ...] = (), first: int = 0) -> Branch:
+    """Return the tree below the hypothesis `start`, whose words from `first` on belong to its trunk."""
+    longer = [ids for ids in held if ids[:-1] == start]
+    if len(longer) == 1 and start:
+        return grow(held, longer[0], first)
+    branches = [grow(held, ids, len(start)) for ids in sorted(longer, key=lambda ids: -held[ids])]
+    return Branch(start[first:], held.get(start, 0.0), start, branches)
+
+
+def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
+    """Draw a beam search of three: each hypothesis that was kept for a step, and what became of it."""
+    options = model.config.search.model_copy(update={"beam": 3})
+    search = Traced(model.decoder, model.standardise(seen.features), options, 1, (), False)
+    [[winner]] = search.run()
+    tree = grow(search.held)
+    leaves = count_leaves(tree)
+    figure, axes = paper(13, 0.9 + 0.52 * leaves)
+    show(axes, seen.picture, 0.3, 0.4 + 0.26 * leaves - 0.6, 1.2)
+    rows = iter(0.3 + 0.52 * (leaves - number - 0.5) for number in range(leaves))
+
+    def plant(branch: Branch, x: float) -> float:
+        """Draw a branch from x on; returns its height."""
+        text = " ".join(model.vocab.words[i] for i in branch.words)
+        after = x + CHARACTER * (len(text) + 1) + (0.62 if branch.words else 0)
+        heights = [plant(each, after + 0.45) for each in branch.branches]
+        y = (heights[0] + heights[-1]) / 2 if heights else next(rows)
+        for height in heights:
+            axes.plot([after, after + 0.2, after + 0.4], [y, height, height], color=LINES, lw=1.5, zorder=0)
+        ended = branch.end[-1:] == (EOS,) or len(branch.end) == options.max_length
+        won = branch.end in (tuple(winner.ids), (*winner.ids, EOS))
+        colour = RIGHT if won else TEXT if heights or ended else FAINT
+        mono = {"ha": "left", "family": "DejaVu Sans Mono", "color": colour, "weight": "bold" if won else "normal"}
+        write(axes, x, y, text, 10.5, **mono)
+        if branch.words:
+            write(axes, x + CHARACTER * (len(text) + 0.7), y, f"{branch.log_prob:.2f}", 9, ha="left", color=FAINT)
+        if not heights:
+            fate = "dropped from the beam"
+            if ended:
+                score = branch.log_prob / len(branch.end) ** options.length_penalty
+                fate = f"{'best' if won else 'ended'}: {branch.log_prob:.2f} / {len(branch.end)}"
+                fate += f"$^{{{options.length_penalty}}}$ = {score:.3f}"
+            write(axes, 12.85, y, fate, 10, ha="right", color=colour, weight="bold" if won else "normal")
+        return y
+
+    plant(tree, 1.6)
+    write(axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color=FAINT)
+    return figure
+
+
+def count_leaves(branch: Branch) -> int:
+    return sum(map(count_leaves, branch.branches)) or 1
+
+
+def worst(model: CaptionModel, scenes: list[Scene]) -> Scene:
+    """Return the scene whose caption shares the fewest sequences of words with its references."""
+    return min(scenes, key=lambda seen: score(model, best(model, seen).text, seen.references).corpus["bleu4"])
+
+
+def score(model: CaptionModel, caption: str, references: list[str]) -> metrics.Scores:
+    tokenise = partial(metrics.by_words, model.vocab.tokenise)
+    return metrics.score({"it": caption}, {"it": references}, tokenise)
+
+
+def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
+    """Draw which sequences of 1 to 4 words of a caption stand in one of its references."""
+    caption = best(model, seen).text
+    words = caption.split()
+    references = [model.vocab.tokenise(text) for text in seen.references]
+    scores = score(model, caption, seen.references)
+    figure, axes = paper(13, 5.2)
+    show(axes, seen.picture, 0.3, 3.2, 1.7)
+    write(axes, 2.3, 4.8, "five references", ha="left", weight="bold")
+    for number, reference in enumerate(references):
+        write(axes, 2.3, 4.47 - 0.3 * number, " ".join(reference), ha="left")
+    left, step = 2.3, min(0.85, 9.4 / len(words))
+    write(axes, 0.3, 2.55, "the caption", ha="left", weight="bold")
+    for place, word in enumerate(words):
+        write(axes, left + (place + 0.5) * step, 2.55, word, 9.5, weight="bold")
+    write(axes, left + (len(words) + 0.5) * step, 2.55, "right", ha="left", weight="bold")
+    for n in range(1, 5):
+        known = {tuple(r[first : first + n]) for r in references for first in range(len(r) - n + 1)}
+        y = 2.5 - 0.45 * n
+        write(axes, 0.3, y, f"{n} word{'s in a row' if n > 1 else ''}", ha="left")
+        for first in range(len(words) - n + 1):
+            colour = RIGHT if tuple(words[first : first + n]) in known else WRONG
+            box(axes, left + (first + 0.5) * step, y, "", step * 0.86, 0.3, colour)
+        right, of = (int(scores.bleu_counts[0, column]) for column in (n - 1, n + 3))
+        write(axes, left + (len(words) + 0.5) * step, y, f"{right} of {of}", ha="left")
+    bleu = ", ".join(f"BLEU-{n} {scores.corpus[f'bleu{n}']:.1f}" for n in range(1, 5))
+    write(axes, 0.3, 0.25, f"A box stands for the words that begin above it.   {bleu}", ha="left")
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli(main))
