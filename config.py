@@ -175,7 +175,11 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     Raises UserError for overrides that differ from what the checkpoint fixes: only where things lie and how captions
     are searched can be said anew.
     """
-    values = flatten(read_yaml(CONFIG_YAML)) | flatten(saved)
+    values = flatten(read_yaml(CONFIG_YAML))
+    for name in flatten(saved):
+        if name not in values:
+            raise UserError(unknown_setting(name, where, values))
+    values |= flatten(saved)
     layer = parse_overrides(overrides or [], values)
     for name in layer:
         if name not in values:

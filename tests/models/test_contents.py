@@ -29,7 +29,13 @@ def put(saved: dict[str, Any], place: str, value: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        *(("config", 7), ("config/decoder", [1]), ("config/encoder/name", {"a": 1}), ("config/train/lr", "x" * 9999)),
+        *(
+            ("config", 7),
+            ("config/run", {"": None}),
+            ("config/decoder", [1]),
+            ("config/encoder/name", {"a": 1}),
+            ("config/train/lr", "x" * 9999),
+        ),
         *(("vocabulary", "a dog"), ("vocabulary/words", [["a"]]), ("vocabulary/language", "tlh")),
         *(("transform", {}), ("transform/mean", (0.5, 0.5)), ("transform/image_size", "224")),
         *(("encoder", None), ("encoder/source", 7), ("encoder/more", 1)),
