@@ -7,14 +7,11 @@ import contextlib
 import copy
 import math
 import sys
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -24,12 +21,10 @@ from data import annotations, tars
 from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
 from data.stream import StreamedDataset
-from data.tars import Tar
-from data.transforms import View, other_views
-from data.vocab import build_vocab
-from data.words import Words, cut
+from data.words import cut
 from models.model import CaptionModel
 from training import distributed
+from training.begin import build_model, make_datasets, report_data
 from training.epoch import Epoch
 from training.objectives import Objective, caption_loss
 from training.optim import WeightAverage, learning_rate, make_optimiser
@@ -117,61 +112,6 @@ def go_on(args: argparse.Namespace) -> None:
     args.resume, args.overwrite = (RUNS / run / "last.pth").is_file(), True
     if args.resume:
         args.run, args.config, args.overrides = run, None, []
-
-
-def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:
-    parts = []
-    for split in annotations.SPLITS:
-        rows = table[table["split"] == split]
-        pictures, captions = rows["image"].nunique(), len(rows)
-        if shards and split == "train":
-            pictures, captions = sum(tar.pictures for tar in shards), sum(tar.captions for tar in shards)
-        if not captions and split != "test":
-            mend = f"name {split} in the JSON of some pictures" if shards else "mend its split lists or add captions"
-            raise UserError(f"{config.data.source} has no {split} pictures; {mend}")
-        if captions:
-            parts.append(f"{split} {pictures:,} pictures with {captions:,} captions")
-    files = [config.data.shards] if shards else annotations.caption_files(config.data)
-    print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
-
-
-def build_model(config: Config, count_words: Callable[[], Counter[str]]) -> CaptionModel:
-    """Return a new model with a vocabulary of these words, or, with `train.start`, all that one has learned."""
-    data = config.data
-    if not config.train.start:
-        return CaptionModel.build(config, build_vocab(count_words(), data.min_count, data.language))
-    if not Path(config.train.start).is_file():
-        run = Path(config.train.start).parent.name
-        recipe = f"configs/{run}.yaml" if (Path(__file__).parent / f"configs/{run}.yaml").is_file() else "RECIPE"
-        raise UserError(
-            f"there is no checkpoint at train.start = {config.train.start}; "
-            f"train it first (python train.py --config {recipe}) or name another"
-        )
-    return CaptionModel.from_start(config, config.train.start)
-
-
-def make_datasets(
-    model: CaptionModel, table: pd.DataFrame, words: Words, shards: list[Tar], device: torch.device
-) -> tuple[Flickr8kDataset | StreamedDataset, Flickr8kDataset]:
-    """Return the train and val datasets, with cached features where the encoder is frozen."""
-    folder = annotations.image_folder(model.config.data)
-    features: Features | None = None
-    views: dict[View, Features | None] = dict.fromkeys(
-        other_views(model.config.train.mirror, model.config.train.corners)
-    )
-    in_train, in_val = ((table["split"] == split).to_numpy() for split in ("train", "val"))
-    train, val = table[in_train], table[in_val]
-    if model.config.encoder.frozen:
-        features = encode_pictures(model, table["image"].unique().tolist(), folder, device)
-    if model.config.encoder.frozen and not shards:
-        views = {view: encode_pictures(model, train["image"].unique().tolist(), folder, device, view) for view in views}
-    for known in (features, *views.values()):
-        if known:
-            known.move(device)
-    val_set = Flickr8kDataset(val, model.vocab, folder, model.transform, features, words=words.of(in_val))
-    if shards:
-        return StreamedDataset(shards, model, list(views), device), val_set
-    return Flickr8kDataset(train, model.vocab, folder, model.transform, features, views, words.of(in_train)), val_set
 
 
 @dataclass
