@@ -195,7 +195,10 @@ def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], m
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
-        show("quiet", f"Probability per word: {percent(inference.per_word(best, max_length))}")
+        show(
+            "quiet",
+            f"Probability per word: {percent(inference.per_word(best, max_length))}",
+        )
         word = 0
         if looks and looks.words:
             word = st.slider("Where it looked, word by word", 0, len(looks.words), key=str(hash((key, best.words))))

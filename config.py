@@ -310,8 +310,13 @@ def cli(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
         return 130
-    print(f"error: {CONTROL.sub(lambda found: ascii(found[0])[1:-1], message)}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """Return text of strangers as a terminal may have it."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def quiet_if_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

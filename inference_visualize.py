@@ -1,6 +1,6 @@
 """Caption pictures with a trained run: JPGs with their captions, a page to browse them, and predictions.json."""
 
-from config import UserError, cli, flatten, parse_command_line, read_yaml  # isort: skip  # first: quiet if stopped
+from config import UserError, cli, flatten, parse_command_line, printable, read_yaml  # isort: skip  # first: quiet if stopped
 
 import argparse
 import glob
@@ -26,13 +26,14 @@ from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
-from render import LONGEST_SIDE, Gallery, WordMaps, draw_attention, draw_caption, undrawable
+from render import LONGEST_SIDE, NO_WORDS, Gallery, WordMaps, draw_attention, draw_caption, undrawable
 from training import distributed
 from utils import PRETRAINED, as_json, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88
 SKIPS_SHOWN = 20
+FEW = 10  # pictures whose captions are printed too
 MEAN = "mean"  # --attention without a head
 PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
@@ -181,8 +182,8 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
         return None
     if not heads:
         raise UserError(
-            f"--attention: {named} writes without attention maps; take a run of configs/attention.yaml or "
-            "configs/transformer.yaml, or leave --attention out"
+            f"--attention: {named} writes without attention maps; take a run of configs/attention.yaml, or "
+            "--checkpoint pretrained/captioner.pth, or leave --attention out"
         )
     if asked == MEAN:
         return slice(None)
@@ -272,6 +273,9 @@ def caption_pictures(
         )
     rows = [prediction(picture, captions, num_captions) for picture, captions in captioned]
     write_atomically(out / "predictions.json", as_json(rows))
+    if len(captioned) <= FEW:
+        for picture, captions in captioned:
+            print(printable(f"    {picture.name}: {captions[0].text or NO_WORDS}"))
     return broken
 
 

@@ -118,13 +118,19 @@ def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool]
         for folder in (RUNS / name, Path(name)):
             if (folder / needs).is_file():
                 return folder
-        raise UserError(
-            f"{RUNS / name} holds no {needs}; name another run, or train it with: python train.py run={name}"
-        )
+        raise UserError(f"{RUNS / name} holds no {needs}; name another run, or make it with: {how_to_make(name)}")
     found = [path for path in RUNS.glob(f"*/{needs}") if path.is_file() and accept(path.parent)]
     if not found:
         raise UserError(f"no run under {RUNS}/ holds a {needs}; make one with: python train.py")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def how_to_make(run: str) -> str:
+    """Return the command that gets a run further: one that was begun, one with a recipe, or any other."""
+    if (RUNS / run / "last.pth").is_file():
+        return f"python train.py --resume --run {run}"
+    recipe = Path(__file__).parent / "configs" / f"{run}.yaml"
+    return f"python train.py --config configs/{run}.yaml" if recipe.is_file() else f"python train.py run={run}"
 
 
 def pick_device() -> torch.device:

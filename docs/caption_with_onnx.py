@@ -67,4 +67,6 @@ class Captioner:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python docs/caption_with_onnx.py FOLDER PICTURE")
     print(Captioner(sys.argv[1])(Image.open(sys.argv[2])))

@@ -163,12 +163,16 @@ def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_sample
     assert "with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
-def test_a_checkpoint_and_pictures_are_all_it_takes(run: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_and_pictures_are_all_it_takes(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy("runs/flickr8k/checkpoints.pth", "model.pth")
     shutil.copy("archive/images/00.jpg", "photo.jpg")
     for folder in ("runs", "archive", "cache"):
         shutil.rmtree(folder)
     assert run("--images", "photo.jpg", "--checkpoint", "model.pth") == 0
+    (row,) = read_rows()
+    assert f"    photo.jpg: {row['caption'] or '(no words)'}\n" in capsys.readouterr().out
 
 
 def test_captions_hold_no_special_words(run: Run) -> None:

@@ -169,6 +169,18 @@ def test_the_newest_run_that_holds_the_file_is_found(tmp_path: Path, monkeypatch
     assert find_run("last.pth", accept=lambda run: run != new) == old
 
 
+def test_a_run_that_is_not_there_is_refused_with_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/begun").mkdir(parents=True)
+    Path("runs/begun/last.pth").touch()
+    commands = {"begun": "--resume --run begun", "attention": "--config configs/attention.yaml", "mine": "run=mine"}
+    for name, command in commands.items():
+        with refused(f"runs/{name} holds no checkpoints.pth", f"python train.py {command}"):
+            find_run("checkpoints.pth", name)
+
+
 def test_a_named_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = make_run("mine", 1000)
