@@ -44,6 +44,7 @@ ELSEWHERE = {  # what is not run here, and where it is
     "ruff": ".ci/run",
     ".ci/run": "by whoever changes something",
     "python -m models.": "tests/models",
+    "python docs/caption_with_onnx.py": "tests/models/test_export.py",
     "streamlit run": "tests/test_app.py",
     "python -m docs.figures": "made by it: docs/images",
     "torchrun": "tests/training/test_distributed.py, and on several machines nowhere",
