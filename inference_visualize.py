@@ -47,7 +47,7 @@ class Picture:
 
     path: Path
     name: str
-    image_id: str
+    image_id: str | int
     references: tuple[str, ...] = ()
     content: bytes | None = None
 
@@ -201,9 +201,10 @@ def split_pictures(
     table = annotations.load(data, annotations.read_splits(run))
     _, chosen = annotations.choose_split(table, split, data.source)
     folder = annotations.image_folder(data)
+    ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, which JSON knows
     pictures = [
-        Picture(folder / image, image, image_id, tuple(captions))
-        for (image, image_id), captions in chosen.groupby(["image", "image_id"], sort=False)["caption"]
+        Picture(folder / image, image, ids[image], tuple(captions))
+        for image, captions in annotations.references(chosen).items()
     ]
     features = None
     if model.config.encoder.frozen:
