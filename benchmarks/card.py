@@ -12,16 +12,16 @@ from typing import Any
 
 import yaml
 
-from benchmarks.limits import AGREE, CHECKPOINT, LIMITS
+from benchmarks.limits import AGREE, LIMITS
 from benchmarks.report import show, spread
 from config import UserError, cli, flatten, load_config
 from evaluate import NAMES
 from models.encoder import file_sha256
-from utils import write_atomically
+from utils import PRETRAINED, write_atomically
 
 RECIPE, RIVAL = "pretrained", "attention"  # the second has a ResNet-50
 TEXT = Path(__file__).with_suffix(".md")
-CARD = CHECKPOINT.with_name("README.md")
+CARD = PRETRAINED.with_name("README.md")
 SHOWN = ("bleu1", "bleu4", "meteor", "rouge_l", "cider")
 HUB = {"bleu4": "bleu", "meteor": "meteor", "rouge_l": "rouge", "cider": "cider"}  # what the Hub calls these metrics
 WRITING = {  # what `metrics.describe` finds
@@ -36,7 +36,7 @@ Found = dict[str, Any]  # of a JSON
 
 
 def main() -> None:
-    write_atomically(CARD, make(LIMITS.parent, CHECKPOINT).encode())
+    write_atomically(CARD, make(LIMITS.parent, PRETRAINED).encode())
     print(f"wrote {CARD}")
 
 

@@ -25,9 +25,8 @@ from data import annotations
 from data.vocab import SPECIALS
 from models.encoder import file_sha256
 from models.model import CaptionModel
-from utils import as_json, write_atomically
+from utils import PRETRAINED, as_json, write_atomically
 
-CHECKPOINT = Path(__file__).parents[1] / "pretrained" / "captioner.pth"
 LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
 AGREE = 3  # references
 LISTED = 30  # words that are never said
@@ -61,7 +60,7 @@ Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
     parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
     args = parse_command_line(parser)
     model = CaptionModel.from_checkpoint(args.checkpoint, args.overrides)
