@@ -91,26 +91,28 @@ def best_epoch(curves: Curves) -> int | None:
 
 
 def draw(runs: dict[str, Curves]) -> Figure:
-    """Return the figure: a colour for each run, a star on its best epoch, dashed what a solid line is compared with."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    loss, perplexity, scores = figure.subplots(1, 3)
+    """Return the figure: a colour for each run, a star on its best epoch, its training loss dashed."""
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    [loss, perplexity], [bleu, cider] = figure.subplots(2, 2)
     legend = []
     for (name, curves), colour in zip(runs.items(), itertools.cycle(COLOURS)):
         plot(loss, curves, "train_loss", colour, DASHED)
         plot(loss, curves, "val_loss", colour)
         plot(perplexity, curves, "val_perplexity", colour)
-        plot(scores, curves, "val_bleu4", colour, DASHED)
-        plot(scores, curves, "val_cider", colour)
+        plot(bleu, curves, "val_bleu4", colour)
+        plot(cider, curves, "val_cider", colour)
         legend.append(Line2D([], [], color=colour, linewidth=3, label=f"{name}{best_score(curves)}"))
         best = best_epoch(curves)
         if best is not None:
-            for axes, column in ((loss, "val_loss"), (perplexity, "val_perplexity"), (scores, "val_cider")):
+            columns = ("val_loss", "val_perplexity", "val_bleu4", "val_cider")
+            for axes, column in zip((loss, perplexity, bleu, cider), columns, strict=True):
                 value = f"{curves[column][best]:.4g}" if len(runs) == 1 else ""  # several would cover each other
                 mark(axes, curves["epoch"][best], curves[column][best], value, colour)
 
-    finish(loss, "Loss per word", solid="validation", dashed="training")
+    finish(loss, "Loss per word", {"validation": SOLID, "training": DASHED})
     finish(perplexity, "Validation perplexity")
-    finish(scores, "Scores of validation captions ×100", solid="CIDEr", dashed="BLEU-4")
+    finish(bleu, "BLEU-4 of validation captions ×100")
+    finish(cider, "CIDEr-D of validation captions ×100")
     look = {"fontsize": 12, "handlelength": 1, "frameon": False, "labelcolor": TEXT}
     figure.legend(handles=legend, loc="outside upper left", ncols=min(3, len(legend)), **look)
     return figure
@@ -141,7 +143,7 @@ def best_score(curves: Curves) -> str:
     return "" if best is None else f": best epoch {curves['epoch'][best]:.0f}, CIDEr {curves['val_cider'][best]:.1f}"
 
 
-def finish(axes: Axes, title: str, solid: str = "", dashed: str = "") -> None:
+def finish(axes: Axes, title: str, legend: dict[str, Line] | None = None) -> None:
     axes.set_title(title, loc="left", fontsize=11.5, weight="bold", color=TEXT, pad=10)
     axes.set_xlabel("epoch", color=TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -150,9 +152,8 @@ def finish(axes: Axes, title: str, solid: str = "", dashed: str = "") -> None:
     axes.grid(color=LINES, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(LINES)
-    if solid and dashed:
-        kinds = [Line2D([], [], color=TEXT, linestyle=SOLID, label=solid)]
-        kinds += [Line2D([], [], color=TEXT, linestyle=DASHED, label=dashed)]
+    if legend:
+        kinds = [Line2D([], [], color=TEXT, linestyle=line, label=label) for label, line in legend.items()]
         axes.legend(handles=kinds, frameon=False, labelcolor=TEXT)
 
 

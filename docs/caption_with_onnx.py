@@ -69,4 +69,8 @@ class Captioner:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python docs/caption_with_onnx.py FOLDER PICTURE")
-    print(Captioner(sys.argv[1])(Image.open(sys.argv[2])))
+    folder, picture = map(Path, sys.argv[1:])
+    for path in (folder / "encoder.onnx", picture):
+        if not path.is_file():
+            sys.exit(f"error: there is no {path}; FOLDER is what `python -m models.export` wrote, PICTURE an image file")
+    print(Captioner(folder)(Image.open(picture)))

@@ -112,7 +112,7 @@ def test_the_figure_shows_every_curve_and_names_the_best_epoch(home: Path) -> No
     drawn = {tuple(np.asarray(line.get_ydata())) for axes in figure.axes for line in axes.get_lines()}
     assert {tuple(values) for column, values in curves.items() if column != "epoch"} <= drawn
     assert figure.legends[0].get_texts()[0].get_text() == "lstm: best epoch 2, CIDEr 55.5"
-    assert [axes.texts[0].get_text() for axes in figure.axes] == ["3", "20.1", "55.5"]
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["3", "20.1", "18", "55.5"]
 
 
 def test_epoch_ticks_are_whole_numbers_even_for_one_epoch(home: Path) -> None:
