@@ -280,6 +280,11 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         ) from None
     if config.train.self_critical_epochs > config.train.epochs:
         raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
+    if config.train.self_critical_epochs and config.train.patience:
+        raise UserError(
+            "train.patience may stop a run before its train.self_critical_epochs; set patience to null, or train those "
+            "in a run of their own with train.start=FILE and train.epochs as many"
+        )
     if config.train.self_critical_beam and config.train.self_critical_samples == 1:
         raise UserError("train.self_critical_beam compares captions, of which self_critical_samples=1 is one; raise it")
     if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):

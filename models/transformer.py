@@ -66,7 +66,10 @@ class TransformerDecoder(Decoder):
         return self.output(hidden[:, 0]), state, maps[:, 0]  # (N, V), (N, t + 1, 2 E) each, (N, A, L)
 
     def read(self, tokens: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
-        """Read `tokens` (N, T) after those in the state; returns (N, T, E), the new state and maps (N, T, A, L)."""
+        """Read `tokens` (N, T), the first ones or a single one after those in the state.
+
+        Returns (N, T, E), the new state and maps (N, T, A, L).
+        """
         words = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)  # (N, T, E)
         hidden = self.dropout(words + positions(state[0].shape[1], words))
         grown = []
@@ -151,7 +154,7 @@ class Attention(nn.Module):
 def positions(first: int, like: torch.Tensor) -> torch.Tensor:
     """Return the sines and cosines (S, E) that tell places from `first` on apart (section 3.5 of the paper)."""
     length, width = like.shape[1:]
-    place = torch.arange(first, first + length, device=like.device, dtype=like.dtype).unsqueeze(1)  # (S, 1)
-    pace = torch.arange(0, width, 2, device=like.device, dtype=like.dtype)  # (E / 2,)
-    angle = place * torch.exp(-math.log(10000) / width * pace)  # (S, E / 2)
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+    place = torch.arange(first, first + length, device=like.device, dtype=torch.float32).unsqueeze(1)  # (S, 1)
+    pace = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)  # (E / 2,)
+    angle = place * torch.exp(-math.log(10000) / width * pace)  # (S, E / 2), which bf16 would round to a few places
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(like.dtype)

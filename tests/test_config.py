@@ -122,6 +122,11 @@ def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:
         load_config(overrides=["train.self_critical_epochs=6"])
 
 
+def test_patience_that_would_end_a_run_before_its_self_critical_epochs_is_refused(refused: Callable) -> None:
+    with refused("train.patience", "train.self_critical_epochs"):
+        load_config(overrides=["train.epochs=9", "train.self_critical_epochs=3", "train.patience=2"])
+
+
 def test_a_self_critical_beam_of_one_compares_nothing(refused: Callable) -> None:
     with refused("train.self_critical_beam", "self_critical_samples=1"):
         load_config(overrides=["train.self_critical_beam=true", "train.self_critical_samples=1"])

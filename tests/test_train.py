@@ -95,9 +95,37 @@ def test_the_log_tells_teacher_forced_from_generated(
     assert re.search(r"teacher-forced val: loss .* greedy val captions: BLEU-4", capsys.readouterr().out)
 
 
+def test_self_critical_epochs_draw_captions_without_any_dropout(tiny_config: Callable) -> None:
+    model = CaptionModel.build(tiny_config("decoder.num_layers=2"), build_vocab(["a dog runs"], 1)).train()
+    train.disable_dropout(model)
+    features, tokens = torch.ones(1, 512), torch.tensor([[1, 4, 5]])
+    once, again = (model.decoder(features, tokens, torch.tensor([0]))[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
 def test_the_best_epoch_is_the_one_with_the_best_generated_captions() -> None:
     rows = [{"epoch": 1, "val_loss": 2.0, "val_cider": 10.0}, {"epoch": 2, "val_loss": 2.5, "val_cider": 30.0}]
     assert Progress(history=rows).best["epoch"] == 2
+
+
+def test_of_equally_good_captions_those_with_the_lowest_loss_are_best() -> None:
+    rows = [{"epoch": number, "val_loss": loss, "val_cider": 0.0} for number, loss in enumerate([4.0, 2.0, 3.0], 1)]
+    assert Progress(history=rows).best["epoch"] == 2
+
+
+def test_a_restarted_job_goes_on_with_the_run_it_was_in(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def restarted(*words: str) -> tuple[str | None, bool]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        args = train.parse_args()
+        train.resume_after_restart(args)
+        return args.run, args.resume
+
+    assert restarted("run=mine") == (None, False)
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/last.pth").touch()
+    assert restarted("run=mine") == ("mine", True)
+    assert restarted("--resume", "--run", "mine") == ("mine", True)
+    assert restarted("--resume") == (None, True)  # the newest, which it is
 
 
 def test_a_killed_run_goes_on_digit_for_digit(archive: Path, run: Run) -> None:

@@ -1,6 +1,7 @@
 """One epoch of batches: which captions stand together, in which order, and what of them is for this process."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
 
@@ -15,6 +16,9 @@ class Epoch:
 
     Args:
         by_image: whether pictures stay whole, with all their captions; see `data.dataset.batch_indices`.
+
+    Attributes:
+        ends: how many batches there have been at the end of each window.
     """
 
     def __init__(
@@ -22,9 +26,10 @@ class Epoch:
     ) -> None:
         self.config, self.by_image = config, by_image
         self.windows = dataset.windows([config.seed, number])
+        self.ends = list(accumulate(map(self.count, self.windows)))
 
     def __len__(self) -> int:
-        return sum(map(self.count, self.windows))
+        return self.ends[-1]
 
     def count(self, window: Window) -> int:
         return batch_count(window, self.config.batch_size, self.by_image)

@@ -94,7 +94,7 @@ class SelfCritical:
         references: list[list[Words]] = [[] for _ in dataset.images]
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
             references[image].append(ids[1:].tolist())
-        self.reward = CiderReward(references)
+        self.reward, self.other_side = CiderReward(references), dataset.other_side.tolist()
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
@@ -107,25 +107,30 @@ class SelfCritical:
         logits = model.decoder.output(hidden[caption, place])  # (words, V)
         drawn_from = logits.float().index_fill(1, self.never, -math.inf).log_softmax(1)
         log_probs = drawn_from.gather(1, tokens[caption, place + 1].unsqueeze(1)).squeeze(1)  # (words,)
-        advantage = self.advantage(model, pictures, captions, batch.images)[caption]  # (words,)
+        advantage = self.advantage(model, pictures, captions, batch)[caption]  # (words,)
         return -(advantage * log_probs).mean(), -log_probs.detach().mean()
 
     def advantage(
-        self, model: CaptionModel, pictures: torch.Tensor, captions: list[list[int]], images: torch.Tensor
+        self, model: CaptionModel, pictures: torch.Tensor, captions: list[list[int]], batch: Batch
     ) -> torch.Tensor:
         """Return by how much each caption's reward exceeds the usual one (B K,)."""
-        rewards = self.rewards(captions, images).to(pictures.device)  # (B, K)
+        rewards = self.rewards(captions, batch).to(pictures.device)  # (B, K)
         if self.samples > 1:
             usual = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)  # (B, K)
         else:
-            usual = self.rewards(self.write(model, pictures, self.greedy, 1), images).to(pictures.device)
+            usual = self.rewards(self.write(model, pictures, self.greedy, 1), batch).to(pictures.device)
         return (rewards - usual).flatten()
 
-    def rewards(self, captions: list[list[int]], images: torch.Tensor) -> torch.Tensor:
-        """Return the reward of each of K captions of each picture (B, K)."""
-        each = len(captions) // len(images)
-        groups = [captions[first : first + each] for first in range(0, len(captions), each)]
-        return torch.tensor([self.reward(*pair) for pair in zip(groups, images.tolist(), strict=True)])
+    def rewards(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
+        """Return the reward of each of K captions of each picture (B, K); of a mirrored one, left is right."""
+        each = len(captions) // len(batch.images)
+        rewards = []
+        for place, (image, mirrored) in enumerate(zip(batch.images.tolist(), batch.mirrored.tolist(), strict=True)):
+            group = captions[place * each : (place + 1) * each]
+            if mirrored:
+                group = [[self.other_side[i] for i in ids] for ids in group]
+            rewards.append(self.reward(group, image))
+        return torch.tensor(rewards)
 
     def write(self, model: CaptionModel, pictures: torch.Tensor, options: SearchConfig, count: int) -> list[list[int]]:
         """Return `count` captions of each picture, with `<eos>` where it was written."""

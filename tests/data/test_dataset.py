@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import dataset, formats
 from data.dataset import Batch, Flickr8kDataset, batch_indices, read_batches, share_of
@@ -65,8 +66,8 @@ def test_owner_names_the_picture_of_each_caption(captions: Flickr8kDataset) -> N
 
 
 def test_a_batch_moves_whole() -> None:
-    moved = Batch(*(torch.zeros(1) for _ in range(4))).to(torch.device("meta"))
-    assert {part.device.type for part in (moved.pictures, moved.tokens, moved.owner, moved.images)} == {"meta"}
+    moved = Batch(*(torch.zeros(1) for _ in range(5))).to(torch.device("meta"))
+    assert {part.device.type for part in vars(moved).values()} == {"meta"}
 
 
 def test_a_batch_names_its_pictures(captions: Flickr8kDataset) -> None:
@@ -100,6 +101,16 @@ def test_captions_of_a_mirrored_picture_have_left_for_right() -> None:
     captions.shown = np.array([0, 2])
     assert vocab.decode(captions[1].tokens[0].tolist()[1:]) == "left"
     assert vocab.decode(captions[0].tokens[0].tolist()[1:]) == "the left side"
+
+
+def test_views_may_lie_on_another_device_than_the_whole_pictures(captions: Flickr8kDataset) -> None:
+    names = [f"{number}.jpg" for number in range(21)]
+    assert captions.features
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        captions.features.shards = [torch.zeros(21, 1, device="cuda")]
+        captions.views = {View(mirrored=True): Features([torch.zeros(21, 1)], names)}
+        captions.shown[:10] = 1
+        assert captions.read(np.arange(21)).device.type == "cuda"
 
 
 def test_pixels_are_shown_in_the_view_chosen(archive: Path, vocab: Vocabulary) -> None:

@@ -82,6 +82,13 @@ def test_a_batch_that_was_read_can_be_named(streamed: StreamedDataset) -> None:
             assert sorted(epoch.pictures(number)) == sorted(names[place] for place in batch.images)
 
 
+def test_the_last_batch_of_a_window_is_known_while_it_can_be_named(streamed: StreamedDataset) -> None:
+    epoch = Epoch(streamed, config.load_config(overrides=["train.batch_size=6"]).train, 0, by_image=True)
+    opened = [epoch.opened[0] for _ in epoch.read(0)]
+    changes = [place for place in range(1, len(opened)) if opened[place] is not opened[place - 1]]
+    assert epoch.ends == [*changes, len(epoch)]
+
+
 def test_no_more_than_a_window_is_in_memory(streamed: StreamedDataset) -> None:
     largest = max(tar.captions for tar in streamed.tars)
     for number in range(10):

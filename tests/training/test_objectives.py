@@ -117,7 +117,7 @@ def toy_model(tiny_config: Callable, *overrides: str) -> CaptionModel:
 def toy_batch(model: CaptionModel) -> Batch:
     captions = [[SOS, *model.vocab.numericalize(text), EOS] for text in ("a dog runs", "two cats sit")]
     features = torch.randn(2, *model.encoder.feature_shape, generator=torch.Generator().manual_seed(0))
-    return Batch(features, padded(captions), torch.arange(2), torch.arange(2))
+    return Batch(features, padded(captions), torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.bool))
 
 
 def toy_dataset(model: CaptionModel) -> Flickr8kDataset:
@@ -130,12 +130,13 @@ def test_what_is_rewarded_better_than_usual_becomes_likelier(samples: int, beam:
     model = toy_model(tiny_config, f"train.self_critical_samples={samples}", f"train.self_critical_beam={beam}")
     batch, critic = toy_batch(model), SelfCritical(model, toy_dataset(model))
     batch.pictures, batch.images = batch.pictures.repeat(10, 1, 1), batch.images.repeat(10)
+    batch.mirrored = batch.mirrored.repeat(10)
     optimiser = torch.optim.Adam(model.decoder.parameters(), lr=0.01)
     torch.manual_seed(0)
     rewards = []
     for _ in range(40):
         drawn = critic.write(model, model.encode(batch.pictures), critic.written, 20)
-        rewards.append(critic.rewards(drawn, batch.images).mean().item())
+        rewards.append(critic.rewards(drawn, batch).mean().item())
         objective, _ = critic(model, batch)
         optimiser.zero_grad()
         objective.backward()
@@ -151,7 +152,7 @@ def test_the_objective_weighs_each_words_log_probability_by_its_captions_advanta
     torch.manual_seed(1)
     features = model.encode(batch.pictures)
     captions = critic.write(model, features, critic.written, 3)
-    rewards = critic.rewards(captions, batch.images)
+    rewards = critic.rewards(captions, batch)
     total = own = 0.0
     for place, ids in enumerate(captions):
         picture, others = place // 3, [i for i in range(3) if i != place % 3]
@@ -171,6 +172,18 @@ def test_a_beam_gives_different_captions_the_same_each_time(tiny_config: Callabl
     captions, again = (critic.write(model, features, critic.written, 5) for _ in range(2))
     assert captions == again
     assert [len(set(map(tuple, captions[first : first + 5]))) for first in (0, 5)] == [5, 5]
+
+
+def test_a_mirrored_picture_is_rewarded_for_left_where_its_captions_say_right(tiny_config: Callable) -> None:
+    model = CaptionModel.build(tiny_config(), build_vocab(["a dog on the left", "a cat on the right"], 1))
+    table = pd.DataFrame({"image": ["0", "1"], "caption": ["a dog on the left", "a cat on the right"]})
+    critic = SelfCritical(model, Flickr8kDataset(table, model.vocab, Path(), model.transform))
+    batch = toy_batch(model)
+    batch.mirrored[0] = True
+    left, right = ([*model.vocab.numericalize(f"a dog on the {side}"), EOS] for side in ("left", "right"))
+    rewards = critic.rewards([left, right, left, right], batch)
+    assert rewards[0, 1] == pytest.approx(10)
+    assert rewards[0, 0] < 8
 
 
 def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
