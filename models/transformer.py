@@ -33,9 +33,9 @@ class TransformerDecoder(Decoder):
             )
         self.heads = config.num_heads
         self.dropout = Dropout(config.dropout)
-        self.cells = nn.Linear(feature_size, width)
+        self.project = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
-        self.remember = nn.Linear(width, config.num_layers * 2 * width)
+        self.key_value = nn.Linear(width, config.num_layers * 2 * width)
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(config, cross=True) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
@@ -52,11 +52,11 @@ class TransformerDecoder(Decoder):
         return hidden[slot], maps[slot]  # (N, T, E), (N, T, A, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        cells = self.dropout(self.cells(features))  # (B, L, E)
+        cells = self.dropout(self.project(features))  # (B, L, E)
         cells = cells + positions(0, cells)
         for layer in self.encoder:
             cells, _, _ = layer(cells)
-        return self.remember(cells).chunk(len(self.layers), dim=2)  # keys and values for each layer (B, L, 2 E)
+        return self.key_value(cells).chunk(len(self.layers), dim=2)  # keys and values for each layer (B, L, 2 E)
 
     def start(self, memory: Memory) -> State:
         return tuple(part[:, :0] for part in memory)
@@ -88,12 +88,12 @@ class Layer(nn.Module):
     def __init__(self, config: DecoderConfig, cross: bool) -> None:
         super().__init__()
         width, inner = config.embed_size, config.hidden_size
-        self.itself_norm, self.itself = nn.LayerNorm(width), Attention(width, config.num_heads)
-        self.remember = nn.Linear(width, 2 * width)
+        self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, config.num_heads)
+        self.key_value = nn.Linear(width, 2 * width)
         if cross:
-            self.cross_norm, self.cross = nn.LayerNorm(width), Attention(width, config.num_heads)
-        self.inner_norm = nn.LayerNorm(width)
-        self.inner = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         self.dropout = Dropout(config.dropout)
 
     def forward(
@@ -106,21 +106,21 @@ class Layer(nn.Module):
 
         Returns hidden (N, S, E), `past` with these words added, and the maps on the cells (N, S, A, L).
         """
-        normed, maps = self.itself_norm(hidden), None
-        remembered = self.remember(normed)  # (N, S, 2 E)
+        normed, maps = self.self_norm(hidden), None
+        keys_values = self.key_value(normed)  # (N, S, 2 E)
         causal = past is not None and hidden.shape[1] > 1
-        remembered = remembered if past is None else torch.cat([past, remembered], dim=1)  # (N, t + S, 2 E)
-        hidden = hidden + self.dropout(self.itself(normed, remembered, causal))
+        keys_values = keys_values if past is None else torch.cat([past, keys_values], dim=1)  # (N, t + S, 2 E)
+        hidden = hidden + self.dropout(self.self_attention(normed, keys_values, causal))
         if cells is not None:
-            asking = self.cross_norm(hidden).view(len(cells), -1, hidden.shape[2])  # (B, K S, E)
-            seen, maps = self.cross.look(asking, cells)
-            hidden = hidden + self.dropout(seen.view_as(hidden))
+            queries = self.cross_norm(hidden).view(len(cells), -1, hidden.shape[2])  # (B, K S, E)
+            attended, maps = self.cross_attention.attend_with_maps(queries, cells)
+            hidden = hidden + self.dropout(attended.view_as(hidden))
             maps = maps.reshape(*hidden.shape[:2], *maps.shape[2:])  # (N, S, A, L)
-        return hidden + self.dropout(self.inner(self.inner_norm(hidden))), remembered, maps
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden))), keys_values, maps
 
 
 class Attention(nn.Module):
-    """Attention with several heads, of `asking` (B, Q, E) to keys and values `remembered` (B, S, 2 E)."""
+    """Attention with several heads, of `queries` (B, Q, E) to keys and values `keys_values` (B, S, 2 E)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -128,23 +128,23 @@ class Attention(nn.Module):
         self.query = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, asking: torch.Tensor, remembered: torch.Tensor, causal: bool) -> torch.Tensor:
-        query, keys, values = self.split(asking, remembered)
+    def forward(self, queries: torch.Tensor, keys_values: torch.Tensor, causal: bool) -> torch.Tensor:
+        query, keys, values = self.split(queries, keys_values)
         if query.is_cpu:  # whose kernel takes seven times as long for gradients in bfloat16
             query, keys, values = query.float(), keys.float(), values.float()
         with torch.autocast("cpu", enabled=False):
-            seen = F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
-        return self.join(seen)  # (B, Q, E)
+            attended = F.scaled_dot_product_attention(query, keys, values, is_causal=causal)
+        return self.join(attended)  # (B, Q, E)
 
-    def look(self, asking: torch.Tensor, remembered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend_with_maps(self, queries: torch.Tensor, keys_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where each head looked too (B, Q, A, S), which the fused kernel does not tell."""
-        query, keys, values = self.split(asking, remembered)
+        query, keys, values = self.split(queries, keys_values)
         maps = (query @ keys.transpose(2, 3) * query.shape[3] ** -0.5).softmax(3)  # (B, A, Q, S)
         return self.join(maps @ values), maps.transpose(1, 2)
 
-    def split(self, asking: torch.Tensor, remembered: torch.Tensor) -> list[torch.Tensor]:
+    def split(self, queries: torch.Tensor, keys_values: torch.Tensor) -> list[torch.Tensor]:
         """Return query, keys and values by head, (B, A, Q or S, E / A) each."""
-        parts = [self.query(asking), *remembered.chunk(2, dim=2)]
+        parts = [self.query(queries), *keys_values.chunk(2, dim=2)]
         return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts]
 
     def join(self, heads: torch.Tensor) -> torch.Tensor:
