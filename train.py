@@ -132,6 +132,10 @@ class Progress:
     words: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def end_epoch(self, row: dict[str, float]) -> None:
+        self.history.append(row)
+        self.epoch, self.batch, self.words = self.epoch + 1, 0, 0
+
     @property
     def best(self) -> dict[str, float]:
         """The row of the epoch with the best captions, or of equals the lowest loss; needs a finished epoch."""
@@ -312,12 +316,16 @@ class Trainer:
         self.refuse_poison(is_finite(self.model))
         self.model.eval()
         with self.average.lent():
-            self.validate()
+            row = self.validate()
+            self.progress.end_epoch(row)
+            self.nll.zero_()
+            if row is self.progress.best and distributed.rank() == 0:
+                save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
         self.save_last()
         distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
 
-    def validate(self) -> None:
-        """Score the validation captions, and keep the weights as checkpoints.pth when they are the best so far."""
+    def validate(self) -> dict[str, float]:
+        """Score the validation captions; prints some, and returns the log's row of the epoch under way."""
         progress = self.progress
         val_set = copy.copy(self.val_set)
         val_set.features = self.encoded(val_set, val_set.images)
@@ -335,15 +343,11 @@ class Trainer:
             "val_bleu4": round(scores["bleu4"], 2),
             "val_cider": round(scores["cider"], 2),
         }
-        progress.history.append(row)
-        progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
-        self.nll.zero_()
         shown = list(captions)[:: max(1, len(captions) // SHOWN)][:SHOWN]
         self.report_epoch(row, {image: captions[image] for image in shown})
         self.board.epoch(row)
         self.board.pictures(progress.step, self.model, val_set, shown)
-        if row is progress.best and distributed.rank() == 0:
-            save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
+        return row
 
     def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
         print(

@@ -110,7 +110,7 @@ class AttentionRNN(Decoder):
 
 
 class AddWithOneGradient(torch.autograd.Function):
-    """Identity on `sums`, whose backward gives the gradient of `weight` in sums[t] + before[t] @ weight.T by one product.
+    """Identity on `sums`, whose backward gives the gradient of `weight` in sums[t] + before[t] @ weight.T at once.
 
     Backpropagation through time would add up T small products, and read and write the whole gradient for each.
     """
