@@ -27,7 +27,7 @@ from data.vocab import TOKENISERS
 SCORER = f"pycocoevalcap-{importlib.metadata.version('pycocoevalcap')}"
 RESAMPLES = 1000
 LEVEL = 95  # per cent, of the intervals
-SMALL, TINY = 1e-9, 1e-15  # what pycocoevalcap's BLEU adds lest it divide by 0
+SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's BLEU adds these, not to divide by 0
 
 # Words that a caption cannot end with, after self-critical.pytorch (Luo et al. 2018).
 BAD_ENDINGS = frozenset(

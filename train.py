@@ -49,9 +49,9 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     config, saved = resume(args) if args.resume else (choose_config(args), None)
     run = RUNS / config.run
     if config.train.tensorboard:
-        distributed.once(find_writer)
-    distributed.once(stack.enter_context, claimed(run))
-    distributed.once(refuse_existing, run, args, config)
+        distributed.on_first_rank(find_writer)
+    distributed.on_first_rank(stack.enter_context, claimed(run))
+    distributed.on_first_rank(refuse_existing, run, args, config)
 
     table = annotations.load(config.data, annotations.read_splits(run) if saved else None)
     shards = tars.find(config.data)
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     else:
         if not config.train.start:
             model.fit_statistics(trainer.sample_features())
-        distributed.once(start_run, run, config, table)
+        distributed.on_first_rank(start_run, run, config, table)
     return trainer.fit()
 
 
@@ -179,7 +179,7 @@ class Trainer:
             self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
             self.average.restore(saved["averaged"])
         except DAMAGED:
-            raise UserError(f"{self.run / 'last.pth'} is damaged, so training cannot go on; train again") from None
+            raise UserError(f"{self.run / 'last.pth'} is damaged, so training cannot go on; start the run again") from None
         self.kept = self.progress.step
 
     def save_last(self) -> None:
@@ -195,7 +195,7 @@ class Trainer:
     def fit(self) -> int:
         """Train to the last epoch, or until early stopping or an interrupt; returns the exit code."""
         self.save_last()
-        distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
+        distributed.on_first_rank(write_log, self.run / "loss_log.txt", self.progress.history)
         if self.config.tensorboard and distributed.rank() == 0:
             self.board = Board(self.run / FOLDER, self.progress.step + 1)
         with StopRequest() as stop:
@@ -322,7 +322,7 @@ class Trainer:
             if row is self.progress.best and distributed.rank() == 0:
                 save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
         self.save_last()
-        distributed.once(write_log, self.run / "loss_log.txt", self.progress.history)
+        distributed.on_first_rank(write_log, self.run / "loss_log.txt", self.progress.history)
 
     def validate(self) -> dict[str, float]:
         """Score the validation captions; prints some, and returns the log's row of the epoch under way."""
@@ -332,7 +332,7 @@ class Trainer:
         loss = self.validation_loss(val_set)
         self.refuse_poison(math.isfinite(loss))
         captions = self.model.caption_all(val_set.features, val_set.images, self.model.config.search.greedy())
-        scores = distributed.once(metrics.score, captions, self.val_references, self.tokenise).corpus
+        scores = distributed.on_first_rank(metrics.score, captions, self.val_references, self.tokenise).corpus
         row = {
             "epoch": progress.epoch + 1,
             "step": progress.step,

@@ -185,7 +185,11 @@ def read_batches(dataset: Flickr8kDataset, batches: list[list[int]], workers: in
     Raises UserError for a picture that cannot be read.
     """
     loader = DataLoader(
-        Told(dataset), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers, worker_init_fn=leave_interrupts
+        ErrorsAsItems(dataset),
+        batch_sampler=batches,
+        collate_fn=unchanged,
+        num_workers=workers,
+        worker_init_fn=leave_interrupts,
     )
     for batch in loader:
         if isinstance(batch, UserError):
@@ -193,7 +197,7 @@ def read_batches(dataset: Flickr8kDataset, batches: list[list[int]], workers: in
         yield batch
 
 
-class Told(Dataset):
+class ErrorsAsItems(Dataset):
     """The dataset, but it returns a UserError: one raised in another process would come with its traceback."""
 
     def __init__(self, dataset: Flickr8kDataset) -> None:
@@ -211,7 +215,7 @@ def leave_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def as_it_is(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint has to hold before anything is built from it: strangers' files are plain values, but any."""
+"""What a checkpoint must hold before a model is built from it: an untrusted file has plain values, perhaps wrong ones."""
 
 from typing import Annotated, Any
 

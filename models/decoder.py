@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do as `forward` does, up to the states (N, T, H) that `output` makes logits of: padding needs none."""
+        """Do as `forward` does, up to the states (N, T, H) that `output` makes logits of, so that padding needs no logits."""
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> Memory:
@@ -82,7 +82,7 @@ def by_picture(tokens: torch.Tensor, owner: torch.Tensor, pictures: int) -> tupl
 class Dropout(nn.Dropout):
     """Dropout whose mask is drawn eight places at a time on a CPU, where PyTorch draws each alone, five times as slow.
 
-    A place then falls with a probability that is `p` to the next 256th.
+    The probability is `p` rounded to the next 256th.
     """
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ def load(folder: str | Path) -> dict[str, Any]:
     return checkpoint | {"backbone": checkpoint["backbone"] or None}
 
 
-class FirstLook(nn.Module):
+class EncodeAndStart(nn.Module):
     """From uint8 pixels (B, 3, S, S) to what the decoder remembers of each picture, and its state before `<sos>`."""
 
     def __init__(self, model: CaptionModel) -> None:
@@ -149,7 +149,7 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
         _, state, attention = model.decoder.step(token, state, memory)
     grown = [axis_names(before, after) for before, after in zip(start, state, strict=True)]
     memories, states = names("memory", memory), names("state", state)
-    first = to_onnx(FirstLook(model), [pixels], [{0: "pictures"}], ["pixels"], [*memories, *states])
+    first = to_onnx(EncodeAndStart(model), [pixels], [{0: "pictures"}], ["pixels"], [*memories, *states])
     step = to_onnx(
         OneStep(model.decoder, len(state)),
         [token, *state, *memory],

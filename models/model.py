@@ -90,7 +90,7 @@ class CaptionModel(nn.Module):
     def from_state(cls, saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> "CaptionModel":
         """Return the model whose `state()` was `saved`; `where` names its file in errors."""
         check(saved, where)
-        saved = whole(saved)
+        saved = to_float32(saved)
         config = restore_config(saved["config"], overrides, where)
         vocab = Vocabulary(**saved["vocabulary"])
         kind = decoder_of(config)
@@ -98,11 +98,11 @@ class CaptionModel(nn.Module):
         size = encoder.feature_shape[-1]
         with torch.device("meta"):
             decoder = kind(config.decoder, size, len(vocab))
-        fit(decoder.state_dict(), saved["decoder"], where)
+        check_tensors(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
         statistics = {name: saved[name] for name in ("feature_mean", "feature_scale")}
-        fit({name: getattr(model, name) for name in statistics}, statistics, where)
+        check_tensors({name: getattr(model, name) for name in statistics}, statistics, where)
         model.feature_mean, model.feature_scale = statistics.values()
         return model
 
@@ -254,10 +254,10 @@ def decoder_of(config: Config) -> type[Decoder]:
     return kind
 
 
-def whole(values: Any) -> Any:
+def to_float32(values: Any) -> Any:
     """Return a checkpoint with its halves as floats: `models.publish` halves what is given away."""
     if isinstance(values, dict):
-        return {name: whole(value) for name, value in values.items()}
+        return {name: to_float32(value) for name, value in values.items()}
     return values.float() if isinstance(values, torch.Tensor) and values.dtype == torch.float16 else values
 
 
@@ -266,7 +266,7 @@ def restore_encoder(config: Config, saved: dict[str, Any], grid: bool, where: st
     if saved["backbone"] is not None:
         refuse_small(saved["backbone"], config.encoder.name, where)
         encoder = EncoderCNN(config.encoder, grid, load=False)
-        fit(encoder.backbone.state_dict(), saved["backbone"], where)
+        check_tensors(encoder.backbone.state_dict(), saved["backbone"], where)
         encoder.backbone.load_state_dict(saved["backbone"])
         encoder.identity = identity | {"source": None, "sha256": tensors_sha256(encoder.backbone)}  # what it has become
         return encoder
@@ -295,7 +295,7 @@ def refuse_small(backbone: dict[str, torch.Tensor], name: str, where: str) -> No
             raise UserError(f"{where} holds less than a {name}; take another checkpoint")
 
 
-def fit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+def check_tensors(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError unless the tensors `found` in the file `where` are finite and `own`'s by name and shape."""
     shapes, found_shapes = ({name: (each.shape, each.dtype) for name, each in part.items()} for part in (own, found))
     if shapes != found_shapes:

@@ -63,7 +63,7 @@ def processes() -> Iterator[None]:
             raise
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-                raise UserError("another process of this job has ended; what it said last tells why") from error
+                raise UserError("another process of this job has failed; its last message says why") from error
             raise
     dist.destroy_process_group()
 
@@ -111,7 +111,7 @@ def gather(found: list[Result]) -> list[Result]:
     return [each for part in parts for each in part]
 
 
-def once(function: Callable[..., Result], *args: object) -> Result:
+def on_first_rank(function: Callable[..., Result], *args: object) -> Result:
     """Call the function in the first process, when all have come so far, and return its result in all."""
     if size() == 1:
         return function(*args)

@@ -66,6 +66,8 @@ def caption_loss(
 def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): each cell wants to be looked at once.
 
+    It is the mean over cells, where the paper has the sum: a weight of 1 here is one of 1 / L there.
+
     Args:
         attention: (N, T, A, L), each map of sum 1; targets: (N, T), `<pad>` where a caption has ended.
     """

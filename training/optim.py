@@ -44,7 +44,7 @@ class WeightAverage:
         self.weights = [parameter.detach().clone() for parameter in self.trained] if decay else []
 
     def update(self, step: int) -> None:
-        """Move the average towards the weights after a step; faster at first, lest it remember the random start.
+        """Move the average towards the weights after a step; faster at first, to forget the random start.
 
         Later it moves at every eighth step only, by as much as in eight, since that reads and writes all weights.
         """
