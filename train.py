@@ -179,7 +179,9 @@ class Trainer:
             self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
             self.average.restore(saved["averaged"])
         except DAMAGED:
-            raise UserError(f"{self.run / 'last.pth'} is damaged, so training cannot go on; start the run again") from None
+            raise UserError(
+                f"{self.run / 'last.pth'} is damaged, so training cannot go on; start the run again"
+            ) from None
         self.kept = self.progress.step
 
     def save_last(self) -> None:

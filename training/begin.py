@@ -30,7 +30,11 @@ def report_data(table: pd.DataFrame, shards: list[Tar], config: Config) -> None:
         if shards and split == "train":
             pictures, captions = sum(tar.pictures for tar in shards), sum(tar.captions for tar in shards)
         if not captions and split != "test":
-            remedy = f"name {split} in the JSON of some pictures" if shards else "fix its split lists, or add pictures: it takes three at least"
+            remedy = (
+                f"name {split} in the JSON of some pictures"
+                if shards
+                else "fix its split lists, or add pictures: it takes three at least"
+            )
             raise UserError(f"{config.data.source} has no {split} pictures; {remedy}")
         if captions:
             parts.append(f"{split} {pictures:,} pictures with {captions:,} captions")

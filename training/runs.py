@@ -91,7 +91,9 @@ def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
     saved = load_checkpoint(run / "last.pth")
     missing = {"config", *RESUMED} - saved.keys()
     if missing:
-        raise UserError(f"{run / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; start the run again")
+        raise UserError(
+            f"{run / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; start the run again"
+        )
     return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
 
 
