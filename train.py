@@ -27,7 +27,7 @@ from training import distributed
 from training.begin import build_model, make_datasets, report_data
 from training.epoch import Epoch
 from training.objectives import Objective, caption_loss
-from training.optim import WeightAverage, learning_rate, make_optimiser
+from training.optim import WeightAverage, clip_gradients, learning_rate, make_optimiser
 from training.poison import Poison, is_finite, tell
 from training.runs import claimed, refuse_existing, resume, start_run, write_log
 from training.tensorboard import FOLDER, Board, find_writer
@@ -280,7 +280,7 @@ class Trainer:
             objective, loss = self.objective(moved, self.critical)
         self.optimiser.zero_grad()
         (objective * (share.part * distributed.size())).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = clip_gradients(self.optimiser, config.clip_norm)
         self.poison.note(progress.step, loss, norm)
         self.optimiser.step()
         self.average.update(progress.step)

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold before a model is built from it: an untrusted file has plain values, perhaps wrong ones."""
+"""What a checkpoint must hold before a model is built from it: untrusted files may hold any plain values."""
 
 from typing import Annotated, Any
 

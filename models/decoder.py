@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do as `forward` does, up to the states (N, T, H) that `output` makes logits of, so that padding needs no logits."""
+        """Do as `forward` does, up to the states (N, T, H) before `output`: padding needs no logits."""
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> Memory:

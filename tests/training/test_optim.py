@@ -1,12 +1,13 @@
 """How the learning rate moves, and the average that follows the weights."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from models.model import CaptionModel
-from training.optim import WeightAverage, learning_rate, make_optimiser
+from training.optim import WeightAverage, clip_gradients, learning_rate, make_optimiser
 
 
 def test_the_learning_rate_warms_up_in_equal_steps() -> None:
@@ -40,6 +41,21 @@ def test_the_backbone_has_its_own_learning_rate_and_vectors_do_not_decay(
     for group in groups:
         assert {parameter.ndim > 1 for parameter in group["params"]} == {group["weight_decay"] == 0.5}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_clipped_gradients_move_weights_as_pytorchs_own_clipping_does(model: CaptionModel) -> None:
+    other = copy.deepcopy(model)
+    ours, theirs = make_optimiser(model), make_optimiser(other)
+    for size in (0.001, 10.0, 0.1):  # below the limit, above it, and below again
+        for parameter, same in zip(model.decoder.parameters(), other.decoder.parameters(), strict=True):
+            parameter.grad = size * torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        norm = clip_gradients(ours, limit=1.0)
+        assert norm == torch.nn.utils.clip_grad_norm_(other.decoder.parameters(), 1.0)
+        ours.step()
+        theirs.step()
+        for parameter, same in zip(model.decoder.parameters(), other.decoder.parameters(), strict=True):
+            torch.testing.assert_close(parameter, same, rtol=1e-5, atol=1e-7)
 
 
 def shift(model: CaptionModel, by: float) -> None:
