@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -359,16 +359,15 @@ def test_a_last_pth_that_was_not_left_by_training_is_refused(
 def test_a_gradient_that_is_not_finite_is_never_kept_though_the_loss_was(
     archive: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = train.clip_gradients
 
-    def poison(parameters: Iterator[torch.nn.Parameter], most: float) -> torch.Tensor:
-        parameters = list(parameters)  # type: ignore[assignment]
-        next(p for p in parameters if p.requires_grad).grad.fill_(math.inf)  # type: ignore[union-attr]
-        return clip(parameters, most)
+    def poison(optimiser: torch.optim.AdamW, limit: float) -> torch.Tensor:
+        optimiser.param_groups[0]["params"][0].grad.fill_(math.inf)
+        return clip(optimiser, limit)
 
     assert run(*FAST, "train.epochs=1") == 0
     before = {name: Path("runs/flickr8k", name).read_bytes() for name in ("last.pth", "checkpoints.pth")}
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    monkeypatch.setattr(train, "clip_gradients", poison)
     assert run(*FAST, "run=other", "train.log_every=100") == 2
     assert "in step 1 of runs" in capsys.readouterr().err
     assert load_checkpoint("runs/other/last.pth")["progress"]["step"] == 0
