@@ -40,7 +40,10 @@ FIGURES = (
         "captioning {captioned_pictures:,} JPEGs with a beam of 3, drawn and with a page, against encoding them",
         "{caption_s:.1f} s, not {encoder_s:.1f}: {caption_over_encoder:.2f} times",
     ),
-    ("a beam of 5 against the same search picture by picture", "**{beam_over_per_image:.1f} times as fast** for the decoder that gains least"),
+    (
+        "a beam of 5 against the same search picture by picture",
+        "**{beam_over_per_image:.1f} times as fast** for the decoder that gains least",
+    ),
     (
         "an epoch on cached features, validation apart, against forward and backward alone in memory",
         "{train_over_bare_loop:.2f} times as long for the decoder that loses most",

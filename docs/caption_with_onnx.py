@@ -72,5 +72,7 @@ if __name__ == "__main__":
     folder, picture = map(Path, sys.argv[1:])
     for path in (folder / "encoder.onnx", picture):
         if not path.is_file():
-            sys.exit(f"error: there is no {path}; FOLDER is what `python -m models.export` wrote, PICTURE an image file")
+            sys.exit(
+                f"error: there is no {path}; FOLDER is what `python -m models.export` wrote, PICTURE an image file"
+            )
     print(Captioner(folder)(Image.open(picture)))
