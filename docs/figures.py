@@ -31,10 +31,10 @@ from config import UserError, cli
 from data import annotations, sample
 from data.transforms import open_picture
 from data.vocab import EOS
-from inference_visualize import QUALITY, word_maps
+from inference_visualize import word_maps
 from models.model import Caption, CaptionModel
 from models.search import Running, Search
-from render import draw_attention
+from render import light
 from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
 
@@ -66,7 +66,7 @@ def main() -> None:
     save(draw_tree(lstm, parted(lstm, seen)), IMAGES / "beam_search.png")
     save(draw_overlap(lstm, worst(lstm, seen)), IMAGES / "bleu.png")
     save(draw_photographs(), IMAGES / "photographs.jpg")
-    draw_looks(IMAGES / "attention.jpg")
+    save(draw_looks(), IMAGES / "attention.jpg")
     runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
     save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
     print(f"wrote the pictures in {IMAGES}/")
@@ -136,23 +136,26 @@ Captioned = tuple[Image.Image, str, str]  # a picture, its caption, and that cap
 
 
 def draw_captioned(rows: list[list[Captioned]]) -> Figure:
-    """Draw rows of pictures, those of a row equally high, each with its caption below it."""
-    width, gap, below = 13.0, 0.2, 1.0
-    heights = [
-        (width - gap * (len(row) + 1)) / sum(picture.width / picture.height for picture, *_ in row) for row in rows
+    """Draw rows of pictures, all of one height, each with its caption below it."""
+    width, gap = 13.0, 0.2
+    height = min((width - gap * (len(row) + 1)) / sum(shape(picture) for picture, *_ in row) for row in rows)
+    wrapped = [
+        [textwrap.wrap(caption, int(height * shape(picture) / 0.09)) for picture, caption, _ in row] for row in rows
     ]
-    figure, axes = paper(width, sum(heights) + below * len(rows) + gap)
-    top = sum(heights) + below * len(rows)
-    for row, height in zip(rows, heights, strict=True):
-        left = gap
-        for picture, caption, colour in row:
-            side = height * picture.width / picture.height
-            put(axes, picture, left, top - height, side, height)
-            lines = textwrap.fill(caption, int(side / 0.09))
-            write(axes, left, top - height - 0.12, lines, 12.5, color=colour, ha="left", va="top", linespacing=1.3)
-            left += side + gap
-        top -= height + below
+    below = 0.3 + 0.23 * max(len(lines) for row in wrapped for lines in row)
+    figure, axes = paper(width, (height + below) * len(rows) + gap)
+    for number, (row, texts) in enumerate(zip(rows, wrapped, strict=True), start=1):
+        left, bottom = gap, (height + below) * (len(rows) - number) + below
+        for (picture, _, colour), lines in zip(row, texts, strict=True):
+            put(axes, picture, left, bottom, height * shape(picture), height)
+            look = {"color": colour, "ha": "left", "va": "top", "linespacing": 1.3}
+            write(axes, left, bottom - 0.12, "\n".join(lines), 12.5, **look)
+            left += height * shape(picture) + gap
     return figure
+
+
+def shape(picture: Image.Image) -> float:
+    return picture.width / picture.height
 
 
 def captioned(model: CaptionModel, scenes: list[Scene]) -> list[list[Captioned]]:
@@ -194,13 +197,15 @@ def draw_photographs() -> Figure:
     return draw_captioned([list(zip(pictures, captions, itertools.repeat(TEXT), strict=False))])
 
 
-def draw_looks(out: Path) -> None:
-    """Write where the captioner in pretrained/ looks in a photograph, word by word."""
+def draw_looks() -> Figure:
+    """Draw where the captioner in pretrained/ looks in a photograph, word by word."""
     model = CaptionModel.from_checkpoint(PRETRAINED)
     seen = look_at(model, photographs()[1], [])
     looks = word_maps(best(model, seen, keep_attention=True), slice(None))
     assert looks
-    draw_attention(seen.picture, looks).save(out, quality=QUALITY)
+    lit = [(light(seen.picture, level), word, TEXT) for word, level in zip(looks.words, looks.levels(), strict=True)]
+    panels = [(seen.picture, "the photograph", FAINT), *lit]
+    return draw_captioned([panels[first : first + 4] for first in range(0, len(panels), 4)])
 
 
 # ---- the pictures that explain ---------------------------------------------------------------------------------------

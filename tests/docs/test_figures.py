@@ -47,5 +47,5 @@ def test_captioned_pictures_keep_their_proportions_and_all_their_words() -> None
     ]
     frames = [(frame.get_width(), frame.get_height()) for frame in axes.patches]
     assert [round(width / height, 3) for width, height in frames] == [0.5, 1.5, 1.5]
-    assert frames[0][1] == frames[1][1] < frames[2][1]
+    assert len({height for _, height in frames}) == 1
     assert [text.get_text().split() for text in axes.texts] == [caption.split(), ["short"], ["alone"]]
