@@ -1,12 +1,19 @@
-"""Draw the README's pictures from two runs on the built-in sample: `python -m docs.figures`.
+"""Draw the README's pictures, all but demo.png: `python -m docs.figures`.
 
+They need two runs on the built-in sample, the captioner in pretrained/, and scikit-image, which brings photographs that
+anyone may use:
+
+    pip install scikit-image
     python train.py
     python train.py --config configs/sample.yaml decoder.name=attention train.doubly_stochastic=1 run=sample-attention
 
-Nothing in them is made up: words, probabilities, maps and scores are those of the two trained models.
+Nothing in them is made up: words, probabilities, maps and scores are those of the three trained models.
 """
 
+import importlib.util
+import itertools
 import math
+import textwrap
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,20 +28,21 @@ from PIL import Image
 import metrics
 import visualize_loss
 from config import UserError, cli
-from data import annotations
+from data import annotations, sample
 from data.transforms import open_picture
 from data.vocab import EOS
-from inference_visualize import QUALITY, word_maps
+from inference_visualize import word_maps
 from models.model import Caption, CaptionModel
 from models.search import Running, Search
-from render import draw_attention
-from utils import RUNS
+from render import light
+from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
 
 IMAGES = Path(__file__).parent / "images"
 RIGHT, WRONG = COLOURS[:2]
 PALE, FAINT = "#f1f4f8", "#8a9099"
 CHARACTER = 0.088  # inches of a character of the tree's font
+PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png")  # of NASA; of others, who gave them as CC0
 
 
 @dataclass
@@ -50,12 +58,15 @@ def main() -> None:
     lstm, attention = (load(name) for name in ("sample", "sample-attention"))
     table = annotations.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
     scenes = list(annotations.references(table).items())
-    large, unsure, small = scenes[3], scenes[6], scenes[10]
+    large, unsure = scenes[3], scenes[6]
+    seen = [look(lstm, *each) for each in scenes]
+    save(draw_captioned(captioned(lstm, seen)), IMAGES / "captions.jpg")
     save(draw_chain(attention, look(attention, *large)), IMAGES / "encoder_decoder.png")
     save(draw_teacher_forcing(lstm, look(lstm, *unsure)), IMAGES / "teacher_forcing.png")
-    draw_looks(attention, look(attention, *small)).save(IMAGES / "attention.jpg", quality=QUALITY)
-    save(draw_tree(lstm, look(lstm, *large)), IMAGES / "beam_search.png")
-    save(draw_overlap(lstm, worst(lstm, [look(lstm, *each) for each in scenes])), IMAGES / "bleu.png")
+    save(draw_tree(lstm, parted(lstm, seen)), IMAGES / "beam_search.png")
+    save(draw_overlap(lstm, worst(lstm, seen)), IMAGES / "bleu.png")
+    save(draw_photographs(), IMAGES / "photographs.jpg")
+    save(draw_looks(), IMAGES / "attention.jpg")
     runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
     save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
     print(f"wrote the pictures in {IMAGES}/")
@@ -68,14 +79,19 @@ def load(run: str) -> CaptionModel:
     return CaptionModel.from_checkpoint(path)
 
 
-@torch.inference_mode()
 def look(model: CaptionModel, name: str, references: list[str]) -> Scene:
-    picture = open_picture(annotations.image_folder(model.config.data) / name)
+    return look_at(model, annotations.image_folder(model.config.data) / name, references)
+
+
+@torch.inference_mode()
+def look_at(model: CaptionModel, path: Path, references: list[str]) -> Scene:
+    picture = open_picture(path)
     return Scene(picture, references, model.encoder(model.transform(picture).unsqueeze(0)))
 
 
-def best(model: CaptionModel, seen: Scene, keep_attention: bool = False) -> Caption:
-    return model.describe(seen.features, keep_attention=keep_attention)[0][0]
+def best(model: CaptionModel, seen: Scene, keep_attention: bool = False, beam: int | None = None) -> Caption:
+    options = model.config.search.model_copy(update={"beam": beam or model.config.search.beam})
+    return model.describe(seen.features, options, keep_attention=keep_attention)[0][0]
 
 
 # ---- drawing in inches -----------------------------------------------------------------------------------------------
@@ -107,24 +123,103 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
     axes.annotate("", end, start, arrowprops=style)
 
 
-def show(axes: Axes, picture: Any, left: float, bottom: float, side: float) -> None:
-    extent = (left, left + side, bottom, bottom + side)
-    axes.imshow(picture, extent=extent, aspect="auto")
-    axes.add_patch(Rectangle((left, bottom), side, side, fill=False, edgecolor=LINES))
+def put(axes: Axes, picture: Any, left: float, bottom: float, width: float, height: float) -> None:
+    """Draw a picture, or cells of colours, with a hairline round it."""
+    smooth = "lanczos" if isinstance(picture, Image.Image) else "nearest"
+    axes.imshow(picture, extent=(left, left + width, bottom, bottom + height), aspect="auto", interpolation=smooth)
+    axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=LINES))
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- captioned pictures ----------------------------------------------------------------------------------------------
+
+Captioned = tuple[Image.Image, str, str]  # a picture, its caption, and that caption's colour
+
+
+def draw_captioned(rows: list[list[Captioned]]) -> Figure:
+    """Draw rows of pictures, all of one height, each with its caption below it."""
+    width, gap = 13.0, 0.2
+    height = min((width - gap * (len(row) + 1)) / sum(shape(picture) for picture, *_ in row) for row in rows)
+    wrapped = [
+        [textwrap.wrap(caption, int(height * shape(picture) / 0.09)) for picture, caption, _ in row] for row in rows
+    ]
+    below = 0.3 + 0.23 * max(len(lines) for row in wrapped for lines in row)
+    figure, axes = paper(width, (height + below) * len(rows) + gap)
+    for number, (row, texts) in enumerate(zip(rows, wrapped, strict=True), start=1):
+        left, bottom = gap, (height + below) * (len(rows) - number) + below
+        for (picture, _, colour), lines in zip(row, texts, strict=True):
+            put(axes, picture, left, bottom, height * shape(picture), height)
+            look = {"color": colour, "ha": "left", "va": "top", "linespacing": 1.3}
+            write(axes, left, bottom - 0.12, "\n".join(lines), 12.5, **look)
+            left += height * shape(picture) + gap
+    return figure
+
+
+def shape(picture: Image.Image) -> float:
+    return picture.width / picture.height
+
+
+def captioned(model: CaptionModel, scenes: list[Scene]) -> list[list[Captioned]]:
+    """Return a scene of each shape, at the top and at the bottom in turn, and last one with a wrong caption, if any."""
+    rows: list[Captioned] = []
+    backgrounds: list[str] = []
+    right = [seen for seen in scenes if is_right(model, seen)]
+    for shape, place in zip(sample.SHAPES, itertools.cycle(sample.PLACES), strict=False):
+        fitting = [seen for seen in right if {shape, place} <= set(seen.references[0].split())]
+        seen = min(fitting, key=lambda seen: backgrounds.count(background(seen)))
+        backgrounds.append(background(seen))
+        rows.append((seen.picture, best(model, seen).text, TEXT))
+    wrong = [seen for seen in scenes if seen not in right][:1]
+    rows += [(seen.picture, f"{best(model, seen).text} (wrong)", WRONG) for seen in wrong]
+    return [rows[:4], rows[4:]]
+
+
+def is_right(model: CaptionModel, seen: Scene, beam: int = 3) -> bool:
+    """Say whether the caption is one of the references, word for word."""
+    words = best(model, seen, beam=beam).text.split()
+    return words in [model.vocab.tokenise(text) for text in seen.references]
+
+
+def background(seen: Scene) -> str:
+    return seen.references[0].split()[-3]  # … of a grey background .
+
+
+def photographs() -> list[Path]:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise UserError("the photographs come with scikit-image; install it: pip install scikit-image")
+    return [Path(package.origin).parent / "data" / name for name in PHOTOGRAPHS]
+
+
+def draw_photographs() -> Figure:
+    paths = photographs()
+    captions = CaptionModel.from_checkpoint(PRETRAINED).caption(paths)
+    pictures = [open_picture(path) for path in paths]
+    return draw_captioned([list(zip(pictures, captions, itertools.repeat(TEXT), strict=False))])
+
+
+def draw_looks() -> Figure:
+    """Draw where the captioner in pretrained/ looks in a photograph, word by word."""
+    model = CaptionModel.from_checkpoint(PRETRAINED)
+    seen = look_at(model, photographs()[1], [])
+    looks = word_maps(best(model, seen, keep_attention=True), slice(None))
+    assert looks
+    lit = [(light(seen.picture, level), word, TEXT) for word, level in zip(looks.words, looks.levels(), strict=True)]
+    panels = [(seen.picture, "the photograph", FAINT), *lit]
+    return draw_captioned([panels[first : first + 4] for first in range(0, len(panels), 4)])
+
+
+# ---- the pictures that explain ---------------------------------------------------------------------------------------
 
 
 def draw_chain(model: CaptionModel, seen: Scene) -> Figure:
     """Draw picture → cells → a decoder that reads its own last word."""
     words = [*best(model, seen).words[:6], "…"]
     figure, axes = paper(13, 3.5)
-    show(axes, seen.picture, 0.3, 0.8, 1.9)
+    put(axes, seen.picture, 0.3, 0.8, 1.9, 1.9)
     write(axes, 1.25, 0.5, f"a picture: {seen.picture.width} x {seen.picture.height}")
     arrow(axes, (2.35, 1.75), (3.55, 1.75))
     write(axes, 2.92, 1.98, "encoder")
-    show(axes, as_colours(seen.features[0]), 3.7, 0.8, 1.9)
+    put(axes, as_colours(seen.features[0]), 3.7, 0.8, 1.9, 1.9)
     write(axes, 4.65, 0.5, f"{seen.features.shape[1]} cells of {seen.features.shape[2]:,} numbers")
     arrow(axes, (5.75, 1.75), (6.4, 1.75))
     write(axes, 6.07, 1.98, "decoder")
@@ -164,7 +259,7 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     left, step = 1.75, (13 - 2.35) / len(words)
     for y, text in ((3.5, "reads"), (2.95, "should say"), (1.7, "probability"), (0.72, "- ln of it")):
         write(axes, 0.25, y, text, ha="left", weight="bold")
-    show(axes, seen.picture, left - 0.3, 3.2, 0.6)
+    put(axes, seen.picture, left - 0.3, 3.2, 0.6, 0.6)
     write(axes, left, 2.95, "not scored", 9.5, color=FAINT)
     axes.plot([left + step * 0.6, 12.8], [1.1, 1.1], color=LINES, lw=1)
     for number, (read, said, p) in enumerate(zip(words, words[1:], probable, strict=False), 1):
@@ -175,14 +270,9 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
         write(axes, x, 1.22 + 1.25 * p, f"{p:.2f}", 10)
         write(axes, x, 0.72, f"{-math.log(p):.2f}", 10)
     loss = -sum(map(math.log, probable)) / len(probable)
+    write(axes, 0.25, 0.3, "orange: less probable than all other words together", ha="left", color=WRONG)
     write(axes, 12.8, 0.3, f"mean over the {len(probable)} words: a loss of {loss:.3f}", ha="right", weight="bold")
     return figure
-
-
-def draw_looks(model: CaptionModel, seen: Scene) -> Image.Image:
-    looks = word_maps(best(model, seen, keep_attention=True), slice(None))
-    assert looks
-    return draw_attention(seen.picture, looks)
 
 
 class Traced(Search):
@@ -218,15 +308,27 @@ def grow(held: dict[tuple[int, ...], float], start: tuple[int, ...] = (), first:
     return Branch(start[first:], held.get(start, 0.0), start, branches)
 
 
+def parted(model: CaptionModel, scenes: list[Scene]) -> Scene:
+    """Return the scene at which a beam of three gains most over greedy search: first of all, being right."""
+
+    def gain(seen: Scene) -> tuple[int, float]:
+        greedy, wide = best(model, seen, beam=1), best(model, seen, beam=3)
+        return is_right(model, seen, 3) - is_right(model, seen, 1), wide.score - greedy.score
+
+    return max(scenes, key=gain)
+
+
 def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw a beam search of three: each hypothesis that was kept for a step, and what became of it."""
+    """Draw a beam search of three: each hypothesis that was kept for a step, what became of it, and greedy search's."""
     options = model.config.search.model_copy(update={"beam": 3})
     search = Traced(model.decoder, model.standardise(seen.features), options, 1, (), False)
     [[winner]] = search.run()
     tree = grow(search.held)
     leaves = count_leaves(tree)
+    alone = best(model, seen, beam=1)
+    greedy = (*model.vocab.look_up(alone.words), EOS)
     figure, axes = paper(13, 0.9 + 0.52 * leaves)
-    show(axes, seen.picture, 0.3, 0.4 + 0.26 * leaves - 0.6, 1.2)
+    put(axes, seen.picture, 0.3, 0.4 + 0.26 * leaves - 0.6, 1.2, 1.2)
     rows = iter(0.3 + 0.52 * (leaves - number - 0.5) for number in range(leaves))
 
     def plant(branch: Branch, x: float) -> float:
@@ -239,7 +341,8 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
             axes.plot([after, after + 0.2, after + 0.4], [y, height, height], color=LINES, lw=1.5, zorder=0)
         ended = branch.end[-1:] == (EOS,) or len(branch.end) == options.max_length
         won = branch.end in (tuple(winner.ids), (*winner.ids, EOS))
-        colour = RIGHT if won else TEXT if heights or ended else FAINT
+        followed = not heights and branch.end == greedy[: len(branch.end)] and not won
+        colour = RIGHT if won else WRONG if followed else TEXT if heights or ended else FAINT
         mono = {"ha": "left", "family": "DejaVu Sans Mono", "color": colour, "weight": "bold" if won else "normal"}
         write(axes, x, y, text, 10.5, **mono)
         if branch.words:
@@ -248,13 +351,18 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
             fate = "dropped from the beam"
             if ended:
                 score = branch.log_prob / len(branch.end) ** options.length_penalty
-                fate = f"{'best' if won else 'ended'}: {branch.log_prob:.2f} / {len(branch.end)}"
+                fate = (
+                    f"{'best' if won else 'greedy' if followed else 'ended'}: {branch.log_prob:.2f} / {len(branch.end)}"
+                )
                 fate += f"$^{{{options.length_penalty}}}$ = {score:.3f}"
             write(axes, 12.85, y, fate, 10, ha="right", color=colour, weight="bold" if won else "normal")
         return y
 
     plant(tree, 1.6)
-    write(axes, 1.9, 0.6 + 0.52 * leaves, "words, and the sum of their log-probabilities", 10, ha="left", color=FAINT)
+    told = "words, and the sum of their log-probabilities"
+    write(axes, 1.9, 0.6 + 0.52 * leaves, told, 10, ha="left", color=FAINT)
+    told = f"greedy search writes: {alone.text}"
+    write(axes, 12.85, 0.6 + 0.52 * leaves, told, 10, ha="right", color=WRONG)
     return figure
 
 
@@ -279,7 +387,7 @@ def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
     references = [model.vocab.tokenise(text) for text in seen.references]
     scores = score(model, caption, seen.references)
     figure, axes = paper(13, 5.2)
-    show(axes, seen.picture, 0.3, 3.2, 1.7)
+    put(axes, seen.picture, 0.3, 3.2, 1.7, 1.7)
     write(axes, 2.3, 4.8, "five references", ha="left", weight="bold")
     for number, reference in enumerate(references):
         write(axes, 2.3, 4.47 - 0.3 * number, " ".join(reference), ha="left")
@@ -298,7 +406,10 @@ def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
         right, of = (int(scores.bleu_counts[0, column]) for column in (n - 1, n + 3))
         write(axes, left + (len(words) + 0.5) * step, y, f"{right} of {of}", ha="left")
     bleu = ", ".join(f"BLEU-{n} {scores.corpus[f'bleu{n}']:.1f}" for n in range(1, 5))
-    write(axes, 0.3, 0.25, f"A box stands for the words that begin above it.   {bleu}", ha="left")
+    write(axes, 0.3, 0.25, "A box stands for the words that begin above it:", ha="left")
+    write(axes, 4.35, 0.25, "in a reference", ha="left", color=RIGHT, weight="bold")
+    write(axes, 5.75, 0.25, "in none", ha="left", color=WRONG, weight="bold")
+    write(axes, 12.7, 0.25, bleu, ha="right")
     return figure
 
 

@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import torch
 from conftest import SCENES
+from PIL import Image
 
 from data import sample
 from models.model import CaptionModel
@@ -33,5 +34,18 @@ def test_probabilities_and_overlaps_are_those_of_the_model(tiny_model: CaptionMo
     tree = {text.get_text() for text in figures.draw_tree(tiny_model, seen).axes[0].texts}
     best = figures.best(tiny_model, seen)
     assert any(text.startswith("best: ") and f"= {best.score:.3f}" in text for text in tree)
+    assert f"greedy search writes: {figures.best(tiny_model, seen, beam=1).text}" in tree
     overlap = [text.get_text() for text in figures.draw_overlap(tiny_model, seen).axes[0].texts]
     assert sum(text.endswith(f" of {len(best.words)}") for text in overlap) == 1
+
+
+def test_captioned_pictures_keep_their_proportions_and_all_their_words() -> None:
+    tall, wide = Image.new("RGB", (100, 200)), Image.new("RGB", (300, 200))
+    caption = "a sentence of more words than a line below so narrow a picture holds"
+    axes = figures.draw_captioned([[(tall, caption, "red"), (wide, "short", "blue")], [(wide, "alone", "blue")]]).axes[
+        0
+    ]
+    frames = [(frame.get_width(), frame.get_height()) for frame in axes.patches]
+    assert [round(width / height, 3) for width, height in frames] == [0.5, 1.5, 1.5]
+    assert len({height for _, height in frames}) == 1
+    assert [text.get_text().split() for text in axes.texts] == [caption.split(), ["short"], ["alone"]]
