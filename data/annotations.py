@@ -47,14 +47,14 @@ SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so th
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
     """Read the captions named by `config`, decide each picture's split, and find the pictures.
 
-    Official lists beside the captions decide alone where there are any: pictures on no list are left out. Otherwise
-    what the files say of splits decides; else `saved_splits` (of the run, see `splits_of`) or a seeded split by
-    picture, 80/10/10.
+    Official lists next to the captions decide alone where there are any: pictures on no list are left out. Otherwise
+    the splits in the files decide; else `saved_splits` (of the run, see `splits_of`) or a seeded split by picture,
+    80/10/10.
 
     Of `data.shards` these are the pictures held out, unpacked: see `data.tars`.
 
-    Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder, and
-    pictures that are missing.
+    Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder,
+    pictures that are missing, a picture in several splits, and splits named for only some captions.
     """
     table, source = read_captions(config)
     folder = image_folder(config)
@@ -65,6 +65,7 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
             f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in {folder} ({names}); "
             "add them or remove their rows"
         )
+    check_splits(table, source)
     if table["split"].isna().all():
         table["split"] = table["image"].map(saved_or_seeded(table, saved_splits))
     return table[table["split"].notna()].reset_index(drop=True)
@@ -81,7 +82,10 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     paths = caption_files(config)
     tables = [formats.read(path, config.format) for path in paths]
     if len(paths) > 1:
-        tables = [each.assign(split=split_named(path)) for path, each in zip(paths, tables, strict=True)]
+        tables = [
+            each.assign(split=each["split"].where(each["split"].notna(), split_named(path)))
+            for path, each in zip(paths, tables, strict=True)
+        ]
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
@@ -212,6 +216,20 @@ def official_splits(folder: Path) -> dict[str, str] | None:
     return split_of if paths else None
 
 
+def check_splits(table: pd.DataFrame, source: str) -> None:
+    """Raise UserError where only some captions have a split, and for a picture that is in several."""
+    without = table.loc[table["split"].isna(), "image"].unique()
+    if len(without) and table["split"].notna().any():
+        raise UserError(
+            f"{source} names the split of some pictures, but not that of {without[0]} (without one: {len(without):,}); "
+            "name it for all of them, or for none"
+        )
+    splits = table.drop_duplicates(["image", "split"])
+    for image in splits.loc[splits.duplicated("image"), "image"][:1]:
+        several = " and ".join(splits.loc[splits["image"] == image, "split"])
+        raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
+
+
 def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
     """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
 
@@ -268,6 +286,7 @@ def describe(config: DataConfig) -> Iterator[str]:
     table, source = read_captions(config)
     folder = image_folder(config)
     table, missing = find_pictures(table, folder, source)
+    check_splits(table, source)
     drawn = table["split"].isna().all()
     if drawn:
         table["split"] = table["image"].map(saved_or_seeded(table, None))

@@ -1,7 +1,8 @@
 """Caption files as people find them: each reader makes rows (image, image_id, caption, split) of one file.
 
 `read` recognises a format by what is in the file. A picture may be named by its path or by its file name alone, as
-the source has it: `data.annotations` finds it. A format that knows no splits leaves them None.
+the source has it: `data.annotations` finds it. Where a file names no split (as `split`: in Karpathy's JSON, JSON lines,
+a column of a CSV), it is None.
 """
 
 import csv
@@ -66,6 +67,7 @@ def recognise(path: Path) -> str:
 def read_csv(path: Path) -> list[Row]:
     """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
 
+    A column `split` may say train, val (or dev) or test; all others are passed over.
     Flickr30k's results.csv has bars: `image_name| comment_number| comment`, and lacks one in a single line.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -90,10 +92,11 @@ def split_row(row: list[str], header: list[str], where: str) -> Row:
         row = [row[0], *parts.groups()]
     if len(row) != len(header):
         raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
-    image, caption = (row[header.index(name)].strip() for name in ("image", "caption"))
+    named = dict(zip(header, row, strict=True))
+    image, caption = named["image"].strip(), named["caption"].strip()
     if "\n" in caption or "\r" in caption:
         raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
-    return written(image, caption, where)
+    return written(image, caption, where, named.get("split", "").strip() or None)
 
 
 def read_token(path: Path) -> list[Row]:
@@ -119,11 +122,10 @@ def read_karpathy(path: Path) -> list[Row]:
     found: list[Row] = []
     for place, picture in enumerate(load_json(path)["images"]):
         where = f"{path} images[{place}]"
-        if picture["split"] not in SPLIT_NAMES:
-            raise UserError(f"{where} has the split {picture['split']!r}; it should be train, restval, val or test")
+        split = split_called(picture["split"], where)
         image = inside("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
         for sentence in picture["sentences"]:
-            found.append((image, picture.get("cocoid", image), sentence["raw"], SPLIT_NAMES[picture["split"]]))
+            found.append((image, picture.get("cocoid", image), sentence["raw"], split))
     return found
 
 
@@ -165,10 +167,14 @@ def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row
 def told_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
     """Return the captions of a picture's entry, one or a list, and its split, where it names one."""
     captions = entry["captions"] if "captions" in entry else entry["caption"]
-    split = SPLIT_NAMES.get(entry.get("split", ""))
-    if split is None and "split" in entry:
-        raise UserError(f"{where} has the split {entry['split']!r}; make it train, val or test")
-    return [captions] if isinstance(captions, str) else captions, split
+    return [captions] if isinstance(captions, str) else captions, split_called(entry.get("split"), where)
+
+
+def split_called(name: str | None, where: str) -> str | None:
+    """Return the split of that name, None for none; raises UserError for a name that no split has."""
+    if name is not None and name not in SPLIT_NAMES:
+        raise UserError(f"{where} has the split {name!r}; make it train, val or test")
+    return None if name is None else SPLIT_NAMES[name]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -198,12 +204,12 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
-def written(image: str, caption: str, where: str) -> Row:
+def written(image: str, caption: str, where: str, split: str | None = None) -> Row:
     """Return the row of a line someone wrote: without picture or words it is refused."""
     if not WORD.search(caption):
         raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
     image = inside(image, where)
-    return image, image, caption, None
+    return image, image, caption, split_called(split, where)
 
 
 def inside(image: str, where: str) -> str:
