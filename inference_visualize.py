@@ -74,6 +74,7 @@ def main() -> None:
 
 def caption(args: argparse.Namespace) -> None:
     began = time.monotonic()
+    refuse_contradictions(args)
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
@@ -154,6 +155,13 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.checkpoint and args.run:
+        raise UserError("--checkpoint and --run both say which model; give one of them")
+    if args.images and args.split:
+        raise UserError("--images and --split both say which pictures; give one of them")
 
 
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:

@@ -141,6 +141,8 @@ class Shards:
             if missing:
                 self.encode(missing)
             distributed.wait()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on with encoding where it stopped") from None
         except OSError as error:
             reason = error.strerror or error
             raise UserError(

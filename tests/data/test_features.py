@@ -91,7 +91,7 @@ def interrupt_after(batches: int, cache: FeatureCache) -> None:
             raise KeyboardInterrupt
         return encode(self, pixels)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on with encoding"):
         patch.setattr(Extractor, "__call__", encode_or_stop)
         cache.fill()
 
