@@ -167,6 +167,15 @@ def test_another_encoder_has_its_own_rows(cache: FeatureCache, encoded: list[int
     assert FeatureCache(other, NAMES, cache.folder, CPU).find() is None
 
 
+def test_where_the_weights_lie_does_not_matter(
+    cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.fill()
+    moved = tiny_model.encoder.identity | {"source": "/another/venv/resnet18.pth"}
+    monkeypatch.setattr(tiny_model.encoder, "identity", moved)
+    assert FeatureCache(tiny_model, NAMES, cache.folder, CPU).find() is not None
+
+
 def test_mirror_images_have_their_own_rows(
     cache: FeatureCache,
     tiny_config: Callable,
