@@ -35,7 +35,7 @@ QUALITY = 88
 SKIPS_SHOWN = 20
 FEW = 10  # pictures whose captions are printed too
 MEAN = "mean"  # --attention without a head
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURE_ENDINGS = frozenset(annotations.SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ CAPTION_FILES = (
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
 )
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures
 SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 

@@ -248,8 +248,8 @@ def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, dic
 def picture_ending(sample: dict[str, Any], path: Path) -> str:
     endings = [ending for ending in sample if f".{ending}" in annotations.SUFFIXES]
     if len(endings) != 1:
-        what = f"is {len(endings)} pictures ({', '.join(endings)})" if endings else "has no picture beside its captions"
-        raise UserError(f"{sample['__key__']} in {path} {what}; it should be one .jpg, .png or .webp and one .json")
+        what = f"is {len(endings)} pictures ({', '.join(endings)})" if endings else "has no picture with its captions"
+        raise UserError(f"{sample['__key__']} in {path} {what}; it should be one picture, such as a .jpg, and one .json")
     return endings[0]
 
 
@@ -276,7 +276,7 @@ def train_captions(config: DataConfig) -> Iterator[str]:
 def export(config: DataConfig, folder: Path, each: int) -> int:
     """Write a dataset as tars of `each` pictures, in an order drawn once; returns how many tars.
 
-    Raises UserError where there are tars already.
+    Raises UserError where there are tars already, and for a picture that could not be found again by its ending.
     """
     from webdataset import TarWriter
 
@@ -286,6 +286,8 @@ def export(config: DataConfig, folder: Path, each: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.tar")):
         raise UserError(f"{folder} has tars already; name another folder")
+    for image in table["image"][~table["image"].str.lower().str.endswith(annotations.SUFFIXES)][:1]:
+        raise UserError(f"{image} ends in none of {', '.join(annotations.SUFFIXES)}; rename it, here and in the captions")
     paths = [folder / f"{number:05}.tar" for number in range(-(-len(rows) // each))]
     for path, first in zip(tqdm(paths, unit="tar", disable=None), range(0, len(rows), each), strict=True):
         unfinished = path.with_suffix(".unfinished")
