@@ -174,7 +174,7 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
     Raises UserError for overrides that differ from what the checkpoint fixes: only where things lie and how captions
-    are searched can be said anew.
+    are searched can still be changed.
     """
     values = flatten(read_yaml(CONFIG_YAML))
     for name in flatten(saved):
@@ -301,7 +301,7 @@ def cli(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # whoever read the output, such as `| head`, has enough of it
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except OSError as error:
@@ -367,9 +367,9 @@ def takes_value(word: str, parser: argparse.ArgumentParser) -> bool:
 
 
 def parse_known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the options that there are and return the other words; raises UserError for a value that is wrong."""
+    """Parse the known options and return the other words; raises UserError for a wrong or missing value."""
 
-    def refuse(message: str) -> NoReturn:  # where argparse would print its usage
+    def refuse(message: str) -> NoReturn:  # argparse itself would print its usage
         raise UserError(f"{message}; --help tells how")
 
     parser.error = refuse  # type: ignore[method-assign]

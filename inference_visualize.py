@@ -107,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
         epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions. "
-        "How captions are searched may be said anew: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
+        "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
         "search.top_p=0.9 to draw them, the same ones each time; config.yaml lists all of search.*",
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
@@ -197,7 +197,7 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
         known = f"heads 1 to {heads}; name one of them, or" if heads > 1 else "one head;"
-        raise UserError(f"--attention {asked}: the decoder of {named} has {known} say --attention alone")
+        raise UserError(f"--attention {asked}: the decoder of {named} has {known} give --attention alone")
     return slice(int(asked) - 1, int(asked))
 
 
@@ -209,7 +209,7 @@ def split_pictures(
     table = annotations.load(data, annotations.read_splits(run))
     _, chosen = annotations.choose_split(table, split, data.source)
     folder = annotations.image_folder(data)
-    ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, which JSON knows
+    ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, for JSON
     pictures = [
         Picture(folder / image, image, ids[image], tuple(captions))
         for image, captions in annotations.references(chosen).items()

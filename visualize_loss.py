@@ -28,7 +28,7 @@ TEXT, LINES = "#3d434a", "#c9cccf"
 Line = Literal["-", "--"]
 SOLID: Line = "-"
 DASHED: Line = "--"
-FEW_EPOCHS = 30  # up to so many, each has a dot
+FEW_EPOCHS = 30  # up to this many, each has a dot
 COLOURS = ("#2f6db3", "#d1622b", "#3a8f5d", "#8a5aa8", "#b0892c", "#c04a6b", "#4a9aa5", "#6b6f75")
 
 

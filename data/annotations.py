@@ -72,7 +72,7 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
 
 
 def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
-    """Return the table as the files have it, with the splits they and lists beside them tell, and the files' names."""
+    """Return the table as the files have it, with the splits that they or lists next to them name, and their names."""
     if config.shards:
         table, source = tars_held_out(config), config.shards
         refuse_chinese_as_english(table, config, source)
@@ -100,14 +100,14 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
 
 
 def tars_held_out(config: DataConfig) -> pd.DataFrame:
-    from data import tars  # which needs torch
+    from data import tars  # it needs torch
 
     return tars.held_out(config)
 
 
 def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig, source: str) -> None:
     if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
-        raise UserError(f"the captions of {source} are Chinese; say data.language=zh, or zh-characters")
+        raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
 
 
 def caption_files(config: DataConfig) -> list[Path]:
@@ -120,7 +120,7 @@ def caption_files(config: DataConfig) -> list[Path]:
         wanted = f"file {config.captions}" if config.captions else "captions file"
         raise UserError(
             f"there is no {wanted} in {config.root}/; put it there (python -m data.download tells how), "
-            "or say where it is: data.root=FOLDER data.captions=FILE"
+            "or set its place: data.root=FOLDER data.captions=FILE"
         )
     splits = [split_named(path) for path in paths]
     if len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
@@ -159,7 +159,7 @@ def image_folder(config: DataConfig) -> Path:
             return place
     if not config.images and root.is_dir() and any(path.lower().endswith(SUFFIXES) for path in files_below(root)):
         return root
-    raise UserError(f"there is no picture folder at {places[0]}; put it there or say where it is: data.images=FOLDER")
+    raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
 
 
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
@@ -189,9 +189,9 @@ def is_end(path: str, other: str) -> bool:
 
 
 def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
-    """Yield the files in `folder` and so many levels below, by their paths with forward slashes."""
+    """Yield the files in `folder` and `depth` levels below, by their paths with forward slashes."""
     for entry in os.scandir(folder):
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # which a link to itself breaks
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # is_dir() raises on link loops
         if not is_folder:
             yield prefix + entry.name
         elif depth and not entry.name.startswith("."):
@@ -331,7 +331,7 @@ def main() -> None:
     if not args.path.exists():
         raise UserError(f"there is no folder or captions file {args.path}; check the path")
     root, captions = args.path, list[str]()
-    if args.path.is_file():  # which COCO has in a folder beside those of pictures
+    if args.path.is_file():  # COCO has its captions in a folder next to those of the pictures
         root = args.path.parent.parent if args.path.parent.name == "annotations" else args.path.parent
         captions = [f"data.captions={args.path}"]
     for line in describe(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):

@@ -29,7 +29,7 @@ from data.transforms import WHOLE, View, open_picture, other_views
 from training import distributed
 from utils import pick_precision, write_atomically
 
-if TYPE_CHECKING:  # which captions by way of this file
+if TYPE_CHECKING:  # it imports this file
     from models.model import CaptionModel
 
 Item = TypeVar("Item")
@@ -262,8 +262,8 @@ class Shard:
     def manifest(self) -> tuple[dict[str, Any], str | None]:
         """Return the expected manifest, with `rows_done` set to the rows on disk that still match.
 
-    Also the reason if some do not.
-    """
+        Also the reason if some do not.
+        """
         pictures = self.source.stamps()
         wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
         found = read_manifest(self.place)

@@ -39,9 +39,9 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
     except RecursionError:
-        raise UserError(f"{path} has lists in lists without end; take another copy of it") from None
+        raise UserError(f"{path} is nested too deeply; take another copy of it") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
+        raise UserError(f"{path} is not as {name} files are ({error!r}); set the right one: data.format=NAME") from None
     return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
 
 
@@ -148,7 +148,7 @@ def read_ai_challenger(path: Path) -> list[Row]:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read one JSON object a line: `image`, `caption` or `captions`, and, if it likes, `image_id` and `split`."""
+    """Read one JSON object a line: `image`, `caption` or `captions`, and optionally `image_id` and `split`."""
     lines = enumerate(read_lines(path), start=1)
     return several(path, (as_json(line, path, number) for number, line in lines if line.strip()), "image")
 
@@ -196,7 +196,7 @@ def as_json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend it") from None
+        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); fix it") from None
 
 
 def read_lines(path: Path) -> list[str]:
@@ -217,7 +217,7 @@ def inside(image: str, where: str) -> str:
     if PLAIN.fullmatch(image):
         return image
     if not image or leaves_folder(image):
-        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")
+        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; fix or remove it")
     return PurePosixPath(image.replace("\\", "/")).as_posix()
 
 

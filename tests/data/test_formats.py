@@ -270,7 +270,7 @@ def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
         ("captions_val2014.json", json.dumps(COCO)[:200], "not JSON"),
         ("captions_val2014.json", "{}", "'images'"),
         ("caption_x_annotations.json", "[]", "holds no captions"),
-        ("dataset.json", '{"sentences":' + "[" * 100_000, "lists in lists without end"),
+        ("dataset.json", '{"sentences":' + "[" * 100_000, "nested too deeply"),
         ("dataset.json", json.dumps(KARPATHY).replace('"imgid": 0', '"imgid": ' + "9" * 5000), "karpathy"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg A dog\n", "line 2"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg#1\t .\n", "line 2"),
