@@ -260,9 +260,8 @@ class Shard:
                     yield len(pixels)
 
     def manifest(self) -> tuple[dict[str, Any], str | None]:
-        """Return the expected manifest, with `rows_done` set to the rows on disk that still match.
-
-        Also the reason if some do not.
+        """Return the expected manifest, with `rows_done` set to the rows on disk that still match, and the reason if
+        some do not.
         """
         pictures = self.source.stamps()
         wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
