@@ -7,6 +7,7 @@ explains mistakes with the dotted path of the setting and the nearest valid name
 import argparse
 import difflib
 import io
+import itertools
 import os
 import re
 import reprlib
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from pydantic import (
@@ -33,7 +34,7 @@ CONFIG_YAML = Path(__file__).parent / "config.yaml"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 
-# What may be said anew of a trained model: where its things lie, and what does not touch its numbers.
+# Settings that may change after training: where things lie, and what does not touch the model's numbers.
 FREE_AFTER_TRAINING = {
     *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
     *("train.num_workers", "train.log_every", "train.checkpoint_every", "train.tensorboard"),
@@ -44,7 +45,7 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]
 
 
 class UserError(Exception):
-    """A mistake the user can mend, told in one sentence: what is wrong, where, and what to do."""
+    """A mistake the user can fix, told in one sentence: what is wrong, where, and what to do."""
 
 
 class Section(BaseModel):
@@ -173,7 +174,7 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
     Raises UserError for overrides that differ from what the checkpoint fixes: only where things lie and how captions
-    are searched can be said anew.
+    are searched can still be changed.
     """
     values = flatten(read_yaml(CONFIG_YAML))
     for name in flatten(saved):
@@ -296,7 +297,7 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
 
 
 def cli(main: Callable[[], int | None]) -> int:
-    """Run a script's `main` and return its exit code; a mistake of the user ends in one sentence and code 2."""
+    """Run a script's `main` and return its exit code; a user error prints one sentence and returns 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A log file shows each line as it is printed; names of files may hold what no encoding has.
@@ -305,27 +306,31 @@ def cli(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:  # whoever read the output, such as `| head`, has enough of it
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except OSError as error:
         message = (
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
         )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with encoding where it stopped", file=sys.stderr)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):  # as torch says it of CUDA and of MPS
+            raise
+        message = "the GPU is out of memory; lower train.batch_size, encoder.image_size or search.beam"
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 
 def printable(text: str) -> str:
-    """Return text of strangers as a terminal may have it."""
+    """Escape control characters, so that untrusted text is safe to print."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def quiet_if_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show no traceback of Ctrl-C while a script still imports its libraries, before `cli` is there to tell."""
+    """Show no traceback of Ctrl-C while a script still imports its libraries, before `cli` runs."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
@@ -335,19 +340,49 @@ def quiet_if_stopped(kind: type[BaseException], error: BaseException, trace: Tra
 sys.excepthook = quiet_if_stopped
 
 
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the options of a script without settings; raises UserError for an option it does not have."""
+    args, unknown = parse_known(parser, sys.argv[1:])
+    if unknown:
+        raise UserError(f"there is no {shortened(unknown[0])}; there are {', '.join(options(parser))}")
+    return args
+
+
 def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`.
 
-    Raises UserError for an option that there is not; of a setting that is written like one it says how to write it.
+    Raises UserError for an unknown option; if it names a setting, the message shows how to write it.
     """
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
-    words = sys.argv[1:]
-    overrides = [word for word in words if re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()]
-    args, unknown = parser.parse_known_args([word for word in words if word not in overrides])
+    words, overrides = list[str](), list[str]()
+    for before, word in itertools.pairwise(["", *sys.argv[1:]]):
+        is_setting = re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
+        (overrides if is_setting and not takes_value(before, parser) else words).append(word)
+    args, unknown = parse_known(parser, words)
     if unknown:
         raise UserError(unknown_option(words[words.index(unknown[0]) :], parser))
     args.overrides += overrides
     return args
+
+
+def takes_value(word: str, parser: argparse.ArgumentParser) -> bool:
+    """Whether a word is an option that exactly one value must follow, whatever it looks like."""
+    action = parser._option_string_actions.get(word)
+    return action is not None and action.nargs is None
+
+
+def parse_known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the known options and return the other words; raises UserError for a wrong or missing value."""
+
+    def refuse(message: str) -> NoReturn:  # argparse itself would print its usage
+        raise UserError(f"{message}; --help tells how")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_known_args(words)
+
+
+def options(parser: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"--[a-z-]+", parser.format_usage())
 
 
 def unknown_option(words: list[str], parser: argparse.ArgumentParser) -> str:
@@ -359,5 +394,5 @@ def unknown_option(words: list[str], parser: argparse.ArgumentParser) -> str:
     settings = [name for name in flatten(read_yaml(CONFIG_YAML)) if key in (name, name.split(".")[-1])]
     if settings:
         return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in settings)}"
-    known = ", ".join(re.findall(r"--[a-z-]+", parser.format_usage()))
+    known = ", ".join(options(parser))
     return f"there is no {shortened(option)}; there are {known}, and settings such as train.epochs=3"

@@ -35,7 +35,7 @@ QUALITY = 88
 SKIPS_SHOWN = 20
 FEW = 10  # pictures whose captions are printed too
 MEAN = "mean"  # --attention without a head
-PICTURE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURE_ENDINGS = frozenset(annotations.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def main() -> None:
 
 def caption(args: argparse.Namespace) -> None:
     began = time.monotonic()
+    refuse_contradictions(args)
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
@@ -106,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
         epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions. "
-        "How captions are searched may be said anew: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
+        "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
         "search.top_p=0.9 to draw them, the same ones each time; config.yaml lists all of search.*",
     )
     parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
@@ -156,6 +157,13 @@ def positive(text: str) -> int:
     return number
 
 
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    if args.checkpoint and args.run:
+        raise UserError("--checkpoint and --run both say which model; give one of them")
+    if args.images and args.split:
+        raise UserError("--images and --split both say which pictures; give one of them")
+
+
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
     """Return those named, or the newest run's: for photographs, one that knows them, or else the one in pretrained/."""
     if args.checkpoint:
@@ -189,7 +197,7 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
         known = f"heads 1 to {heads}; name one of them, or" if heads > 1 else "one head;"
-        raise UserError(f"--attention {asked}: the decoder of {named} has {known} say --attention alone")
+        raise UserError(f"--attention {asked}: the decoder of {named} has {known} give --attention alone")
     return slice(int(asked) - 1, int(asked))
 
 
@@ -201,7 +209,7 @@ def split_pictures(
     table = annotations.load(data, annotations.read_splits(run))
     _, chosen = annotations.choose_split(table, split, data.source)
     folder = annotations.image_folder(data)
-    ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, which JSON knows
+    ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, for JSON
     pictures = [
         Picture(folder / image, image, ids[image], tuple(captions))
         for image, captions in annotations.references(chosen).items()

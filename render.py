@@ -1,7 +1,7 @@
 """Drawing for people: a picture with its caption below it or with what each word looked at, and the page of them all.
 
-Pillow and NumPy only, so that scripts can import this without waiting; the page's looks and behaviour are in
-render.html.
+Needs Pillow, NumPy and matplotlib's font tools only, so that scripts can import this without waiting; the page's looks
+and behaviour are in render.html.
 """
 
 import base64
@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib import ft2font
 from PIL import Image, ImageDraw, ImageFont
 
-LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text beside them reads well, large ones shrunk
+LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text next to them reads well, large ones shrunk
 SHORTEST_SIDE = 240  # thinner pictures lie on a background this wide, so that a caption has room
 NO_WORDS = "(no words)"  # shown for an empty caption
 LONGEST_CAPTION = 600  # characters drawn; a model that never ends must not draw a tower

@@ -135,7 +135,7 @@ def how_to_make(run: str) -> str:
 
 def pick_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # which torchrun sets
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -3,7 +3,7 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
-from config import UserError, cli  # isort: skip  # first: quiet if stopped
+from config import UserError, cli, parse_options  # isort: skip  # first: quiet if stopped
 
 import argparse
 import io
@@ -28,7 +28,7 @@ TEXT, LINES = "#3d434a", "#c9cccf"
 Line = Literal["-", "--"]
 SOLID: Line = "-"
 DASHED: Line = "--"
-FEW_EPOCHS = 30  # up to so many, each has a dot
+FEW_EPOCHS = 30  # up to this many, each has a dot
 COLOURS = ("#2f6db3", "#d1622b", "#3a8f5d", "#8a5aa8", "#b0892c", "#c04a6b", "#4a9aa5", "#6b6f75")
 
 
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="picture to write (default: loss_curve.png, in the run if it is one)"
     )
-    return parser.parse_args()
+    return parse_options(parser)
 
 
 def read_log(path: Path) -> Curves:
@@ -71,7 +71,7 @@ def read_log(path: Path) -> Curves:
             rows.append([float(dict(zip(names, line.split("\t"), strict=True))[name]) for name in COLUMNS])
         except ValueError:
             if number <= len(lines):
-                raise UserError(f"{path}, line {number} does not hold one number per column; mend it") from None
+                raise UserError(f"{path}, line {number} does not hold one number per column; fix it") from None
     if not rows:
         raise UserError(f"{path} has no finished epoch yet; wait for the first one to end")
     return {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}

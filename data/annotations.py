@@ -39,7 +39,7 @@ CAPTION_FILES = (
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
 )
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures
 SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
@@ -47,14 +47,14 @@ SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so th
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
     """Read the captions named by `config`, decide each picture's split, and find the pictures.
 
-    Official lists beside the captions decide alone where there are any: pictures on no list are left out. Otherwise
-    what the files say of splits decides; else `saved_splits` (of the run, see `splits_of`) or a seeded split by
-    picture, 80/10/10.
+    Official lists next to the captions decide alone where there are any: pictures on no list are left out. Otherwise
+    the splits in the files decide; else `saved_splits` (of the run, see `splits_of`) or a seeded split by picture,
+    80/10/10.
 
     Of `data.shards` these are the pictures held out, unpacked: see `data.tars`.
 
-    Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder, and
-    pictures that are missing.
+    Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder,
+    pictures that are missing, a picture in several splits, and splits named for only some captions.
     """
     table, source = read_captions(config)
     folder = image_folder(config)
@@ -65,13 +65,14 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
             f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in {folder} ({names}); "
             "add them or remove their rows"
         )
+    check_splits(table, source)
     if table["split"].isna().all():
         table["split"] = table["image"].map(saved_or_seeded(table, saved_splits))
     return table[table["split"].notna()].reset_index(drop=True)
 
 
 def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
-    """Return the table as the files have it, with the splits they and lists beside them tell, and the files' names."""
+    """Return the table as the files have it, with the splits that they or lists next to them name, and their names."""
     if config.shards:
         table, source = tars_held_out(config), config.shards
         refuse_chinese_as_english(table, config, source)
@@ -81,7 +82,10 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     paths = caption_files(config)
     tables = [formats.read(path, config.format) for path in paths]
     if len(paths) > 1:
-        tables = [each.assign(split=split_named(path)) for path, each in zip(paths, tables, strict=True)]
+        tables = [
+            each.assign(split=each["split"].where(each["split"].notna(), split_named(path)))
+            for path, each in zip(paths, tables, strict=True)
+        ]
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
@@ -96,14 +100,14 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
 
 
 def tars_held_out(config: DataConfig) -> pd.DataFrame:
-    from data import tars  # which needs torch
+    from data import tars  # it needs torch
 
     return tars.held_out(config)
 
 
 def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig, source: str) -> None:
     if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
-        raise UserError(f"the captions of {source} are Chinese; say data.language=zh, or zh-characters")
+        raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
 
 
 def caption_files(config: DataConfig) -> list[Path]:
@@ -116,7 +120,7 @@ def caption_files(config: DataConfig) -> list[Path]:
         wanted = f"file {config.captions}" if config.captions else "captions file"
         raise UserError(
             f"there is no {wanted} in {config.root}/; put it there (python -m data.download tells how), "
-            "or say where it is: data.root=FOLDER data.captions=FILE"
+            "or set its place: data.root=FOLDER data.captions=FILE"
         )
     splits = [split_named(path) for path in paths]
     if len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
@@ -155,7 +159,7 @@ def image_folder(config: DataConfig) -> Path:
             return place
     if not config.images and root.is_dir() and any(path.lower().endswith(SUFFIXES) for path in files_below(root)):
         return root
-    raise UserError(f"there is no picture folder at {places[0]}; put it there or say where it is: data.images=FOLDER")
+    raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
 
 
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
@@ -185,9 +189,9 @@ def is_end(path: str, other: str) -> bool:
 
 
 def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
-    """Yield the files in `folder` and so many levels below, by their paths with forward slashes."""
+    """Yield the files in `folder` and `depth` levels below, by their paths with forward slashes."""
     for entry in os.scandir(folder):
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # which a link to itself breaks
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # is_dir() raises on link loops
         if not is_folder:
             yield prefix + entry.name
         elif depth and not entry.name.startswith("."):
@@ -210,6 +214,20 @@ def official_splits(folder: Path) -> dict[str, str] | None:
             if split_of.setdefault(name, split) != split:
                 raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
     return split_of if paths else None
+
+
+def check_splits(table: pd.DataFrame, source: str) -> None:
+    """Raise UserError where only some captions have a split, and for a picture that is in several."""
+    without = table.loc[table["split"].isna(), "image"].unique()
+    if len(without) and table["split"].notna().any():
+        raise UserError(
+            f"{source} names the split of some pictures, but not that of {without[0]} (without one: {len(without):,}); "
+            "name it for all of them, or for none"
+        )
+    splits = table.drop_duplicates(["image", "split"])
+    for image in splits.loc[splits.duplicated("image"), "image"][:1]:
+        several = " and ".join(splits.loc[splits["image"] == image, "split"])
+        raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
 
 
 def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
@@ -268,6 +286,7 @@ def describe(config: DataConfig) -> Iterator[str]:
     table, source = read_captions(config)
     folder = image_folder(config)
     table, missing = find_pictures(table, folder, source)
+    check_splits(table, source)
     drawn = table["split"].isna().all()
     if drawn:
         table["split"] = table["image"].map(saved_or_seeded(table, None))
@@ -312,7 +331,7 @@ def main() -> None:
     if not args.path.exists():
         raise UserError(f"there is no folder or captions file {args.path}; check the path")
     root, captions = args.path, list[str]()
-    if args.path.is_file():  # which COCO has in a folder beside those of pictures
+    if args.path.is_file():  # COCO has its captions in a folder next to those of the pictures
         root = args.path.parent.parent if args.path.parent.name == "annotations" else args.path.parent
         captions = [f"data.captions={args.path}"]
     for line in describe(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, cli
+from config import UserError, cli, parse_options
 from data.formats import leaves_folder
 
 CHUNK = 1 << 20  # bytes
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(KNOWN)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
-    args = parser.parse_args()
+    args = parse_options(parser)
     if args.dataset not in KNOWN:
         near = difflib.get_close_matches(args.dataset, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(KNOWN)}"

@@ -29,7 +29,7 @@ from data.transforms import WHOLE, View, open_picture, other_views
 from training import distributed
 from utils import pick_precision, write_atomically
 
-if TYPE_CHECKING:  # which captions by way of this file
+if TYPE_CHECKING:  # it imports this file
     from models.model import CaptionModel
 
 Item = TypeVar("Item")
@@ -141,6 +141,8 @@ class Shards:
             if missing:
                 self.encode(missing)
             distributed.wait()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on with encoding where it stopped") from None
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
@@ -192,9 +194,12 @@ class FeatureCache(Shards):
 
 
 def identity(model: "CaptionModel", device: torch.device, view: View) -> dict[str, Any]:
-    """Return what features depend on beside the pictures."""
+    """Return what features depend on besides the pictures.
+
+    The weights are known by their hash: where their file lies may differ from one environment to the next.
+    """
     made_by = {
-        "encoder": model.encoder.identity,
+        "encoder": {name: value for name, value in model.encoder.identity.items() if name != "source"},
         "grid": model.encoder.grid,
         "transform": asdict(model.transform),
         "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
@@ -249,13 +254,15 @@ class Shard:
                     done += len(pixels)
                     if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.source):
                         file.flush()
-                        os.fsync(file.fileno())  # before the manifest, lest a power cut leave it promising zeros
+                        os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
                         manifest["rows_done"] = done
                         write_atomically(self.place / "manifest.json", json.dumps(manifest).encode())
                     yield len(pixels)
 
     def manifest(self) -> tuple[dict[str, Any], str | None]:
-        """Return the manifest asked for, with `rows_done` as far as what is on disk agrees, and why it does not."""
+        """Return the expected manifest, with `rows_done` set to the rows on disk that still match, and the reason if
+        some do not.
+        """
         pictures = self.source.stamps()
         wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
         found = read_manifest(self.place)

@@ -1,7 +1,8 @@
 """Caption files as people find them: each reader makes rows (image, image_id, caption, split) of one file.
 
 `read` recognises a format by what is in the file. A picture may be named by its path or by its file name alone, as
-the source has it: `data.annotations` finds it. A format that knows no splits leaves them None.
+the source has it: `data.annotations` finds it. Where a file names no split (as `split`: in Karpathy's JSON, JSON lines,
+a column of a CSV), it is None.
 """
 
 import csv
@@ -38,9 +39,9 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
     except RecursionError:
-        raise UserError(f"{path} has lists in lists without end; take another copy of it") from None
+        raise UserError(f"{path} is nested too deeply; take another copy of it") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not as {name} files are ({error!r}); say which it is: data.format=NAME") from None
+        raise UserError(f"{path} is not as {name} files are ({error!r}); set the right one: data.format=NAME") from None
     return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
 
 
@@ -66,6 +67,7 @@ def recognise(path: Path) -> str:
 def read_csv(path: Path) -> list[Row]:
     """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
 
+    A column `split` may say train, val (or dev) or test; all others are passed over.
     Flickr30k's results.csv has bars: `image_name| comment_number| comment`, and lacks one in a single line.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -90,10 +92,11 @@ def split_row(row: list[str], header: list[str], where: str) -> Row:
         row = [row[0], *parts.groups()]
     if len(row) != len(header):
         raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
-    image, caption = (row[header.index(name)].strip() for name in ("image", "caption"))
+    named = dict(zip(header, row, strict=True))
+    image, caption = named["image"].strip(), named["caption"].strip()
     if "\n" in caption or "\r" in caption:
         raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
-    return written(image, caption, where)
+    return written(image, caption, where, named.get("split", "").strip() or None)
 
 
 def read_token(path: Path) -> list[Row]:
@@ -119,11 +122,10 @@ def read_karpathy(path: Path) -> list[Row]:
     found: list[Row] = []
     for place, picture in enumerate(load_json(path)["images"]):
         where = f"{path} images[{place}]"
-        if picture["split"] not in SPLIT_NAMES:
-            raise UserError(f"{where} has the split {picture['split']!r}; it should be train, restval, val or test")
+        split = split_called(picture["split"], where)
         image = inside("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
         for sentence in picture["sentences"]:
-            found.append((image, picture.get("cocoid", image), sentence["raw"], SPLIT_NAMES[picture["split"]]))
+            found.append((image, picture.get("cocoid", image), sentence["raw"], split))
     return found
 
 
@@ -146,7 +148,7 @@ def read_ai_challenger(path: Path) -> list[Row]:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read one JSON object a line: `image`, `caption` or `captions`, and, if it likes, `image_id` and `split`."""
+    """Read one JSON object a line: `image`, `caption` or `captions`, and optionally `image_id` and `split`."""
     lines = enumerate(read_lines(path), start=1)
     return several(path, (as_json(line, path, number) for number, line in lines if line.strip()), "image")
 
@@ -165,10 +167,14 @@ def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row
 def told_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
     """Return the captions of a picture's entry, one or a list, and its split, where it names one."""
     captions = entry["captions"] if "captions" in entry else entry["caption"]
-    split = SPLIT_NAMES.get(entry.get("split", ""))
-    if split is None and "split" in entry:
-        raise UserError(f"{where} has the split {entry['split']!r}; make it train, val or test")
-    return [captions] if isinstance(captions, str) else captions, split
+    return [captions] if isinstance(captions, str) else captions, split_called(entry.get("split"), where)
+
+
+def split_called(name: str | None, where: str) -> str | None:
+    """Return the split of that name, None for none; raises UserError for a name that no split has."""
+    if name is not None and name not in SPLIT_NAMES:
+        raise UserError(f"{where} has the split {name!r}; make it train, val or test")
+    return None if name is None else SPLIT_NAMES[name]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -190,7 +196,7 @@ def as_json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); mend it") from None
+        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); fix it") from None
 
 
 def read_lines(path: Path) -> list[str]:
@@ -198,12 +204,12 @@ def read_lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
-def written(image: str, caption: str, where: str) -> Row:
+def written(image: str, caption: str, where: str, split: str | None = None) -> Row:
     """Return the row of a line someone wrote: without picture or words it is refused."""
     if not WORD.search(caption):
         raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
     image = inside(image, where)
-    return image, image, caption, None
+    return image, image, caption, split_called(split, where)
 
 
 def inside(image: str, where: str) -> str:
@@ -211,7 +217,7 @@ def inside(image: str, where: str) -> str:
     if PLAIN.fullmatch(image):
         return image
     if not image or leaves_folder(image):
-        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; mend or remove it")
+        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; fix or remove it")
     return PurePosixPath(image.replace("\\", "/")).as_posix()
 
 

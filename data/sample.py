@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -45,11 +46,24 @@ Scene = tuple[str, str, str, str, str]  # shape, colour, size, place, background
 def draw(root: Path) -> None:
     """Write captions.csv, images/ and the split lists into `root`, unless they are there already.
 
+    Of several processes one draws, and the others wait.
+
     Raises UserError when `root` holds something else.
     """
     root = root.resolve()
-    if (root / "captions.csv").is_file():
+    if is_drawn(root):
         return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}-lock")):
+        if not is_drawn(root):
+            draw_afresh(root)
+
+
+def is_drawn(root: Path) -> bool:
+    return (root / "captions.csv").is_file()
+
+
+def draw_afresh(root: Path) -> None:
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty, so no scenes are drawn there; name another folder with data.root=FOLDER")
     unfinished = root.with_name(f".{root.name}-unfinished")

@@ -3,7 +3,7 @@
     python -m data.tars tars data.root=archive
 
 writes any dataset as tars/00000.tar …, and `python train.py "data.shards=tars/{00000..00001}.tar"` trains on them. A
-sample is a picture (`key.jpg`) beside its captions (`key.json`: {"captions": ["A dog runs."], "split": "train"}, where
+sample is a picture (`key.jpg`) and its captions (`key.json`: {"captions": ["A dog runs."], "split": "train"}, where
 no split means train); so img2dataset and others write them.
 
 Each tar is first taken apart, into `data.cache`/tars/: the captions of train become words in captions.npz, of which
@@ -45,7 +45,7 @@ class Tar:
 
     Attributes:
         place: the folder of what it was taken apart into.
-        cut_by: what its words depend on beside the captions; see `data.words.cut_by`.
+        cut_by: what its words depend on besides the captions; see `data.words.cut_by`.
         stamp: name, size and mtime (ns) of the tar that was.
         pictures, captions: how many of train are in it; held_out: pictures of other splits.
     """
@@ -248,8 +248,10 @@ def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, dic
 def picture_ending(sample: dict[str, Any], path: Path) -> str:
     endings = [ending for ending in sample if f".{ending}" in annotations.SUFFIXES]
     if len(endings) != 1:
-        what = f"is {len(endings)} pictures ({', '.join(endings)})" if endings else "has no picture beside its captions"
-        raise UserError(f"{sample['__key__']} in {path} {what}; it should be one .jpg, .png or .webp and one .json")
+        what = f"is {len(endings)} pictures ({', '.join(endings)})" if endings else "has no picture"
+        raise UserError(
+            f"{sample['__key__']} in {path} {what}; it should be one picture, such as a .jpg, and one .json"
+        )
     return endings[0]
 
 
@@ -276,7 +278,7 @@ def train_captions(config: DataConfig) -> Iterator[str]:
 def export(config: DataConfig, folder: Path, each: int) -> int:
     """Write a dataset as tars of `each` pictures, in an order drawn once; returns how many tars.
 
-    Raises UserError where there are tars already.
+    Raises UserError where there are tars already, and for a picture that could not be found again by its ending.
     """
     from webdataset import TarWriter
 
@@ -286,6 +288,8 @@ def export(config: DataConfig, folder: Path, each: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.tar")):
         raise UserError(f"{folder} has tars already; name another folder")
+    for image in table["image"][~table["image"].str.lower().str.endswith(annotations.SUFFIXES)][:1]:
+        raise UserError(f"{image} ends in none of {', '.join(annotations.SUFFIXES)}; rename it, in the captions too")
     paths = [folder / f"{number:05}.tar" for number in range(-(-len(rows) // each))]
     for path, first in zip(tqdm(paths, unit="tar", disable=None), range(0, len(rows), each), strict=True):
         unfinished = path.with_suffix(".unfinished")
@@ -309,7 +313,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
     args = parse_command_line(parser)
     config = load_config(overrides=args.overrides).data
-    expand("")  # which says what to install
+    expand("")  # says what to install, before any work
     written = export(config, args.out, max(1, args.pictures))
     pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
     print(f'wrote {count(written)}; train on them with: python train.py "data.shards={pattern}"')

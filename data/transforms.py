@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from config import UserError
@@ -44,7 +43,7 @@ WHOLE = View()
 
 
 def other_views(mirror: bool, corners: int) -> list[View]:
-    """Return the views that training has beside the whole picture: its mirror image, and so many of its corners."""
+    """Return the views that training has besides the whole picture: its mirror image, and this many corners."""
     views = [View(mirrored=True)] if mirror else []
     return views + [View(mirror and corner % 2 == 1, corner) for corner in range(corners)]
 
@@ -63,7 +62,7 @@ class Transform:
 
     def resize(self, picture: Image.Image, view: View = WHOLE) -> torch.Tensor:
         """Return a view of the picture as a uint8 tensor (3, image_size, image_size)."""
-        pixels = v2.functional.pil_to_tensor(view(picture))
+        pixels = F.pil_to_tensor(view(picture))
         return F.resize(pixels, [self.image_size, self.image_size], antialias=True)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -95,9 +94,10 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit: PIL's own conversion would clip to white
+    if picture.mode.startswith("I") or picture.mode == "F":  # PIL's own conversion would clip to white, or to black
         values = np.asarray(picture, dtype=np.float32)
-        picture = Image.fromarray((values * (255 / 65535 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        white = 65535 if values.max() > 255 else 1 if picture.mode == "F" and values.max() <= 1 else 255
+        picture = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

@@ -70,7 +70,7 @@ def cut(captions: Sequence[str], language: str, cache: Path) -> Words:
 
 
 def cut_by(language: str) -> list[Any]:
-    """Return what the words depend on beside the captions; raises UserError, saying what to install."""
+    """Return what the words depend on besides the captions; raises UserError, saying what to install."""
     TOKENISERS[language]()
     package = CUT_BY.get(language)
     return [EDITION, language, package and importlib.metadata.version(package)]
@@ -98,10 +98,10 @@ def unpack(saved: Mapping[str, np.ndarray]) -> Words:
     return Words(as_texts(saved["lexicon"]), saved["ids"], saved["ends"])
 
 
-def write(path: Path, words: Words, **beside: np.ndarray) -> Words:
+def write(path: Path, words: Words, **others: np.ndarray) -> Words:
     """Write the words, and other arrays that belong to their captions."""
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"lexicon": as_array(words.lexicon), "ids": words.ids, "ends": words.ends, **beside}
+    arrays: dict[str, Any] = {"lexicon": as_array(words.lexicon), "ids": words.ids, "ends": words.ends, **others}
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
     return words

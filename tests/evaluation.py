@@ -76,11 +76,7 @@ def run_with_java(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        try:
-            return config.cli(evaluate.main)
-        except SystemExit as exit_:  # argparse's own way
-            assert isinstance(exit_.code, int)
-            return exit_.code
+        return config.cli(evaluate.main)
 
     return command
 

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel, ValidationError
 
 import config
@@ -264,6 +266,36 @@ def test_an_option_that_there_is_not_is_refused_with_the_setting_that_there_is(
     monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
     assert config.cli(main) == 2
     assert capsys.readouterr().err == f"error: {told}\n"
+
+
+def test_settings_may_stand_anywhere_and_a_value_may_look_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", nargs="+")
+    parser.add_argument("--out")
+    line = "train.lr=1 --images a b search.beam=5 --out beam=5 run=mine"
+    monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
+    args = config.parse_command_line(parser)
+    assert (args.images, args.out) == (["a", "b"], "beam=5")
+    assert args.overrides == ["train.lr=1", "search.beam=5", "run=mine"]
+
+
+def test_a_gpu_without_memory_is_told_with_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(error: Exception) -> None:
+        raise error
+
+    assert config.cli(partial(main, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."))) == 2
+    told = "error: the GPU is out of memory; lower train.batch_size, encoder.image_size or search.beam\n"
+    assert capsys.readouterr().err == told
+    with pytest.raises(RuntimeError, match="mat1"):
+        config.cli(partial(main, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+
+def test_ctrl_c_is_told_with_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(*kept: str) -> None:
+        raise KeyboardInterrupt(*kept)
+
+    assert [config.cli(main), config.cli(partial(main, "half is done"))] == [130, 130]
+    assert capsys.readouterr().err == "interrupted\ninterrupted; half is done\n"
 
 
 def test_what_no_encoding_has_is_printed_escaped(tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def test_a_log_that_cannot_be_drawn_is_explained_in_one_sentence(
     assert not Path("runs", "lstm", "loss_curve.png").exists()
 
 
-@pytest.mark.parametrize("words", [["--run", "nowhere"], ["--run", "lstm", "--out", "curve.doc"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--run", "nowhere"], ["--run", "lstm", "--out", "curve.doc"], ["--epochs", "3"], ["--out"], ["train.epochs=3"]],
+)
 def test_a_wrong_name_ends_with_code_2(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:

@@ -195,6 +195,14 @@ def test_what_has_no_open_address_is_told_step_by_step(
     assert "  1. " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["", "flickr8k --too x", "flickr8k --to", "flickr8k run=x"])
+def test_a_wrong_command_line_ends_in_one_sentence(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *line.split()) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("name", "hint"), [("flickr9k", "did you mean flickr8k?"), ("cifar", "karpathy")])
 def test_an_unknown_dataset_is_refused_with_the_nearest(
     name: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

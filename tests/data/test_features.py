@@ -91,7 +91,7 @@ def interrupt_after(batches: int, cache: FeatureCache) -> None:
             raise KeyboardInterrupt
         return encode(self, pixels)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on with encoding"):
         patch.setattr(Extractor, "__call__", encode_or_stop)
         cache.fill()
 
@@ -165,6 +165,15 @@ def test_another_encoder_has_its_own_rows(cache: FeatureCache, encoded: list[int
     cache.fill()
     other = CaptionModel.build(tiny_config("train.seed=1"), build_vocab(["a"], 1))
     assert FeatureCache(other, NAMES, cache.folder, CPU).find() is None
+
+
+def test_where_the_weights_lie_does_not_matter(
+    cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.fill()
+    moved = tiny_model.encoder.identity | {"source": "/another/venv/resnet18.pth"}
+    monkeypatch.setattr(tiny_model.encoder, "identity", moved)
+    assert FeatureCache(tiny_model, NAMES, cache.folder, CPU).find() is not None
 
 
 def test_mirror_images_have_their_own_rows(

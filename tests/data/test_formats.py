@@ -187,12 +187,13 @@ def test_ai_challengers_folders_are_found_as_they_are_unpacked(tmp_path: Path) -
 
 def test_a_pattern_chooses_among_years(root: Path, refused: Callable) -> None:
     for year in (2014, 2017):
-        for split in ("train", "val"):
-            put(root, f"annotations/captions_{split}{year}.json", text=json.dumps(COCO))
+        for place, split in enumerate(("train", "val")):
+            part = COCO | {"annotations": COCO["annotations"][place : place + 1]}
+            put(root, f"annotations/captions_{split}{year}.json", text=json.dumps(part))
     with refused("captions_train2014.json, captions_train2017.json", "data.captions"):
         load(root)
-    assert len(load(root, "data.captions=annotations/captions_train2017.json")) == 2
-    assert len(load(root, "data.captions=annotations/captions_*2017.json")) == 4
+    assert len(load(root, "data.captions=annotations/captions_train2017.json")) == 1
+    assert len(load(root, "data.captions=annotations/captions_*2017.json")) == 2
 
 
 def test_a_line_may_say_its_split_and_id(root: Path) -> None:
@@ -201,6 +202,36 @@ def test_a_line_may_say_its_split_and_id(root: Path) -> None:
     table = load(root)
     assert table["split"].tolist() == ["val", "val", "train"]
     assert table["image_id"].tolist() == [7, 7, "b.jpg"]
+
+
+def test_a_csv_may_have_a_column_of_splits(root: Path, refused: Callable) -> None:
+    put(root, "captions.csv", text="image,caption,split,lang\na.jpg,A dog,test,en\nb.jpg,A cat,dev,en\n")
+    assert load(root)["split"].tolist() == ["test", "val"]
+    put(root, "captions.csv", text="image,caption,split\na.jpg,A dog,all\n")
+    with refused("captions.csv line 2", "'all'"):
+        load(root)
+
+
+def test_a_split_in_a_file_counts_more_than_its_name(root: Path) -> None:
+    put(root, "train.jsonl", text='{"image": "a.jpg", "caption": "A dog", "split": "test"}')
+    put(root, "val.jsonl", text='{"image": "b.jpg", "caption": "A cat"}')
+    assert load(root, "data.captions=*.jsonl")["split"].tolist() == ["test", "val"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "told"),
+    [(("train", "val", "test"), "x/a.jpg in train and val"), (("train", None, "test"), "b.jpg (without one: 1)")],
+)
+def test_no_picture_is_in_two_splits_or_left_out_unsaid(
+    splits: tuple[str | None, ...], told: str, tmp_path: Path, refused: Callable
+) -> None:
+    names = ("x/a.jpg", "a.jpg" if splits[1] else "b.jpg", "c.jpg")  # a.jpg is the same picture
+    lines = [{"image": name, "caption": "A dog"} for name in names]
+    lines = [line | ({"split": split} if split else {}) for line, split in zip(lines, splits, strict=True)]
+    put(tmp_path, "images/x/a.jpg", "images/b.jpg", "images/c.jpg")
+    put(tmp_path, "captions.jsonl", text="\n".join(map(json.dumps, lines)))
+    with refused("captions.jsonl", told):
+        load(tmp_path)
 
 
 def test_a_picture_may_lie_deeper_but_never_beside(tmp_path: Path, refused: Callable) -> None:
@@ -239,7 +270,7 @@ def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
         ("captions_val2014.json", json.dumps(COCO)[:200], "not JSON"),
         ("captions_val2014.json", "{}", "'images'"),
         ("caption_x_annotations.json", "[]", "holds no captions"),
-        ("dataset.json", '{"sentences":' + "[" * 100_000, "lists in lists without end"),
+        ("dataset.json", '{"sentences":' + "[" * 100_000, "nested too deeply"),
         ("dataset.json", json.dumps(KARPATHY).replace('"imgid": 0', '"imgid": ' + "9" * 5000), "karpathy"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg A dog\n", "line 2"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg#1\t .\n", "line 2"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -31,6 +32,23 @@ def test_scenes_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: 
     sample.draw(tmp_path / "a")
     monkeypatch.delattr(sample, "draw_scene")
     sample.draw(tmp_path / "a")
+
+
+def test_of_two_processes_one_draws_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, drawings = Thread(target=sample.draw, args=[tmp_path / "a"]), []
+    scenes = sample.choose_scenes()
+
+    def begin() -> list:
+        drawings.append(1)
+        if len(drawings) == 1:  # the other one finds a folder that is half drawn
+            other.start()
+            other.join(timeout=0.5)
+        return scenes
+
+    monkeypatch.setattr(sample, "choose_scenes", begin)
+    sample.draw(tmp_path / "a")
+    other.join()
+    assert len(drawings) == 1 and len(contents(tmp_path / "a")) == 11 + 4
 
 
 def test_the_dataset_has_flickr8ks_form(tmp_path: Path) -> None:
@@ -83,7 +101,7 @@ def test_an_interrupted_drawing_leaves_no_half_dataset(
     sample.draw(tmp_path / "a")
     sample.draw(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert {path.name for path in tmp_path.iterdir()} - {".a-lock", ".b-lock"} == {"a", "b"}
 
 
 def test_a_folder_with_other_things_in_it_is_never_deleted(tmp_path: Path, refused: Callable) -> None:

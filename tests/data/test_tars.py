@@ -247,6 +247,22 @@ def test_a_pattern_for_shells_is_refused_with_the_one_to_write(
         found(pattern)
 
 
+def test_what_is_exported_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["a.JPG", "b.png", "c.webp", "d.gif", "e.bmp", "f.tif"]
+    Path("archive/images").mkdir(parents=True)
+    for name in [*names, "g.ppm"]:
+        Image.new("RGB", (40, 40)).save(Path("archive/images", name))
+    captions = "image,caption,split\n" + "".join(f"{name},A dog,train\n" for name in names)
+    Path("archive/captions.csv").write_text(captions)
+    tars.export(load_config().data, Path("tars"), 20)
+    [tar] = found("tars/00000.tar")
+    assert sum(opener().size == (40, 40) for opener in tar.openers()) == len(names)
+    Path("archive/captions.csv").write_text(f"{captions}g.ppm,A cat,train\n")
+    with refused("g.ppm", ".jpg", "rename"):
+        tars.export(load_config().data, Path("others"), 20)
+
+
 def test_tars_are_not_written_over(exported: DataConfig, refused: Callable) -> None:
     with refused("tars"):
         tars.export(load_config().data, Path("tars"), 4)

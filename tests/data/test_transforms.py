@@ -43,6 +43,7 @@ PICTURES = {
     "white-16-bit.png": (plain("I;16", 65535), WHITE),
     "middle-16-bit.png": (plain("I;16", 32768), (127, 127, 127)),
     "32-bit-float.tif": (plain("F", 40.0), (40, 40, 40)),
+    "float-up-to-1.tif": (plain("F", 0.5), (127, 127, 127)),
 }
 
 
