@@ -33,7 +33,7 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     """
     name = recognise(path) if name == "auto" else name
     try:
-        rows = [(image, key, tidy(caption), split) for image, key, caption, split in READERS[name](path)]
+        rows = [(image, not_halved(key), tidy(caption), split) for image, key, caption, split in READERS[name](path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
@@ -46,8 +46,13 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
 
 
 def tidy(caption: str) -> str:
-    """Return a caption with single blanks, without halves of characters, which JSON may hold and no file can."""
-    return " ".join(caption.split()).encode(errors="replace").decode()
+    """Return a caption with single blanks and whole characters."""
+    return " ".join(not_halved(caption).split())
+
+
+def not_halved(value: Any) -> Any:
+    """Return a text with `?` for halves of characters, which JSON may hold and no file can; other values as they are."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def recognise(path: Path) -> str:
@@ -218,6 +223,8 @@ def inside(image: str, where: str) -> str:
         return image
     if not image or leaves_folder(image):
         raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; fix or remove it")
+    if not_halved(image) != image:
+        raise UserError(f"{where} names the picture {image!r}, which holds half a character; fix or remove it")
     return PurePosixPath(image.replace("\\", "/")).as_posix()
 
 

@@ -262,6 +262,7 @@ def test_saved_splits_are_by_where_pictures_were_found(tmp_path: Path) -> None:
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "line 2 is not JSON"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog", "split": "all"}', "entry 1"),
         ("captions.jsonl", '{"image": "../a.jpg", "caption": "A dog"}', "entry 1"),
+        ("captions.jsonl", '{"image": "\\ud83d.jpg", "caption": "A dog"}', "half a character"),
         ("captions.jsonl", '{"picture": "a.jpg", "caption": "A dog"}', "'image'"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": 7}', "jsonl"),
         ("dataset.json", json.dumps(KARPATHY).replace("restval", "dev2"), "images[0]"),
@@ -283,5 +284,7 @@ def test_a_fault_is_told_with_its_place(name: str, text: str, words: str, root: 
 
 
 def test_half_a_character_becomes_a_question_mark(root: Path) -> None:
-    put(root, "captions.jsonl", text='{"image": "a.jpg", "caption": "A dog \\ud83d"}\n')
-    assert load(root)["caption"].tolist() == ["A dog ?"]
+    put(root, "captions.jsonl", text='{"image": "a.jpg", "image_id": "\\ud83d", "caption": "A dog \\ud83d"}\n')
+    table = load(root)
+    assert table["caption"].tolist() == ["A dog ?"]
+    assert table["image_id"].tolist() == ["?"]
