@@ -51,7 +51,7 @@ def tidy(caption: str) -> str:
 
 
 def not_halved(value: Any) -> Any:
-    """Return a text with `?` for halves of characters, which JSON may hold and no file can; other values as they are."""
+    """Return a text with `?` for halves of characters, which JSON may hold; other values as they are."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
