@@ -18,6 +18,7 @@ from PIL import Image
 
 import inference_visualize as inference
 from config import SearchConfig, UserError
+from data.vocab import SPECIALS
 from models.model import Caption, CaptionModel
 from render import light, plain, scale, split_before
 from utils import PRETRAINED, RUNS, as_json, pick_device
@@ -112,7 +113,9 @@ def choose_captioners(found: list[Path]) -> list[Captioner]:
 def introduce(path: Path) -> Captioner:
     captioner = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
     config = captioner.model.config
-    show("quiet", f"{config.decoder.name} on {config.encoder.name}, {len(captioner.model.vocab):,} words")
+    show(
+        "quiet", f"{config.decoder.name} on {config.encoder.name}, {len(captioner.model.vocab) - len(SPECIALS):,} words"
+    )
     if config.data.format == "sample":
         show("quiet", "It learned from drawn shapes and knows no photographs.")
     return captioner

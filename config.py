@@ -44,6 +44,10 @@ FREE_AFTER_TRAINING = {
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
+# What torch says of CUDA and of MPS, and of a CPU.
+NO_MEMORY = re.compile("out of memory|can't allocate memory")
+
+
 class UserError(Exception):
     """A mistake the user can fix, told in one sentence: what is wrong, where, and what to do."""
 
@@ -313,10 +317,10 @@ def cli(main: Callable[[], int | None]) -> int:
         message = (
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
         )
-    except RuntimeError as error:
-        if "out of memory" not in str(error):  # as torch says it of CUDA and of MPS
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        message = "the GPU is out of memory; lower train.batch_size, encoder.image_size or search.beam"
+        message = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
     except KeyboardInterrupt as stop:
         print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130

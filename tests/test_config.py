@@ -279,13 +279,16 @@ def test_settings_may_stand_anywhere_and_a_value_may_look_like_one(monkeypatch: 
     assert args.overrides == ["train.lr=1", "search.beam=5", "run=mine"]
 
 
-def test_a_gpu_without_memory_is_told_with_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_memory_is_told_with_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
     def main(error: Exception) -> None:
         raise error
 
-    assert config.cli(partial(main, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."))) == 2
-    told = "error: the GPU is out of memory; lower train.batch_size, encoder.image_size or search.beam\n"
-    assert capsys.readouterr().err == told
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+    on_cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    settings = "train.batch_size, encoder.image_size or search.beam"
+    for error in (on_gpu, on_cpu, MemoryError()):
+        assert config.cli(partial(main, error)) == 2
+        assert capsys.readouterr().err == f"error: memory is full, a GPU's where one is used; lower {settings}\n"
     with pytest.raises(RuntimeError, match="mat1"):
         config.cli(partial(main, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
 

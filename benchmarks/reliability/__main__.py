@@ -1,4 +1,4 @@
-"""Check that a run survives what happens to it, and that strangers' files can do no harm.
+"""Check that a run survives what happens to it, and that hostile files do no harm.
 
     python -m benchmarks.reliability                      # all: some hours on two cores
     python -m benchmarks.reliability kills_at_acts clock  # or some of them
