@@ -27,6 +27,9 @@ DAMAGED = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
 )
 
+# oneDNN keeps the kernels of the last 1,024 shapes, and batches differ in shape: a gigabyte that is hardly used again.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace the file at `path`, so that a crash or a full disk leaves either the old content or the new one.

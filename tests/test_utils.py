@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import utils
 from config import UserError, cli
 from utils import (
     StopRequest,
@@ -285,6 +286,16 @@ def test_noise_is_a_function_of_seed_and_step() -> None:
 @pytest.mark.parametrize(("seed", "step"), [(3, 8), (4, 7), (7, 3), (4, 6)])
 def test_neighbouring_steps_and_seeds_have_other_noise(seed: int, step: int) -> None:
     assert not torch.equal(noise(seed, step), noise(3, 7))
+
+
+@pytest.mark.parametrize("asked", [None, "7"])
+def test_few_kernels_are_kept_or_as_many_as_the_user_asks(asked: str | None) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: asked} if asked else {})
+    command = [sys.executable, "-c", f"import utils, os; print(os.environ['{name}'])"]
+    root = Path(utils.__file__).parent
+    told = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert told == f"{asked or 100}\n"
 
 
 def test_an_explicit_precision_is_honoured() -> None:
