@@ -325,7 +325,7 @@ def report(scores: dict[str, Any], path: Path, predictions: Path | None = None) 
     about = scores["captions"]
     print(
         f"captions: {about['length']:.1f} words on average, {about['vocabulary']:,} different words, "
-        f"{about['distinct_captions']:.0%} distinct, {about['novelty']:.0%} not in the training set, "
+        f"{about['distinct_captions']:.0%} distinct, {about['novelty']:.0%} not among the training captions, "
         f"{about['bad_endings']:.1%} with a bad ending, {about['repetition']:.1%} with repetitions"
     )
     if "images_per_second" in scores:

@@ -85,9 +85,12 @@ def label(runs: dict[Path, Curves]) -> dict[str, Curves]:
 
 
 def best_epoch(curves: Curves) -> int | None:
-    """Return the place of the highest validation CIDEr: the epoch that training keeps; None when there is no number."""
+    """Return the place of the epoch that training keeps, or None when there is no number.
+
+    It is that of the highest validation CIDEr, and of equals the lowest loss.
+    """
     finite = [place for place, cider in enumerate(curves["val_cider"]) if math.isfinite(cider)]
-    return max(finite, key=lambda place: curves["val_cider"][place], default=None)
+    return max(finite, key=lambda place: (curves["val_cider"][place], -curves["val_loss"][place]), default=None)
 
 
 def draw(runs: dict[str, Curves]) -> Figure:

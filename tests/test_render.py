@@ -257,7 +257,7 @@ def test_other_captions_stand_below_the_best_each_with_its_probability_per_word(
     assert captions(dom) == ["4"]
     assert captions(dom, "other") == ["4 again", "4 at last"]
     sure = re.findall(r'<span class="sure" title="Probability per word[^"]*">(.*?)</span>', dom)
-    assert sure == ["50%", "12%", "0.46%"]
+    assert sure == ["50% per word", "12% per word", "0.46% per word"]
 
 
 @needs_chromium

@@ -133,6 +133,10 @@ def test_a_diverged_run_is_drawn_with_the_best_epoch_before(home: Path) -> None:
     assert visualize_loss.best_epoch({"val_cider": [math.nan]}) is None
 
 
+def test_of_equally_good_epochs_the_one_that_training_keeps_is_marked() -> None:
+    assert visualize_loss.best_epoch({"val_cider": [0.0, 0.0, 0.0], "val_loss": [4.0, 2.0, 3.0]}) == 1
+
+
 def test_runs_of_one_name_in_different_folders_are_told_apart() -> None:
     runs: dict[Path, visualize_loss.Curves] = {Path("a/lstm"): {}, Path("b/lstm"): {}}
     assert list(visualize_loss.label(runs)) == [str(Path("a/lstm")), str(Path("b/lstm"))]
