@@ -112,10 +112,8 @@ def choose_captioners(found: list[Path]) -> list[Captioner]:
 
 def introduce(path: Path) -> Captioner:
     captioner = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    config = captioner.model.config
-    show(
-        "quiet", f"{config.decoder.name} on {config.encoder.name}, {len(captioner.model.vocab) - len(SPECIALS):,} words"
-    )
+    config, words = captioner.model.config, len(captioner.model.vocab) - len(SPECIALS)
+    show("quiet", f"{config.decoder.name} on {config.encoder.name}, {words:,} words")
     if config.data.format == "sample":
         show("quiet", "It learned from drawn shapes and knows no photographs.")
     return captioner
