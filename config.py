@@ -126,13 +126,14 @@ class SearchConfig(Section):
     min_length: NonNegativeInt
     no_repeat_ngram: NonNegativeInt
     forbidden: list[str]
+    consensus: Annotated[float, Field(ge=0, le=1000)]
     temperature: Annotated[float, Field(ge=0, le=100)]
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
 
     def greedy(self) -> "SearchConfig":
         """Return the same search with a beam of 1, as training validates."""
-        return self.model_copy(update={"beam": 1, "temperature": 0.0})
+        return self.model_copy(update={"beam": 1, "temperature": 0.0, "consensus": 0.0})
 
 
 class Config(Section):

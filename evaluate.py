@@ -300,6 +300,8 @@ def describe_search(config: Config) -> str:
     else:
         parts = [f"search:{'greedy' if search.beam == 1 else f'beam-{search.beam}'}|lp:{search.length_penalty:g}"]
     parts.append(f"max:{search.max_length}")
+    if search.consensus and search.beam > 1 and not search.temperature:
+        parts.append(f"consensus:{search.consensus:g}")
     for name in ("min_length", "no_repeat_ngram", "forbidden"):
         value = getattr(search, name)
         if value:

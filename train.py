@@ -22,6 +22,7 @@ from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
 from data.stream import StreamedDataset
 from data.words import cut
+from models.consensus import MOST, Consensus
 from models.model import CaptionModel
 from training import distributed
 from training.begin import build_model, make_datasets, report_data
@@ -31,7 +32,7 @@ from training.optim import WeightAverage, clip_gradients, learning_rate, make_op
 from training.poison import Poison, is_finite, tell
 from training.runs import claimed, refuse_existing, resume, start_run, write_log
 from training.tensorboard import FOLDER, Board, find_writer
-from utils import DAMAGED, RUNS, StopRequest, pick_device, pick_precision, save_checkpoint, seed_step
+from utils import DAMAGED, RUNS, StopRequest, load_checkpoint, pick_device, pick_precision, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures whose features say how to standardise all
@@ -209,6 +210,8 @@ class Trainer:
                 self.finish_epoch()
         if self.progress.epoch < self.config.epochs:
             print(f"no better CIDEr for {self.config.patience} epochs: stopped early")
+        if self.model.config.search.consensus:
+            self.add_consensus()
         best = self.progress.best
         print(
             f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
@@ -351,6 +354,19 @@ class Trainer:
         self.board.pictures(progress.step, self.model, val_set, shown)
         return row
 
+    def add_consensus(self) -> None:
+        """Add to checkpoints.pth, unless it is there, what `search.consensus` asks: what people say of pictures."""
+        path = self.run / "checkpoints.pth"
+        saved = load_checkpoint(path)
+        if saved.get("consensus"):
+            return
+        if saved["backbone"] is not None:
+            self.model.encoder.backbone.load_state_dict(saved["backbone"])
+        dataset, images = self.sample_pictures(MOST)
+        consensus = Consensus.of(self.encoded(dataset, images), dataset, images)
+        added = {"consensus": consensus.state(), "config": self.model.config.model_dump()}
+        distributed.on_first_rank(save_checkpoint, path, saved | added)
+
     def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
         print(
             f"Epoch [{row['epoch']}/{self.config.epochs}] train loss {row['train_loss']:.3f} | "
@@ -361,10 +377,14 @@ class Trainer:
             print(f"    {image}: {caption}")
 
     def sample_features(self) -> torch.Tensor:
-        """Return features of training pictures, evenly spread over a window, at most STATISTICS of them."""
-        dataset = self.train_set.windows([self.config.seed, 0])[0].open()
-        images = dataset.images[:: -(-len(dataset.images) // STATISTICS)]
+        """Return features of some training pictures."""
+        dataset, images = self.sample_pictures(STATISTICS)
         return self.encoded(dataset, images).take(images)
+
+    def sample_pictures(self, most: int) -> tuple[Flickr8kDataset, list[str]]:
+        """Return the first window of training pictures, and the names of at most so many, evenly spread over it."""
+        dataset = self.train_set.windows([self.config.seed, 0])[0].open()
+        return dataset, dataset.images[:: -(-len(dataset.images) // most)]
 
     def encoded(self, dataset: Flickr8kDataset, images: list[str]) -> Features:
         """Return features of these pictures: those at hand, or, where the backbone is trained, fresh ones."""

@@ -4,10 +4,13 @@
     python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
     python -m benchmarks.recipes flickr8k_cn --dataset flickr8k_cn data.root=archive
 
+    python -m benchmarks.recipes attention --variant alone data.root=archive search.consensus=0
+
 Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
 <dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was
-stopped goes on. A recipe with `train.start` goes on from the run with its own seed. Captions are those of the dev
-split: the test split is for the figures one publishes.
+stopped goes on, and a variant that only searches otherwise takes what the recipe has trained. A recipe with
+`train.start` goes on from the run with its own seed. Captions are those of the dev split: the test split is for the
+figures one publishes.
 """
 
 import argparse
@@ -24,11 +27,12 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, cli, flatten, load_config, parse_command_line, restore_config
+from config import FREE_AFTER_TRAINING, UserError, cli, flatten, load_config, parse_command_line, restore_config
 from utils import RUNS, load_checkpoint, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+SITTINGS = "sittings.json"
 
 
 def main() -> None:
@@ -46,20 +50,34 @@ def main() -> None:
         if path.is_file():
             print(f"{path} is there already")
             continue
-        result = measure(args.recipe, seed, RUNS / f"{name}-seed{seed}", args.overrides)
+        run, trained = RUNS / f"{name}-seed{seed}", RUNS / f"{args.recipe}-seed{seed}"
+        if args.variant and only_searches_otherwise(trained, args.overrides):
+            run = trained
+        else:
+            train(args.recipe, seed, run, args.overrides)
+        result = measure(args.recipe, seed, run, args.overrides)
         write_atomically(path, (json.dumps(result | {"variant": args.variant}, indent=1) + "\n").encode())
         print(f"wrote {path}")
 
 
+def only_searches_otherwise(trained: Path, overrides: Sequence[str]) -> bool:
+    """Whether a run is there whose training these settings would not change."""
+    path = trained / "checkpoints.pth"
+    try:
+        return path.is_file() and bool(restore_config(load_checkpoint(path)["config"], list(overrides)))
+    except UserError:
+        return False
+
+
 def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Train and score one seed; returns what its results file holds."""
-    minutes, memory = train(recipe, seed, run, overrides)
+    """Score what one seed has trained; returns what its results file holds."""
     status, _ = run_script(
         "evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word))
     )
     end_on_failure(status)
     scores = json.loads((run / "scores-val.json").read_text())
     checkpoint = load_checkpoint(run / "checkpoints.pth")
+    sittings = json.loads((run / SITTINGS).read_text())
     searched = [word for word in overrides if word.startswith("search.")]
     settings = flatten(restore_config(checkpoint["config"], searched).model_dump())
     return {
@@ -70,8 +88,8 @@ def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict
         "signature": scores["signature"],
         "intervals": scores["intervals"],
         "captions": scores["captions"],
-        "train_minutes": round(minutes, 1),
-        "peak_memory_gb": round(memory, 2),
+        "train_minutes": round(sum(sitting["minutes"] for sitting in sittings), 1),
+        "peak_memory_gb": round(max(sitting["memory"] for sitting in sittings), 2),
         "start": Path(settings["train.start"]).parent.name if settings["train.start"] else None,
         "config": {
             name: value for name, value in settings.items() if name not in {*FREE_AFTER_TRAINING, "train.start"}
@@ -81,9 +99,9 @@ def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict
     }
 
 
-def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[float, float]:
-    """Train to the end; returns minutes and peak memory in GB, those of sittings before this one included."""
-    told = run / "sittings.json"
+def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> None:
+    """Train to the end, and keep minutes and peak memory in GB beside those of sittings before this one."""
+    told = run / SITTINGS
     sittings = json.loads(told.read_text()) if told.is_file() else []
     if (run / "last.pth").is_file():
         words = ["--resume", "--run", run.name, *(word for word in overrides if is_free(word))]
@@ -100,7 +118,6 @@ def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> tuple[
     if run.is_dir():
         write_atomically(told, json.dumps(sittings).encode())
     end_on_failure(status)
-    return sum(sitting["minutes"] for sitting in sittings), max(sitting["memory"] for sitting in sittings)
 
 
 def is_free(word: str) -> bool:

@@ -42,6 +42,14 @@ class Identity(Part):
     stride_in_1x1: bool
 
 
+class Remembered(Part):
+    pictures: Tensor
+    centre: Tensor
+    words: Tensor
+    lengths: Tensor
+    owner: Tensor
+
+
 class Contents(BaseModel):
     model_config = ConfigDict(strict=True)
     config: dict[str, dict[str, Any] | str]
@@ -52,6 +60,7 @@ class Contents(BaseModel):
     feature_mean: Tensor
     feature_scale: Tensor
     decoder: dict[str, Tensor]
+    consensus: Remembered | None = None
 
 
 def check(saved: dict[str, Any], where: str) -> None:

@@ -80,6 +80,7 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
     if not all(model.config.encoder.frozen for model in models):
         raise UserError(f"a backbone of {paths[0]} or the others is fine-tuned; an ensemble needs one frozen backbone")
     ensemble = CaptionModel(first.config, first.vocab, first.transform, first.encoder, Ensemble(models))
+    ensemble.consensus = first.consensus
     return ensemble.eval()
 
 

@@ -20,6 +20,7 @@ from data.features import Extractor
 from data.transforms import Transform, open_picture, upright
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
+from models.consensus import Consensus
 from models.contents import check
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, tensors_sha256, transform_for
@@ -63,6 +64,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
+        self.consensus: Consensus | None = None  # fitted at the end of training, where `search.consensus` asks for it
         size = encoder.feature_shape[-1]
         self.feature_mean: torch.Tensor
         self.feature_scale: torch.Tensor
@@ -104,6 +106,8 @@ class CaptionModel(nn.Module):
         statistics = {name: saved[name] for name in ("feature_mean", "feature_scale")}
         check_tensors({name: getattr(model, name) for name in statistics}, statistics, where)
         model.feature_mean, model.feature_scale = statistics.values()
+        if saved.get("consensus"):
+            model.consensus = Consensus.from_state(saved["consensus"], size, len(vocab), where)
         return model
 
     @classmethod
@@ -120,7 +124,7 @@ class CaptionModel(nn.Module):
             values = ", ".join(f"{name} ({as_yaml(own[name])} there, {as_yaml(asked[name])} here)" for name in differ)
             mend = " ".join(f"{name}={as_yaml(own[name])}" for name in differ)
             raise UserError(f"train.start = {path} was trained with another {values}; go on from it with: {mend}")
-        return cls.from_state(saved | {"config": config.model_dump()}, path)
+        return cls.from_state(saved | {"config": config.model_dump(), "consensus": None}, path)
 
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
@@ -137,6 +141,7 @@ class CaptionModel(nn.Module):
             "feature_mean": self.feature_mean,
             "feature_scale": self.feature_scale,
             "decoder": self.decoder.state_dict(),
+            "consensus": self.consensus.state() if self.consensus else None,
         }
 
     def standardise(self, features: torch.Tensor) -> torch.Tensor:
@@ -181,17 +186,32 @@ class CaptionModel(nn.Module):
         """Return the best captions for each row of encoded pictures (B, D) or (B, L, D), the best first.
 
         `options` default to the checkpoint's own; see `models.search.search`. Raises UserError for words of
-        `search.forbidden` that are several, and when the model's numbers are not finite.
+        `search.forbidden` that are several, for a `search.consensus` without what it asks, and when the model's
+        numbers are not finite.
         """
         options = options or self.config.search
+        consensus = self.asked_consensus(options)
         device = next(self.decoder.parameters()).device
         standardised = self.standardise(features.to(device))
-        found = search(
-            self.decoder, standardised, options, num_captions, self.forbidden(options.forbidden), keep_attention
-        )
+        wanted = max(num_captions, options.beam) if consensus else num_captions
+        found = search(self.decoder, standardised, options, wanted, self.forbidden(options.forbidden), keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
+        if consensus:
+            found = [each[:num_captions] for each in consensus.rank(features, found, options.consensus)]
         return [[self.read_out(hypothesis) for hypothesis in each] for each in found]
+
+    def asked_consensus(self, options: SearchConfig) -> Consensus | None:
+        """Return what ranks the captions of a beam, where `search.consensus` asks for it; raises UserError without."""
+        if not options.consensus or options.beam == 1 or options.temperature:
+            return None
+        if self.consensus is None:
+            raise UserError(
+                f"search.consensus = {options.consensus:g} compares captions with those of training pictures, which "
+                "this checkpoint does not hold; set it to 0, or add them, where the training data are: python train.py "
+                f"--resume --run {self.config.run} search.consensus={options.consensus:g}"
+            )
+        return self.consensus
 
     def forbidden(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for what is cut into several."""

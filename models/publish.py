@@ -1,4 +1,4 @@
-"""Make a trained checkpoint fit to be given away: half as large, and without the paths of the machine it is from.
+"""Make a trained checkpoint fit to be given away: half as large, without paths and without other people's captions.
 
     python -m models.publish runs/pretrained-seed1/checkpoints.pth pretrained/captioner.pth
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from config import FREE_AFTER_TRAINING, cli, load_config, parse_command_line
+from models.consensus import forget
 from models.encoder import file_sha256
 from models.model import CaptionModel
 from utils import load_checkpoint, save_checkpoint
@@ -29,7 +30,11 @@ def main() -> None:
 
 
 def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint with its floats as halves, and the settings of its machine as config.yaml has them."""
+    """Return a checkpoint with its floats as halves, and the settings of its machine as config.yaml has them.
+
+    The training captions that `search.consensus` needs stay behind: they are not this project's to give away.
+    """
+    checkpoint = forget(checkpoint)
     config, usual = copy.deepcopy(checkpoint["config"]), load_config().model_dump()
     for name in FREE_AFTER_TRAINING:
         section, key = name.split(".")

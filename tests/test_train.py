@@ -17,7 +17,9 @@ from conftest import TINY
 import config
 import train
 from config import load_config
+from data import annotations
 from data.dataset import Batch, Share
+from data.features import encode_pictures
 from data.vocab import build_vocab
 from models.model import CaptionModel
 from train import Progress
@@ -302,6 +304,34 @@ def test_an_unfrozen_backbone_is_trained_but_not_its_batchnorm_statistics(archiv
     moved = {name for name in trained if not torch.equal(trained[name], untouched[name])}
     assert moved
     assert not any("running" in name or "num_batches" in name for name in moved)
+
+
+@pytest.mark.parametrize("words", [[], ["encoder.frozen=false", "encoder.stages=[layer4]", "train.num_workers=0"]])
+def test_a_run_that_ranks_by_consensus_keeps_what_people_say_of_training_pictures(
+    words: list[str], archive: Path, run: Run
+) -> None:
+    assert run(*FAST, "train.epochs=1", "search.consensus=5", *words) == 0
+    saved = load_checkpoint("runs/flickr8k/checkpoints.pth")
+    assert len(saved["consensus"]["pictures"]) == 8
+    assert len(saved["consensus"]["lengths"]) == 40
+    model = CaptionModel.from_checkpoint("runs/flickr8k/checkpoints.pth")
+    (picture, *_), folder = annotations.load(model.config.data)["image"], Path("archive/images")
+    features = encode_pictures(model, [picture], folder, torch.device("cpu")).take([picture])
+    votes = model.consensus.votes(features)  # type: ignore[union-attr]
+    assert votes.argmax() == 0, "the trained backbone sees the picture as the one that is remembered"
+    assert model.caption(folder / picture)
+
+
+def test_what_people_say_is_added_to_a_finished_run(archive: Path, run: Run) -> None:
+    assert run(*FAST, "train.epochs=1") == 0
+    before = load_checkpoint("runs/flickr8k/checkpoints.pth")
+    assert before["consensus"] is None
+    assert run("--resume", "search.consensus=3") == 0
+    after = load_checkpoint("runs/flickr8k/checkpoints.pth")
+    assert len(after["consensus"]["pictures"]) == 8
+    assert after["config"]["search"] == before["config"]["search"] | {"consensus": 3}
+    assert after["scores"] == before["scores"]
+    torch.testing.assert_close(after["decoder"], before["decoder"], rtol=0, atol=0)
 
 
 def test_a_seeded_split_is_kept_with_the_run(archive: Path, run: Run) -> None:

@@ -10,7 +10,7 @@ from data.vocab import build_vocab
 from models import publish
 from models.encoder import file_sha256
 from models.model import CaptionModel
-from utils import save_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -46,3 +46,15 @@ def test_what_is_given_away_is_the_same_model(trained: Path, tmp_path: Path) -> 
         torch.allclose(weights[name], each, rtol=1e-3, atol=1e-3) for name, each in own.decoder.named_parameters()
     )
     assert all(each.dtype == torch.float32 for each in weights.values())
+
+
+def test_training_captions_are_not_given_away(trained: Path) -> None:
+    saved = load_checkpoint(trained)
+    searched = saved["config"]["search"] | {"consensus": 5.0}
+    remembering = saved | {
+        "consensus": {"words": torch.tensor([4, 5])},
+        "config": saved["config"] | {"search": searched},
+    }
+    given = publish.publishable(remembering)
+    assert given["consensus"] is None
+    assert given["config"]["search"]["consensus"] == 0

@@ -1,0 +1,182 @@
+"""Captions of a beam are ranked by what people say of pictures that look alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from data.dataset import Features, Flickr8kDataset
+from data.vocab import build_vocab
+from models.consensus import Consensus, NGrams, forget
+from models.model import CaptionModel
+from models.search import Hypothesis
+from training.objectives import CiderReward
+from utils import load_checkpoint, save_checkpoint
+
+# What is said of dogs, of cats and of boats, each of two pictures, so that every n-gram is known.
+SAID = {
+    "dog": ["a brown dog runs over the grass", "the dog is running"],
+    "cat": ["two cats sleep on a red sofa", "the cats are asleep"],
+    "boat": ["a man in a boat on the lake", "the boat floats"],
+}
+IMAGES = [f"{kind}{number}.jpg" for kind in SAID for number in (1, 2)]
+ROWS = [(image, caption) for image in IMAGES for caption in SAID[image[:-5]]]
+TABLE = pd.DataFrame(ROWS, columns=["image", "caption"])
+VOCAB = build_vocab(TABLE["caption"].tolist(), 1)
+LOOKS = torch.eye(6, 8).reshape(3, 2, 8).cumsum(1).flatten(0, 1)  # (6, 8): two of a kind look alike
+
+
+def ids(caption: str) -> list[int]:
+    return VOCAB.numericalize(caption)
+
+
+def hypotheses(*captions: str) -> list[Hypothesis]:
+    return [Hypothesis(ids(caption), -1.0, -1.0) for caption in captions]
+
+
+@pytest.fixture
+def consensus(tiny_model: CaptionModel) -> Consensus:
+    features = Features([LOOKS.half()], IMAGES)
+    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), tiny_model.transform, features)
+    return Consensus.of(features, dataset, IMAGES)
+
+
+def test_the_caption_most_like_those_of_similar_pictures_comes_first(consensus: Consensus) -> None:
+    found = [hypotheses(*(captions[0] for captions in SAID.values()))] * 3
+    best = [ranked[0].ids for ranked in consensus.rank(LOOKS[[0, 2, 4]], found, weight=1.0)]
+    assert best == [ids(captions[0]) for captions in SAID.values()]
+
+
+def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
+    liked, probable = hypotheses("the dog is running", "the boat floats")
+    probable = Hypothesis(probable.ids, -0.5, -0.5)
+    for weight, first in ((0.01, probable), (1.0, liked)):
+        [ranked] = consensus.rank(LOOKS[:1], [[probable, liked]], weight)
+        assert ranked[0].ids == first.ids
+        assert ranked[0].score > first.score
+        assert ranked[0].log_prob == first.log_prob
+
+
+def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(
+    consensus: Consensus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one vote alone it is CIDEr-D itself, but for the length, of which the mean counts: so take equal ones."""
+    captions = ["a brown dog runs over the sofa", "a man in the grass on sofa", "two cats sleep on a lake", "the dog"]
+    table = TABLE.assign(caption=[caption for image in IMAGES for caption in [SAID[image[:-5]][0]] * 2])
+    features = Features([LOOKS.half()], IMAGES)
+    dataset = Flickr8kDataset(table, VOCAB, Path(), None, features)  # type: ignore[arg-type]
+    alone = Consensus.of(features, dataset, IMAGES)
+    monkeypatch.setattr(alone, "votes", lambda features: torch.eye(6))
+    reward = CiderReward([[ids(caption) for caption in table["caption"][table["image"] == image]] for image in IMAGES])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids(caption)) for caption in captions], batch_first=True)
+    for picture in range(6):
+        owner = torch.full((len(captions),), picture)
+        expected = alone.expect(LOOKS, tokens, owner)
+        torch.testing.assert_close(expected, torch.tensor(reward(list(map(ids, captions)), picture)))
+
+
+def test_votes_sum_to_one_and_go_to_what_looks_alike(consensus: Consensus) -> None:
+    votes = consensus.votes(LOOKS)
+    torch.testing.assert_close(votes.sum(1), torch.ones(6))
+    assert votes.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
+    assert (votes[0, :2].min() > votes[0, 2:].max()).item()
+
+
+def test_grids_are_seen_as_the_mean_of_their_cells(consensus: Consensus) -> None:
+    cells = torch.stack([LOOKS - 1, LOOKS + 1], dim=1)  # (6, 2, 8)
+    torch.testing.assert_close(consensus.votes(cells), consensus.votes(LOOKS))
+
+
+def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
+    captions = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 8, 0]])
+    ngrams = NGrams(captions, torch.tensor([0, 1, 2]))
+    assert ngrams.count == 3  # 4, 5 and "4 5"
+    row, number, weight = ngrams.weigh(torch.tensor([[5, 0], [5, 99], [99, 98]]))
+    assert row.tolist() == [0, 1]
+    assert number[0] == number[1]
+    assert weight[0] == 1 > weight[1] > 0
+
+
+def test_a_caption_without_words_expects_nothing(consensus: Consensus) -> None:
+    [ranked] = consensus.rank(LOOKS[:1], [[Hypothesis([], -0.1, -0.1), *hypotheses("a dog")]], weight=5.0)
+    assert [len(each.ids) for each in ranked] == [2, 0]
+    assert ranked[1].score == pytest.approx(-0.1)
+
+
+# ---- in a checkpoint ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny_config: Callable[..., Any], tmp_path: Path) -> Path:
+    """A checkpoint that ranks by consensus, of six pictures with features of 512 numbers."""
+    model = CaptionModel.build(tiny_config("search.beam=4", "search.consensus=5"), VOCAB)
+    features = Features([torch.randn(6, 512, generator=torch.Generator().manual_seed(0)).half()], IMAGES)
+    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), model.transform, features)
+    model.consensus = Consensus.of(features, dataset, IMAGES)
+    save_checkpoint(tmp_path / "checkpoints.pth", model.state())
+    return tmp_path / "checkpoints.pth"
+
+
+FEATURES = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_reorders_what_the_beam_found(trained: Path) -> None:
+    model = CaptionModel.from_checkpoint(trained)
+    plain = model.config.search.model_copy(update={"consensus": 0.0})
+    by_score, ranked = model.describe(FEATURES, plain, num_captions=4), model.describe(FEATURES, num_captions=4)
+    for before, after in zip(by_score, ranked, strict=True):
+        assert {each.words for each in before} == {each.words for each in after}
+        assert [each.score for each in after] == sorted((each.score for each in after), reverse=True)
+    assert [each[0].text for each in model.describe(FEATURES)] == [each[0].text for each in ranked]
+
+
+def test_greedy_search_and_drawing_do_without(trained: Path) -> None:
+    model = CaptionModel.from_checkpoint(trained)
+    model.consensus = None
+    for changes in ({"beam": 1}, {"temperature": 1.0}, {"consensus": 0.0}):
+        assert model.describe(FEATURES, model.config.search.model_copy(update=changes))
+
+
+def test_a_checkpoint_without_says_how_to_add_it(trained: Path, refused: Callable[..., Any]) -> None:
+    save_checkpoint(trained, load_checkpoint(trained) | {"consensus": None})
+    with refused("search.consensus = 5", "set it to 0", "--resume --run flickr8k search.consensus=5"):
+        CaptionModel.from_checkpoint(trained).describe(FEATURES)
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(trained: Path) -> None:
+    one, other = CaptionModel.from_checkpoint(trained), CaptionModel.from_checkpoint(trained)
+    save_checkpoint(trained, other.state())
+    again = CaptionModel.from_checkpoint(trained)
+    assert one.describe(FEATURES) == again.describe(FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("pictures", torch.zeros(6, 4)),
+        ("pictures", torch.full((6, 512), float("nan"))),
+        ("pictures", torch.zeros(0, 512)),
+        ("centre", torch.zeros(3)),
+        ("words", torch.tensor([9999] * 60)),
+        ("lengths", torch.tensor([1] * 12)),
+        ("lengths", torch.tensor([-1] * 12)),
+        ("owner", torch.tensor([6] * 12)),
+        ("owner", torch.tensor([0] * 11)),
+        ("owner", torch.tensor(3)),
+    ],
+)
+def test_a_damaged_one_is_refused(trained: Path, part: str, value: torch.Tensor, refused: Callable[..., Any]) -> None:
+    saved = load_checkpoint(trained)
+    save_checkpoint(trained, saved | {"consensus": saved["consensus"] | {part: value}})
+    with refused(str(trained), "consensus"):
+        CaptionModel.from_checkpoint(trained)
+
+
+def test_forgetting_leaves_the_same_model_without_anybodys_captions(trained: Path) -> None:
+    model = CaptionModel.from_state(forget(load_checkpoint(trained)), "forgotten").eval()
+    assert model.consensus is None
+    assert model.config.search.consensus == 0
+    assert model.describe(FEATURES)
