@@ -363,7 +363,7 @@ class Trainer:
         if saved["backbone"] is not None:
             self.model.encoder.backbone.load_state_dict(saved["backbone"])
         dataset, images = self.sample_pictures(MOST)
-        consensus = Consensus.of(self.encoded(dataset, images), dataset, images)
+        consensus = Consensus.of(lambda part: self.encoded(dataset, part).take(part), dataset, images)
         added = {"consensus": consensus.state(), "config": self.model.config.model_dump()}
         distributed.on_first_rank(save_checkpoint, path, saved | added)
 

@@ -7,7 +7,7 @@ the CIDEr-D that this one can expect. P pictures remembered, C captions of them,
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional as F
 
 from config import UserError
-from data.dataset import Features, Flickr8kDataset
+from data.dataset import Flickr8kDataset
 from data.vocab import PAD
 from models.search import Hypothesis
 
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
-AT_ONCE = 250  # pictures whose cells are in memory together
+AT_ONCE = 500  # pictures whose cells are in memory together
 SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen, with little at stake, on Flickr8k's dev pictures
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
@@ -43,10 +43,16 @@ class Consensus:
         self.pictures, self.centre, self.captions, self.owner = pictures, centre, captions, owner
 
     @classmethod
-    def of(cls, features: Features, dataset: Flickr8kDataset, images: Sequence[str]) -> "Consensus":
-        """Remember these of the dataset's pictures, whose `features` may have any more."""
-        parts = [features.take(images[first : first + AT_ONCE]) for first in range(0, len(images), AT_ONCE)]
-        pooled = torch.cat([pool(part) for part in parts])  # (P, D)
+    def of(
+        cls, encode: Callable[[list[str]], torch.Tensor], dataset: Flickr8kDataset, images: list[str]
+    ) -> "Consensus":
+        """Remember these of the dataset's pictures, with their captions.
+
+        Args:
+            encode: gives the features of some pictures (b, D) or (b, L, D); it is asked for a few at a time.
+        """
+        parts = [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
+        pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
         place = {image: row for row, image in enumerate(images)}
         owner = [place.get(dataset.images[image], -1) for image in dataset.image_of]
         captions = [torch.from_numpy(ids[1:-1]) for ids, row in zip(dataset.tokens, owner, strict=True) if row >= 0]

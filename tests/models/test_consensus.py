@@ -41,7 +41,7 @@ def hypotheses(*captions: str) -> list[Hypothesis]:
 def consensus(tiny_model: CaptionModel) -> Consensus:
     features = Features([LOOKS.half()], IMAGES)
     dataset = Flickr8kDataset(TABLE, VOCAB, Path(), tiny_model.transform, features)
-    return Consensus.of(features, dataset, IMAGES)
+    return Consensus.of(features.take, dataset, IMAGES)
 
 
 def test_the_caption_most_like_those_of_similar_pictures_comes_first(consensus: Consensus) -> None:
@@ -68,7 +68,7 @@ def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(
     table = TABLE.assign(caption=[caption for image in IMAGES for caption in [SAID[image[:-5]][0]] * 2])
     features = Features([LOOKS.half()], IMAGES)
     dataset = Flickr8kDataset(table, VOCAB, Path(), None, features)  # type: ignore[arg-type]
-    alone = Consensus.of(features, dataset, IMAGES)
+    alone = Consensus.of(features.take, dataset, IMAGES)
     monkeypatch.setattr(alone, "votes", lambda features: torch.eye(6))
     reward = CiderReward([[ids(caption) for caption in table["caption"][table["image"] == image]] for image in IMAGES])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids(caption)) for caption in captions], batch_first=True)
@@ -115,7 +115,7 @@ def trained(tiny_config: Callable[..., Any], tmp_path: Path) -> Path:
     model = CaptionModel.build(tiny_config("search.beam=4", "search.consensus=5"), VOCAB)
     features = Features([torch.randn(6, 512, generator=torch.Generator().manual_seed(0)).half()], IMAGES)
     dataset = Flickr8kDataset(TABLE, VOCAB, Path(), model.transform, features)
-    model.consensus = Consensus.of(features, dataset, IMAGES)
+    model.consensus = Consensus.of(features.take, dataset, IMAGES)
     save_checkpoint(tmp_path / "checkpoints.pth", model.state())
     return tmp_path / "checkpoints.pth"
 
