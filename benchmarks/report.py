@@ -23,6 +23,7 @@ DATASETS = {  # pictures and captions
     "Conceptual 12M": (12_423_374, 12_423_374),
     "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
 }
+ALONE = "alone"  # the variant of a recipe that does without its consensus
 DECODERS = ("lstm", "attention", "transformer")
 # Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
 FIGURES = (
@@ -94,11 +95,16 @@ def fill(path: Path, page: str) -> str:
 
 
 def dev_scores(dataset: str) -> str:
-    """Return the mean and standard deviation over seeds of each recipe, on the dev split of a dataset."""
+    """Return the mean and standard deviation over seeds of each recipe, on the dev split of a dataset.
+
+    A recipe that ranks captions by consensus has a row for what it scores without, too.
+    """
     by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((HERE / "results" / dataset).glob("*-seed*.json")):
+    folder = HERE / "results" / dataset
+    for path in sorted([*folder.glob("*-seed*.json"), *folder.glob(f"ablations/*-{ALONE}-seed*.json")]):
         result = json.loads(path.read_text())
-        by_recipe.setdefault(result["recipe"], []).append(result)
+        setting = ", `search.consensus=0`" if result.get("variant") == ALONE else ""
+        by_recipe.setdefault(f"`configs/{result['recipe']}.yaml`{setting}", []).append(result)
     known = [result["scores"] for results in by_recipe.values() for result in results]
     shown = [name for name in NAMES if any(scores[name] is not None for scores in known)]
     lines = [
@@ -108,21 +114,32 @@ def dev_scores(dataset: str) -> str:
     for recipe, results in sorted(by_recipe.items(), key=lambda item: mean(r["scores"]["cider"] for r in item[1])):
         cells = [spread([result["scores"][name] for result in results]) for name in shown]
         minutes = mean(result["train_minutes"] for result in results)
-        lines.append(f"| `configs/{recipe}.yaml` | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
+        lines.append(f"| {recipe} | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
     signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
     return "\n".join([*lines, "", *(f"`{signature}`  " for signature in signatures)])
 
 
 def ablations() -> str:
-    """Return what each variant of a recipe changes and scores, against the recipe with the same seed."""
+    """Return what each variant of a recipe changes and scores, against the recipe with the same seed.
+
+    One that was made without consensus is compared with what the recipe scores without.
+    """
     lines = ["| recipe | with | BLEU-4 | CIDEr-D | change in CIDEr-D |", "|---" * 5 + "|"]
     rows: list[tuple[str, str, float, float, Any]] = []
     defaults = flatten(load_config().model_dump())
-    for path in sorted((HERE / "results" / "flickr8k" / "ablations").glob("*.json")):
+    folder = HERE / "results" / "flickr8k"
+    for path in sorted((folder / "ablations").glob("*.json")):
         variant = json.loads(path.read_text())
+        if variant["variant"] == ALONE:
+            continue
         name = f"{variant['recipe']}-seed{variant['seed']}"
-        base = json.loads((HERE / "results" / "flickr8k" / f"{name}.json").read_text())
-        settings, usual = (defaults | result["config"] for result in (variant, base))  # older than some settings
+        base = json.loads((folder / f"{name}.json").read_text())
+        settings = defaults | variant["config"]  # which may be older than some settings
+        if settings["search.consensus"] == 0 < (defaults | base["config"])["search.consensus"]:
+            alone = f"{variant['recipe']}-{ALONE}-seed{variant['seed']}.json"
+            base = json.loads((folder / "ablations" / alone).read_text())
+            name += ", `search.consensus=0`"
+        usual = defaults | base["config"]
         changed = [f"`{key}={show(value)}`" for key, value in settings.items() if key != "run" and value != usual[key]]
         scores, before = variant["scores"], base["scores"]
         rows.append((name, "–", before["bleu4"], before["cider"], ""))

@@ -33,7 +33,9 @@ def made(tmp_path: Path) -> Path:
     for seed, cider in enumerate([49.0, 50.0, 48.0]):
         content = result | {"seed": seed, "scores": scores | {"cider": cider}}
         for recipe in (card.RECIPE, card.RIVAL):
-            (tmp_path / f"{recipe}-seed{seed}.json").write_text(json.dumps(content))
+            path = tmp_path / f"{recipe}-seed{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
     given = references(["two women"] * 5, ["a brown dog"] * 5, ["a man"] * 5)
     captions = dict(zip(given.captions, ["a man", "a black dog", "a man"], strict=True))
     found = limits.measure(captions, given)

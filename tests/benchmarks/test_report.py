@@ -64,6 +64,28 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
     ]
 
 
+def test_what_a_recipe_scores_without_consensus_is_told_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    folder = tmp_path / "results" / "flickr8k"
+    (folder / "ablations").mkdir(parents=True)
+    made = {"": (58.0, 5, 0.999), "-alone": (54.0, 0, 0.999), "-raw": (53.0, 0, 0)}
+    for name, (cider, consensus, ema) in made.items():
+        content = result(0, cider) | {"config": {"search.consensus": consensus, "train.ema": ema}}
+        place = folder / "ablations" / f"lstm{name}-seed0.json" if name else folder / "lstm-seed0.json"
+        place.write_text(json.dumps(content | {"variant": name[1:] or None}))
+    _, _, without, ranked, *_ = report.dev_scores("flickr8k").splitlines()
+    assert without.startswith("| `configs/lstm.yaml`, `search.consensus=0` | 1 |")
+    assert "| 54.0 |" in without
+    assert ranked.startswith("| `configs/lstm.yaml` | 1 |")
+    assert "| 58.0 |" in ranked
+    assert report.ablations().splitlines()[2:] == [
+        "| lstm-seed0, `search.consensus=0` | – | 20.0 | 54.0 |  |",
+        "| lstm-seed0, `search.consensus=0` | `train.ema=0` | 20.0 | 53.0 | -1.0 |",
+    ], "what was made without consensus is compared with what was scored without"
+
+
 def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
     with refused("dev-scores"):
         report.fill(report.README, "no place")
