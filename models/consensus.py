@@ -21,7 +21,7 @@ from data.vocab import PAD
 from models.search import Hypothesis
 
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
-AT_ONCE = 500  # pictures whose cells are in memory together
+AT_ONCE = 500  # pictures whose cells are in memory together, or whose likeness is computed together
 SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen, with little at stake, on Flickr8k's dev pictures
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
@@ -79,16 +79,16 @@ class Consensus:
 
         Raises UserError, which names the file `where`, for what does not fit together.
         """
-        pictures, centre = saved["pictures"], saved["centre"]
+        pictures, centre = saved["pictures"].float(), saved["centre"].float()
         ids, lengths, owner = (saved[name].long() for name in ("words", "lengths", "owner"))
-        fits = pictures.ndim == 2 and pictures.shape[1:] == centre.shape == (size,) and len(pictures) > 0
+        fits = pictures.ndim == 2 and pictures.shape[1:] == centre.shape == (size,) and 0 < len(pictures) <= MOST
+        fits = fits and bool(pictures.isfinite().all() and centre.isfinite().all())
         fits = fits and ids.ndim == lengths.ndim == owner.ndim == 1 and len(lengths) == len(owner) > 0
         fits = fits and int(lengths.min()) > 0 and int(lengths.sum()) == len(ids)
-        fits = fits and within(ids, words) and within(owner, len(pictures))
-        if not fits or not (pictures.isfinite().all() and centre.isfinite().all()):
+        if not fits or not within(ids, words) or not within(owner, len(pictures)):
             raise UserError(f"{where} is damaged in its consensus, so it is not a trained model; take another one")
         captions = torch.nn.utils.rnn.pad_sequence(ids.split(lengths.tolist()), batch_first=True, padding_value=PAD)
-        return cls(pictures.float(), centre.float(), captions, owner)
+        return cls(F.normalize(pictures), centre, captions, owner)
 
     def rank(
         self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
@@ -130,7 +130,11 @@ class Consensus:
     @cached_property
     def factor(self) -> torch.Tensor:
         """The Cholesky factor of the regression's equations (P, P)."""
-        between = kernel(self.pictures @ self.pictures.T)  # (P, P)
+        count = len(self.pictures)
+        between = torch.empty(count, count)  # of which Cholesky's algorithm reads the lower half
+        for first in range(0, count, AT_ONCE):
+            last = min(count, first + AT_ONCE)
+            between[first:last, :last] = kernel(self.pictures[first:last] @ self.pictures[:last].T)
         between.diagonal().add_(RIDGE)
         return torch.linalg.cholesky(between)
 

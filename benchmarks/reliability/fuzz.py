@@ -39,6 +39,7 @@ from data import formats
 from data.sample import choose_scenes, describe
 from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
+from models.consensus import Consensus
 from models.model import CaptionModel
 from utils import load_checkpoint
 
@@ -181,7 +182,10 @@ def pictures() -> list[bytes]:
 def checkpoint() -> dict[str, Any]:
     """Return what the checkpoint of the smallest untrained model holds."""
     vocab = build_vocab([caption for _, scene in choose_scenes()[:12] for caption in describe(scene)], 1)
-    return CaptionModel.build(load_config(overrides=list(SMALLEST)), vocab).state()
+    model = CaptionModel.build(load_config(overrides=[*SMALLEST, "search.consensus=1"]), vocab)
+    size = model.encoder.feature_shape[-1]
+    model.consensus = Consensus(torch.eye(2, size), torch.zeros(size), torch.tensor([[4, 5], [5, 0]]), torch.arange(2))
+    return model.state()
 
 
 # ---- hypothesis ------------------------------------------------------------------------------------------------------

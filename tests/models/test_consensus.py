@@ -159,6 +159,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(trained: Path) -> None:
         ("pictures", torch.zeros(6, 4)),
         ("pictures", torch.full((6, 512), float("nan"))),
         ("pictures", torch.zeros(0, 512)),
+        ("pictures", torch.ones(8001, 512)),
         ("centre", torch.zeros(3)),
         ("words", torch.tensor([9999] * 60)),
         ("lengths", torch.tensor([1] * 12)),
@@ -173,6 +174,13 @@ def test_a_damaged_one_is_refused(trained: Path, part: str, value: torch.Tensor,
     save_checkpoint(trained, saved | {"consensus": saved["consensus"] | {part: value}})
     with refused(str(trained), "consensus"):
         CaptionModel.from_checkpoint(trained)
+
+
+def test_looks_without_measure_are_brought_to_it(trained: Path) -> None:
+    saved = load_checkpoint(trained)
+    for pictures in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
+        save_checkpoint(trained, saved | {"consensus": saved["consensus"] | {"pictures": pictures}})
+        assert CaptionModel.from_checkpoint(trained).describe(FEATURES)
 
 
 def test_forgetting_leaves_the_same_model_without_anybodys_captions(trained: Path) -> None:
