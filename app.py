@@ -168,7 +168,8 @@ def caption_uploads(captioners: list[Captioner], options: SearchConfig, num_capt
                 with column:
                     shown, features = look(captioner, picture)
                     torch.manual_seed(captioner.model.config.train.seed)  # drawn captions are the same each time
-                    (captions,) = captioner.model.describe(features, options, num_captions, keep_attention=True)
+                    own_options = options.model_copy(update={"consensus": captioner.model.config.search.consensus})
+                    (captions,) = captioner.model.describe(features, own_options, num_captions, keep_attention=True)
                     own.append(inference.prediction(picture, captions, num_captions))
                     title = f"{captioner.name}: {name}" if len(captioners) > 1 else name
                     panel(f"{file.file_id} {captioner.name}", title, shown, captions, options.max_length, len(rows))

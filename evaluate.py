@@ -109,6 +109,7 @@ def score_run(args: argparse.Namespace) -> None:
     paths = list(map(Path, args.checkpoint or [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]))
     refuse_homeless_ensemble(paths, args.out)
     model = load_ensemble(paths, args.overrides)
+    model.asked_consensus(model.config.search)  # so that what is missing is said before pictures are encoded
     path = paths[0]
     device = pick_device()
     model.to(device)

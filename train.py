@@ -22,7 +22,7 @@ from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
 from data.stream import StreamedDataset
 from data.words import cut
-from models.consensus import MOST, Consensus
+from models.consensus import MOST, Consensus, forget
 from models.model import CaptionModel
 from training import distributed
 from training.begin import build_model, make_datasets, report_data
@@ -325,7 +325,7 @@ class Trainer:
             self.progress.end_epoch(row)
             self.nll.zero_()
             if row is self.progress.best and distributed.rank() == 0:
-                save_checkpoint(self.run / "checkpoints.pth", self.model.state() | {"scores": row})
+                save_checkpoint(self.run / "checkpoints.pth", forget(self.model.state()) | {"scores": row})
         self.save_last()
         distributed.on_first_rank(write_log, self.run / "loss_log.txt", self.progress.history)
 
@@ -355,17 +355,21 @@ class Trainer:
         return row
 
     def add_consensus(self) -> None:
-        """Add to checkpoints.pth, unless it is there, what `search.consensus` asks: what people say of pictures."""
-        path = self.run / "checkpoints.pth"
+        """Give checkpoints.pth, which does without until then, what `search.consensus` asks: what people say."""
+        path, config = self.run / "checkpoints.pth", self.model.config.model_dump()
         saved = load_checkpoint(path)
-        if saved.get("consensus"):
+        if saved.get("consensus") and saved["config"] == config:
             return
+        known = saved.get("consensus") or self.fit_consensus(saved).state()
+        distributed.on_first_rank(save_checkpoint, path, saved | {"consensus": known, "config": config})
+        print(f"{path} ranks captions by what people say of {len(known['pictures']):,} training pictures, too")
+
+    def fit_consensus(self, saved: dict[str, Any]) -> Consensus:
+        """Return what people say of training pictures, as the backbone of the checkpoint `saved` sees them."""
         if saved["backbone"] is not None:
             self.model.encoder.backbone.load_state_dict(saved["backbone"])
         dataset, images = self.sample_pictures(MOST)
-        consensus = Consensus.of(lambda part: self.encoded(dataset, part).take(part), dataset, images)
-        added = {"consensus": consensus.state(), "config": self.model.config.model_dump()}
-        distributed.on_first_rank(save_checkpoint, path, saved | added)
+        return Consensus.of(lambda part: self.encoded(dataset, part).take(part), dataset, images)
 
     def report_epoch(self, row: dict[str, float], captions: dict[str, str]) -> None:
         print(

@@ -3,7 +3,7 @@
 Devlin et al. 2015 (arXiv:1505.04467) and Mao et al. 2015 (arXiv:1412.6632, appendix) take the candidate that is most
 like the captions of the nearest training pictures. Here all training pictures vote, by kernel ridge regression: from a
 picture's features it predicts the weights of n-grams that CIDEr-D compares, so that their product with a candidate's is
-the CIDEr-D that this one can expect. P pictures remembered, C captions of them, B pictures to caption, G n-grams.
+about the CIDEr-D that this one can expect. P pictures remembered, C captions of them, B pictures to caption, G n-grams.
 """
 
 import warnings
@@ -22,7 +22,8 @@ from models.search import Hypothesis
 
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
 AT_ONCE = 500  # pictures whose cells are in memory together, or whose likeness is computed together
-SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen, with little at stake, on Flickr8k's dev pictures
+SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen on Flickr8k's dev pictures, where neighbours did about as well
+CUT = 50  # words of a training caption: more say little, and one very long caption would make all take its room
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
 SEEN = 2  # pictures an n-gram is known from: those of a single one say nothing of others
@@ -32,7 +33,7 @@ class Consensus:
     """What people say of pictures, and how it follows from what these look like.
 
     Args:
-        pictures: what P pictures look like, as `look` tells it (P, D).
+        pictures: what P pictures look like: their features, less `centre`, as unit vectors (P, D).
         centre: the mean of their features (D,).
         captions: word ids of their captions, `<pad>` where these have ended (C, T); owner: whose they are (C,).
     """
@@ -53,14 +54,14 @@ class Consensus:
         """
         parts = [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
         pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
-        place = {image: row for row, image in enumerate(images)}
-        owner = [place.get(dataset.images[image], -1) for image in dataset.image_of]
-        captions = [torch.from_numpy(ids[1:-1]) for ids, row in zip(dataset.tokens, owner, strict=True) if row >= 0]
-        padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=PAD)  # (C, T)
         centre = pooled.mean(0)
-        return cls(
-            F.normalize(pooled - centre), centre, padded.long(), torch.tensor([row for row in owner if row >= 0])
-        )
+        place = {image: row for row, image in enumerate(images)}
+        captions, owner = list[torch.Tensor](), list[int]()
+        for ids, image in zip(dataset.tokens, dataset.image_of.tolist(), strict=True):
+            if len(ids) > 2 and dataset.images[image] in place:  # more than <sos> and <eos>
+                captions.append(torch.from_numpy(ids[1:-1][:CUT]).long())
+                owner.append(place[dataset.images[image]])
+        return cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all there is to keep; what is computed from it is not."""
@@ -84,11 +85,10 @@ class Consensus:
         fits = pictures.ndim == 2 and pictures.shape[1:] == centre.shape == (size,) and 0 < len(pictures) <= MOST
         fits = fits and bool(pictures.isfinite().all() and centre.isfinite().all())
         fits = fits and ids.ndim == lengths.ndim == owner.ndim == 1 and len(lengths) == len(owner) > 0
-        fits = fits and int(lengths.min()) > 0 and int(lengths.sum()) == len(ids)
+        fits = fits and 0 < int(lengths.min()) <= int(lengths.max()) <= CUT and int(lengths.sum()) == len(ids)
         if not fits or not within(ids, words) or not within(owner, len(pictures)):
             raise UserError(f"{where} is damaged in its consensus, so it is not a trained model; take another one")
-        captions = torch.nn.utils.rnn.pad_sequence(ids.split(lengths.tolist()), batch_first=True, padding_value=PAD)
-        return cls(F.normalize(pictures), centre, captions, owner)
+        return cls(F.normalize(pictures), centre, padded(ids.split(lengths.tolist())), owner)
 
     def rank(
         self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
@@ -99,8 +99,7 @@ class Consensus:
             features: raw ones, (B, D) or (B, L, D), on any device.
             weight: what an expected CIDEr-D of 1 (of 10; papers call it 100) adds.
         """
-        captions = [torch.tensor(each.ids or [PAD]) for hypotheses in found for each in hypotheses]
-        tokens = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=PAD)  # (N, T)
+        tokens = padded([torch.tensor(each.ids or [PAD]) for hypotheses in found for each in hypotheses])  # (N, T)
         owner = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
         expected = iter((weight * self.expect(features, tokens, owner)).tolist())
         scored = [[replace(each, score=each.score + next(expected)) for each in hypotheses] for hypotheses in found]
@@ -108,12 +107,13 @@ class Consensus:
 
     @torch.inference_mode()
     def expect(self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-        """Return the CIDEr-D (N,) that captions (N, T) of the pictures `owner` (N,) can expect, 10 at most.
+        """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `owner` (N,) can expect.
 
-        It is Vedantam et al.'s (2015) but for n-grams that a caption repeats, which that clips.
+        It is Vedantam et al.'s (2015), with the rarity of n-grams among the remembered captions, but that n-grams which
+        a caption repeats are not clipped, and that lengths are compared with the mean of those expected.
         """
         votes = self.votes(features)  # (B, P)
-        ngrams = self.said @ votes.T  # (G, B)
+        ngrams = self.mean_weights @ votes.T  # (G, B)
         lengths = votes @ self.lengths  # (B,)
         row, ngram, weight = self.ngrams.weigh(tokens)  # (entries,) each
         alike = torch.zeros(len(tokens)).index_add(0, row, weight * ngrams[ngram, owner[row]])  # (N,)
@@ -121,11 +121,14 @@ class Consensus:
         return 10 / LONGEST * alike * torch.exp(-(longer**2) / (2 * SPREAD**2))
 
     def votes(self, features: torch.Tensor) -> torch.Tensor:
-        """Return how much each remembered picture has to say of each of these (B, P): 1 in all, some less than 0."""
+        """Return how much each remembered picture has to say of each of these (B, P): 1 in all, some less than 0.
+
+        Their sum over what is said of each is the prediction of kernel ridge regression on what differs from the mean.
+        """
         looks = F.normalize(pool(features).cpu() - self.centre)  # (B, D)
-        halfway = torch.linalg.solve_triangular(self.factor, kernel(self.pictures @ looks.T), upper=False)  # (P, B)
-        near = torch.linalg.solve_triangular(self.factor.mT, halfway, upper=True).T  # (B, P)
-        return near + (1 - near.sum(1, keepdim=True)) / len(self.pictures)
+        weights = torch.cholesky_solve(kernel(self.pictures @ looks.T), self.factor).T  # (B, P)
+        rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): of the mean, to which all pictures add alike
+        return weights + rest / len(self.pictures)
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -143,7 +146,7 @@ class Consensus:
         return NGrams(self.captions, self.owner)
 
     @cached_property
-    def said(self) -> torch.Tensor:
+    def mean_weights(self) -> torch.Tensor:
         """What people say of each picture: the mean of its captions' n-gram weights, sparse (G, P)."""
         row, ngram, weight = self.ngrams.weigh(self.captions)
         picture = self.owner[row]
@@ -174,7 +177,7 @@ class NGrams:
     """
 
     def __init__(self, captions: torch.Tensor, owner: torch.Tensor) -> None:
-        self.words, pictures = int(captions.max()) + 1, int(owner.max()) + 1
+        self.vocabulary, pictures = int(captions.max()) + 1, int(owner.max()) + 1
         self.known: list[torch.Tensor] = []  # for each n, sorted
         frequencies = []
         before = torch.zeros_like(captions)  # (C, T)
@@ -184,7 +187,7 @@ class NGrams:
             ngrams, seen = (pairs // pictures).unique_consecutive(return_counts=True)
             self.known.append(ngrams[seen >= SEEN])
             frequencies.append(seen[seen >= SEEN])
-            before = following(find(codes, self.known[-1]))
+            before = shifted(places_of(codes, self.known[-1]))
         self.count = sum(map(len, self.known))
         unknown = torch.ones(1)  # CIDEr-D takes them for seen once
         self.rarity = torch.log(pictures / torch.cat([*frequencies, unknown]))  # (G + 1,)
@@ -194,8 +197,8 @@ class NGrams:
 
         It is -1 where there is no word, or none that is known, or where nothing known precedes it.
         """
-        nothing = (before < 0) | (tokens == PAD) | (tokens >= self.words)
-        return (before * self.words + tokens).masked_fill(nothing, -1)
+        nothing = (before < 0) | (tokens == PAD) | (tokens >= self.vocabulary)
+        return (before * self.vocabulary + tokens).masked_fill(nothing, -1)
 
     def weigh(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return row, number and weight of each known n-gram of captions (C, T); for each row and n their norm is 1."""
@@ -212,9 +215,9 @@ class NGrams:
         """Return row, n - 1 and number of each n-gram; unknown ones are numbered from `count` on, by their place."""
         numbers, before, first = list[torch.Tensor](), torch.zeros_like(tokens), 0
         for known in self.known:
-            found = find(self.code(before, tokens), known)  # (C, T)
+            found = places_of(self.code(before, tokens), known)  # (C, T)
             numbers.append(torch.where(found < 0, -1, first + found))
-            before, first = following(found), first + len(known)
+            before, first = shifted(found), first + len(known)
         together = torch.stack(numbers, dim=1)  # (C, 4, T)
         place = torch.arange(tokens.shape[1])  # (T,)
         real = (tokens != PAD).unsqueeze(1) & (place >= torch.arange(LONGEST).unsqueeze(1))  # (C, 4, T)
@@ -230,7 +233,7 @@ def forget(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint | {"consensus": None, "config": config | {"search": config["search"] | {"consensus": 0.0}}}
 
 
-def find(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def places_of(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Return the places of codes among the sorted `known`, -1 where they are not there."""
     if not len(known):
         return torch.full_like(codes, -1)
@@ -238,7 +241,7 @@ def find(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     return torch.where(known[place] == codes, place, -1)
 
 
-def following(numbers: torch.Tensor) -> torch.Tensor:
+def shifted(numbers: torch.Tensor) -> torch.Tensor:
     """Move what ends with each word (C, T) to the next word, which it precedes; nothing precedes the first."""
     return F.pad(numbers[:, :-1], (1, 0), value=-1)
 
@@ -251,6 +254,11 @@ def kernel(cosines: torch.Tensor) -> torch.Tensor:
 def pool(features: torch.Tensor) -> torch.Tensor:
     """Return the mean over the cells of features (B, D) or (B, L, D)."""
     return features.float() if features.ndim == 2 else features.float().mean(1)
+
+
+def padded(captions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return captions as one tensor (N, T), short ones filled up with `<pad>`."""
+    return torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True, padding_value=PAD)
 
 
 def within(numbers: torch.Tensor, end: int) -> bool:

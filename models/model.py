@@ -190,7 +190,7 @@ class CaptionModel(nn.Module):
         numbers are not finite.
         """
         options = options or self.config.search
-        consensus = self.asked_consensus(options)
+        consensus = self.asked_consensus(options, num_captions)
         device = next(self.decoder.parameters()).device
         standardised = self.standardise(features.to(device))
         wanted = max(num_captions, options.beam) if consensus else num_captions
@@ -201,15 +201,15 @@ class CaptionModel(nn.Module):
             found = [each[:num_captions] for each in consensus.rank(features, found, options.consensus)]
         return [[self.read_out(hypothesis) for hypothesis in each] for each in found]
 
-    def asked_consensus(self, options: SearchConfig) -> Consensus | None:
-        """Return what ranks the captions of a beam, where `search.consensus` asks for it; raises UserError without."""
-        if not options.consensus or options.beam == 1 or options.temperature:
+    def asked_consensus(self, options: SearchConfig, num_captions: int = 1) -> Consensus | None:
+        """Return what ranks a beam's captions, where `search.consensus` asks for it; raises UserError without it."""
+        if not options.consensus or options.temperature or max(num_captions, options.beam) == 1:
             return None
         if self.consensus is None:
             raise UserError(
                 f"search.consensus = {options.consensus:g} compares captions with those of training pictures, which "
-                "this checkpoint does not hold; set it to 0, or add them, where the training data are: python train.py "
-                f"--resume --run {self.config.run} search.consensus={options.consensus:g}"
+                "this checkpoint does not hold; set it to 0, or add them, where its run and data are: python train.py "
+                f"--resume --run NAME search.consensus={options.consensus:g}"
             )
         return self.consensus
 

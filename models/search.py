@@ -27,7 +27,8 @@ class Hypothesis:
     Attributes:
         ids: its words, without `<sos>` and `<eos>`.
         log_prob: natural logarithm of the probability the decoder gives it, `<eos>` included where it was written.
-        score: what ranks it: `log_prob / length ** length_penalty`, the length counting `<eos>`.
+        score: what ranks it: `log_prob / length ** length_penalty`, the length counting `<eos>`, and what
+            `models.consensus` adds.
         attention: where the decoder looked as it wrote each word (words, A, L), or None.
     """
 

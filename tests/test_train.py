@@ -322,14 +322,27 @@ def test_a_run_that_ranks_by_consensus_keeps_what_people_say_of_training_picture
     assert model.caption(folder / picture)
 
 
-def test_what_people_say_is_added_to_a_finished_run(archive: Path, run: Run) -> None:
+def test_what_is_not_trained_to_the_end_captions_without_consensus(
+    archive: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.Trainer, "add_consensus", lambda trainer: None)
+    assert run(*FAST, "train.epochs=1", "search.consensus=5") == 0
+    model = CaptionModel.from_checkpoint("runs/flickr8k/checkpoints.pth")
+    assert model.caption(next(Path("archive/images").iterdir()))
+
+
+def test_what_people_say_is_added_to_a_finished_run(
+    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*FAST, "train.epochs=1") == 0
     before = load_checkpoint("runs/flickr8k/checkpoints.pth")
     assert before["consensus"] is None
-    assert run("--resume", "search.consensus=3") == 0
-    after = load_checkpoint("runs/flickr8k/checkpoints.pth")
-    assert len(after["consensus"]["pictures"]) == 8
-    assert after["config"]["search"] == before["config"]["search"] | {"consensus": 3}
+    for weight in (3, 7):
+        assert run("--resume", f"search.consensus={weight}") == 0
+        assert "what people say of 8 training pictures" in capsys.readouterr().out
+        after = load_checkpoint("runs/flickr8k/checkpoints.pth")
+        assert after["config"]["search"] == before["config"]["search"] | {"consensus": weight}
+        assert len(after["consensus"]["pictures"]) == 8
     assert after["scores"] == before["scores"]
     torch.testing.assert_close(after["decoder"], before["decoder"], rtol=0, atol=0)
 

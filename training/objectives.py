@@ -11,12 +11,11 @@ from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
 from data.stream import StreamedDataset
 from data.vocab import EOS, PAD, SOS
+from models.consensus import LONGEST, SPREAD
 from models.model import CaptionModel
 from models.search import NEVER, search
 
 Words = Sequence[Hashable]
-LONGEST = 4  # words in an n-gram
-SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of lengths other than the reference's
 
 
 class Objective(nn.Module):

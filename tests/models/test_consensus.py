@@ -133,6 +133,19 @@ def test_it_reorders_what_the_beam_found(trained: Path) -> None:
     assert [each[0].text for each in model.describe(FEATURES)] == [each[0].text for each in ranked]
 
 
+def test_very_long_captions_are_cut(tiny_model: CaptionModel) -> None:
+    table = TABLE.assign(caption=TABLE["caption"] + " a dog" * 500)
+    dataset = Flickr8kDataset(table, VOCAB, Path(), tiny_model.transform)
+    known = Consensus.of(Features([LOOKS.half()], IMAGES).take, dataset, IMAGES)
+    assert known.captions.shape == (12, 50)
+
+
+def test_captions_that_are_asked_for_beside_a_beam_of_one_are_ranked(trained: Path) -> None:
+    model = CaptionModel.from_checkpoint(trained)
+    narrow = model.config.search.model_copy(update={"beam": 1})
+    assert model.describe(FEATURES, narrow, num_captions=4) == model.describe(FEATURES, num_captions=4)
+
+
 def test_greedy_search_and_drawing_do_without(trained: Path) -> None:
     model = CaptionModel.from_checkpoint(trained)
     model.consensus = None
@@ -142,7 +155,7 @@ def test_greedy_search_and_drawing_do_without(trained: Path) -> None:
 
 def test_a_checkpoint_without_says_how_to_add_it(trained: Path, refused: Callable[..., Any]) -> None:
     save_checkpoint(trained, load_checkpoint(trained) | {"consensus": None})
-    with refused("search.consensus = 5", "set it to 0", "--resume --run flickr8k search.consensus=5"):
+    with refused("search.consensus = 5", "set it to 0", "--resume --run NAME search.consensus=5"):
         CaptionModel.from_checkpoint(trained).describe(FEATURES)
 
 
