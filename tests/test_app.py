@@ -28,13 +28,17 @@ from data import sample
 from data.transforms import open_picture
 from data.vocab import SPECIALS, Vocabulary, build_vocab
 from inference_visualize import per_word, word_maps
+from models.consensus import Consensus
 from models.model import Caption, CaptionModel
 
 Demo = Callable[..., AppTest]
 MARKDOWN = ["![x](https://a.invalid/x.png)", "[x](javascript:alert(1))", "https://a.invalid/", ":material/bolt: $x$"]
 SETTINGS = {
     "lstm": ("search.beam=2", "search.min_length=3", "search.max_length=8"),
-    "attention": ("decoder.name=attention", "search.beam=2", "search.min_length=3", "search.max_length=8"),
+    "attention": (
+        *("decoder.name=attention", "search.beam=2", "search.min_length=3", "search.max_length=8"),
+        "search.consensus=5",
+    ),
     "hostile": ("decoder.name=attention", "search.min_length=8", "search.no_repeat_ngram=1"),  # each bad word once
     "sample": ("data.format=sample",),
 }
@@ -53,6 +57,10 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
             model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
             for parameter in model.decoder.parameters():
                 parameter.mul_(2.5)  # so that captions differ
+        if model.config.search.consensus:
+            size = model.encoder.feature_shape[-1]
+            words = torch.tensor([vocab.numericalize("a small red circle"), vocab.numericalize("a large blue star")])
+            model.consensus = Consensus(torch.eye(2, size), torch.zeros(size), words, torch.arange(2))
         utils.save_checkpoint(folder / f"{name}.pth", model.state())
     return folder
 
