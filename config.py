@@ -349,7 +349,9 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the options of a script without settings; raises UserError for an option it does not have."""
     args, unknown = parse_known(parser, sys.argv[1:])
     if unknown:
-        raise UserError(f"there is no {shortened(unknown[0])}; there are {', '.join(options(parser))}")
+        known = options(parser)
+        hint = f"there are {', '.join(known)}" if known else "--help tells what it takes"
+        raise UserError(f"there is no {shortened(unknown[0])}; {hint}")
     return args
 
 

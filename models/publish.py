@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, cli, load_config, parse_command_line
+from config import FREE_AFTER_TRAINING, cli, load_config, parse_options
 from models.consensus import forget
 from models.encoder import file_sha256
 from models.model import CaptionModel
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
     parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
-    args = parse_command_line(parser)
+    args = parse_options(parser)
     CaptionModel.from_checkpoint(args.checkpoint)  # which refuses what is damaged
     save_checkpoint(args.out, publishable(load_checkpoint(args.checkpoint)))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")

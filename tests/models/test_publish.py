@@ -58,3 +58,12 @@ def test_training_captions_are_not_given_away(trained: Path) -> None:
     given = publish.publishable(remembering)
     assert given["consensus"] is None
     assert given["config"]["search"]["consensus"] == 0
+
+
+def test_settings_are_refused_since_it_takes_none(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
+) -> None:
+    for wrong in ("run=other", "--run"):
+        monkeypatch.setattr("sys.argv", ["publish.py", str(trained), "given.pth", wrong])
+        with refused(f"there is no {wrong}; --help tells"):
+            publish.main()
