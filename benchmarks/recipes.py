@@ -51,7 +51,8 @@ def main() -> None:
             print(f"{path} is there already")
             continue
         run, trained = RUNS / f"{name}-seed{seed}", RUNS / f"{args.recipe}-seed{seed}"
-        if args.variant and only_searches_otherwise(trained, args.overrides):
+        measured = (RESULTS / args.dataset / f"{args.recipe}-seed{seed}.json").is_file()
+        if args.variant and measured and only_searches_otherwise(trained, args.overrides):
             run = trained
         else:
             train(args.recipe, seed, run, args.overrides)
@@ -61,12 +62,14 @@ def main() -> None:
 
 
 def only_searches_otherwise(trained: Path, overrides: Sequence[str]) -> bool:
-    """Whether a run is there whose training these settings would not change."""
-    path = trained / "checkpoints.pth"
+    """Whether a run of benchmarks.recipes is there that differs from these settings in how it is searched alone."""
+    if not (trained / SITTINGS).is_file():
+        return False
     try:
-        return path.is_file() and bool(restore_config(load_checkpoint(path)["config"], list(overrides)))
+        restore_config(load_checkpoint(trained / "checkpoints.pth")["config"], list(overrides))
     except UserError:
         return False
+    return True
 
 
 def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
