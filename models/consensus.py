@@ -22,7 +22,7 @@ from models.search import Hypothesis
 
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
 AT_ONCE = 500  # pictures whose cells are in memory together, or whose likeness is computed together
-SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen on Flickr8k's dev pictures, where neighbours did about as well
+SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen on Flickr8k's dev pictures (docs/results.md)
 CUT = 50  # words of a training caption: more say little, and one very long caption would make all take its room
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
