@@ -131,6 +131,10 @@ class SearchConfig(Section):
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
 
+    def by_consensus(self, num_captions: int = 1) -> bool:
+        """Whether there are several captions of a beam to rank, and `consensus` is to count."""
+        return self.consensus > 0 and self.temperature == 0 and max(self.beam, num_captions) > 1
+
     def greedy(self) -> "SearchConfig":
         """Return the same search with a beam of 1, as training validates."""
         return self.model_copy(update={"beam": 1, "temperature": 0.0, "consensus": 0.0})

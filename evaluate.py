@@ -301,7 +301,7 @@ def describe_search(config: Config) -> str:
     else:
         parts = [f"search:{'greedy' if search.beam == 1 else f'beam-{search.beam}'}|lp:{search.length_penalty:g}"]
     parts.append(f"max:{search.max_length}")
-    if search.consensus and search.beam > 1 and not search.temperature:
+    if search.by_consensus():
         parts.append(f"consensus:{search.consensus:g}")
     for name in ("min_length", "no_repeat_ngram", "forbidden"):
         value = getattr(search, name)

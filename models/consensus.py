@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from config import UserError
-from data.dataset import Flickr8kDataset
+from data.dataset import Flickr8kDataset, padded
 from data.vocab import PAD
 from models.search import Hypothesis
 
@@ -56,10 +57,10 @@ class Consensus:
         pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
         centre = pooled.mean(0)
         place = {image: row for row, image in enumerate(images)}
-        captions, owner = list[torch.Tensor](), list[int]()
+        captions, owner = list[np.ndarray](), list[int]()
         for ids, image in zip(dataset.tokens, dataset.image_of.tolist(), strict=True):
             if len(ids) > 2 and dataset.images[image] in place:  # more than <sos> and <eos>
-                captions.append(torch.from_numpy(ids[1:-1][:CUT]).long())
+                captions.append(ids[1:-1][:CUT])
                 owner.append(place[dataset.images[image]])
         return cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
 
@@ -88,7 +89,7 @@ class Consensus:
         fits = fits and 0 < int(lengths.min()) <= int(lengths.max()) <= CUT and int(lengths.sum()) == len(ids)
         if not fits or not within(ids, words) or not within(owner, len(pictures)):
             raise UserError(f"{where} is damaged in its consensus, so it is not a trained model; take another one")
-        return cls(F.normalize(pictures), centre, padded(ids.split(lengths.tolist())), owner)
+        return cls(F.normalize(pictures), centre, padded(np.split(ids.numpy(), lengths.cumsum(0)[:-1])), owner)
 
     def rank(
         self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
@@ -99,7 +100,7 @@ class Consensus:
             features: raw ones, (B, D) or (B, L, D), on any device.
             weight: what an expected CIDEr-D of 1 (of 10; papers call it 100) adds.
         """
-        tokens = padded([torch.tensor(each.ids or [PAD]) for hypotheses in found for each in hypotheses])  # (N, T)
+        tokens = padded([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
         owner = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
         expected = iter((weight * self.expect(features, tokens, owner)).tolist())
         scored = [[replace(each, score=each.score + next(expected)) for each in hypotheses] for hypotheses in found]
@@ -254,11 +255,6 @@ def kernel(cosines: torch.Tensor) -> torch.Tensor:
 def pool(features: torch.Tensor) -> torch.Tensor:
     """Return the mean over the cells of features (B, D) or (B, L, D)."""
     return features.float() if features.ndim == 2 else features.float().mean(1)
-
-
-def padded(captions: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return captions as one tensor (N, T), short ones filled up with `<pad>`."""
-    return torch.nn.utils.rnn.pad_sequence(list(captions), batch_first=True, padding_value=PAD)
 
 
 def within(numbers: torch.Tensor, end: int) -> bool:

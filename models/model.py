@@ -203,7 +203,7 @@ class CaptionModel(nn.Module):
 
     def asked_consensus(self, options: SearchConfig, num_captions: int = 1) -> Consensus | None:
         """Return what ranks a beam's captions, where `search.consensus` asks for it; raises UserError without it."""
-        if not options.consensus or options.temperature or max(num_captions, options.beam) == 1:
+        if not options.by_consensus(num_captions):
             return None
         if self.consensus is None:
             raise UserError(

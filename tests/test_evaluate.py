@@ -245,6 +245,8 @@ def test_the_search_in_the_signature_is_the_one_asked_for(run: Run) -> None:
     [
         ("beam=3 length_penalty=0 max_length=9", "search:beam-3|lp:0|max:9"),
         ("no_repeat_ngram=3 forbidden=[red,blue]", "search:beam-5|lp:0.7|max:25|no_repeat_ngram:3|forbidden:red,blue"),
+        ("consensus=5", "search:beam-5|lp:0.7|max:25|consensus:5"),
+        ("consensus=5 beam=1", "search:greedy|lp:0.7|max:25"),
         ("temperature=0.5 top_k=4 top_p=0.9", "search:draw|temperature:0.5|top_k:4|top_p:0.9|seed:0|max:25"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from data.dataset import Features, Flickr8kDataset
 from data.vocab import build_vocab
 from models.consensus import Consensus, NGrams, forget
+from models.ensemble import load_ensemble
 from models.model import CaptionModel
 from models.search import Hypothesis
 from training.objectives import CiderReward
@@ -60,9 +61,7 @@ def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
         assert ranked[0].log_prob == first.log_prob
 
 
-def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(
-    consensus: Consensus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one vote alone it is CIDEr-D itself, but for the length, of which the mean counts: so take equal ones."""
     captions = ["a brown dog runs over the sofa", "a man in the grass on sofa", "two cats sleep on a lake", "the dog"]
     table = TABLE.assign(caption=[caption for image in IMAGES for caption in [SAID[image[:-5]][0]] * 2])
@@ -198,6 +197,13 @@ def test_looks_without_measure_are_brought_to_it(state: dict[str, Any]) -> None:
     for pictures in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
         known = Consensus.from_state(state["consensus"] | {"pictures": pictures}, 512, len(VOCAB), "a.pth")
         assert known.votes(FEATURES).isfinite().all()
+
+
+def test_several_captioners_are_ranked_by_what_the_first_remembers(trained: Path) -> None:
+    together = load_ensemble([trained, trained])
+    assert [each[0].text for each in together.describe(FEATURES)] == [
+        each[0].text for each in CaptionModel.from_checkpoint(trained).describe(FEATURES)
+    ]
 
 
 def test_forgetting_leaves_the_same_model_without_anybodys_captions(trained: Path) -> None:
