@@ -106,6 +106,7 @@ class TrainConfig(Section):
     self_critical_epochs: NonNegativeInt
     self_critical_samples: PositiveInt
     self_critical_beam: bool
+    self_critical_consensus: Annotated[float, Field(ge=0, le=1000)]
     self_critical_lr: PositiveFloat
     mirror: bool
     corners: Annotated[int, Field(ge=0, le=4)]
@@ -297,6 +298,11 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         )
     if config.train.self_critical_beam and config.train.self_critical_samples == 1:
         raise UserError("train.self_critical_beam compares captions, of which self_critical_samples=1 is one; raise it")
+    if config.train.self_critical_consensus and not config.encoder.frozen:
+        raise UserError(
+            "train.self_critical_consensus compares pictures by the features of a frozen backbone; set it to 0, or "
+            "encoder.frozen to true"
+        )
     if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
         raise UserError(
             "data.shards goes with encoder.frozen=true and train.self_critical_epochs=0: a trained backbone reads "

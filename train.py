@@ -388,7 +388,7 @@ class Trainer:
     def sample_pictures(self, most: int) -> tuple[Flickr8kDataset, list[str]]:
         """Return the first window of training pictures, and the names of at most so many, evenly spread over it."""
         dataset = self.train_set.windows([self.config.seed, 0])[0].open()
-        return dataset, dataset.images[:: -(-len(dataset.images) // most)]
+        return dataset, dataset.spread(most)
 
     def encoded(self, dataset: Flickr8kDataset, images: list[str]) -> Features:
         """Return features of these pictures: those at hand, or, where the backbone is trained, fresh ones."""

@@ -139,6 +139,11 @@ class Flickr8kDataset(Dataset):
         self.shown = np.zeros(len(self.images), dtype=np.int64)
         self.other_side = torch.tensor(vocab.mirrored())  # (V,): left for right
 
+    def spread(self, most: int) -> list[str]:
+        """Return the names of at most so many pictures, evenly spread over all."""
+        count = min(most, len(self.images))
+        return [self.images[place * len(self.images) // count] for place in range(count)]
+
     def windows(self, seed: Sequence[int]) -> list[Window]:
         """Return the parts in which an epoch is read: here one."""
         return [Window(len(self.images), len(self), list(seed), lambda: self)]

@@ -46,7 +46,7 @@ class Consensus:
 
     @classmethod
     def of(
-        cls, encode: Callable[[list[str]], torch.Tensor], dataset: Flickr8kDataset, images: list[str]
+        cls, encode: Callable[[Sequence[str]], torch.Tensor], dataset: Flickr8kDataset, images: Sequence[str]
     ) -> "Consensus":
         """Remember these of the dataset's pictures, with their captions.
 
@@ -107,13 +107,17 @@ class Consensus:
         return [sorted(each, key=lambda one: -one.score) for each in scored]
 
     @torch.inference_mode()
-    def expect(self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    @torch.autocast("cpu", enabled=False)  # it has no sparse products
+    def expect(
+        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor, own: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `owner` (N,) can expect.
 
         It is Vedantam et al.'s (2015), with the rarity of n-grams among the remembered captions, but that n-grams which
-        a caption repeats are not clipped, and that lengths are compared with the mean of those expected.
+        a caption repeats are not clipped, and that lengths are compared with the mean of those expected. For `own` see
+        `votes`.
         """
-        votes = self.votes(features)  # (B, P)
+        votes = self.votes(features, own)  # (B, P)
         ngrams = self.mean_weights @ votes.T  # (G, B)
         lengths = votes @ self.lengths  # (B,)
         row, ngram, weight = self.ngrams.weigh(tokens)  # (entries,) each
@@ -121,15 +125,38 @@ class Consensus:
         longer = (tokens != PAD).sum(1) - lengths[owner]  # (N,) words
         return 10 / LONGEST * alike * torch.exp(-(longer**2) / (2 * SPREAD**2))
 
-    def votes(self, features: torch.Tensor) -> torch.Tensor:
+    def votes(self, features: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
         """Return how much each remembered picture has to say of each of these (B, P): 1 in all, some less than 0.
 
         Their sum over what is said of each is the prediction of kernel ridge regression on what differs from the mean.
+
+        Args:
+            own: for pictures that are remembered themselves, in which row (B,), or -1: all but this one then vote, as
+                if it had never been seen.
         """
         looks = F.normalize(pool(features).cpu() - self.centre)  # (B, D)
-        weights = torch.cholesky_solve(kernel(self.pictures @ looks.T), self.factor).T  # (B, P)
-        rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): of the mean, to which all pictures add alike
-        return weights + rest / len(self.pictures)
+        similar = kernel(self.pictures @ looks.T)  # (P, B)
+        if own is None:
+            weights = torch.cholesky_solve(similar, self.factor).T  # (B, P)
+        else:
+            weights = self.weigh_others(similar, own)
+        voting = torch.ones_like(weights)  # (B, P)
+        if own is not None:
+            voting[own >= 0, own[own >= 0]] = 0
+        rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
+        return weights + rest * voting / voting.sum(1, keepdim=True)
+
+    def weigh_others(self, similar: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return the solutions (B, P) of the regression's equations for kernels `similar` (P, B), each without row and
+        column `own` (B,): what this one contributed is eliminated again.
+        """
+        weights = (self.inverse @ similar).T  # (B, P)
+        known = (own >= 0).nonzero().squeeze(1)  # (b,)
+        column = self.inverse[own[known]]  # (b, P), or row: the matrix is symmetric
+        share = weights[known, own[known]] / column[torch.arange(len(known)), own[known]]  # (b,)
+        weights[known] -= share.unsqueeze(1) * column
+        weights[known, own[known]] = 0  # and not a rounding error
+        return weights
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -141,6 +168,11 @@ class Consensus:
             between[first:last, :last] = kernel(self.pictures[first:last] @ self.pictures[:last].T)
         between.diagonal().add_(RIDGE)
         return torch.linalg.cholesky(between)
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """The inverse of the regression's equations (P, P): three times the work, and pays where many are left out."""
+        return torch.cholesky_inverse(self.factor)
 
     @cached_property
     def ngrams(self) -> "NGrams":

@@ -124,6 +124,11 @@ def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:
         load_config(overrides=["train.self_critical_epochs=6"])
 
 
+def test_rewards_by_consensus_need_a_frozen_backbone(refused: Callable) -> None:
+    with refused("train.self_critical_consensus", "encoder.frozen"):
+        load_config(overrides=["train.self_critical_consensus=2", "encoder.frozen=false"])
+
+
 def test_patience_that_would_end_a_run_before_its_self_critical_epochs_is_refused(refused: Callable) -> None:
     with refused("train.patience", "train.self_critical_epochs"):
         load_config(overrides=["train.epochs=9", "train.self_critical_epochs=3", "train.patience=2"])

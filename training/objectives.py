@@ -11,7 +11,7 @@ from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, padded
 from data.stream import StreamedDataset
 from data.vocab import EOS, PAD, SOS
-from models.consensus import LONGEST, SPREAD
+from models.consensus import LONGEST, MOST, SPREAD, Consensus
 from models.model import CaptionModel
 from models.search import NEVER, search
 
@@ -81,6 +81,10 @@ class SelfCritical:
     beam of as many (Cornia et al. 2020), so that what training improves is what beam search then chooses from. The
     usual is the mean reward of the others (Luo 2020), or, of a single one drawn, the reward of the greedy caption.
 
+    The reward is CIDEr-D with the picture's own captions, which the decoder has come to know by heart. With
+    `train.self_critical_consensus` it is also the CIDEr-D that the captions of all other pictures lead one to expect
+    (models.consensus), of which none is this picture's own: what it teaches holds for new pictures, too.
+
     Args:
         dataset: its captions are the references of the reward.
     """
@@ -96,6 +100,13 @@ class SelfCritical:
         for image, ids in zip(dataset.image_of, dataset.tokens, strict=True):
             references[image].append(ids[1:].tolist())
         self.reward, self.other_side = CiderReward(references), dataset.other_side.tolist()
+        self.consensus_weight = model.config.train.self_critical_consensus
+        if self.consensus_weight:
+            assert dataset.features is not None  # of which `config.validate` has made sure
+            known = dataset.spread(MOST)
+            self.consensus = Consensus.of(dataset.features.take, dataset, known)
+            row = {image: row for row, image in enumerate(known)}
+            self.remembered = torch.tensor([row.get(image, -1) for image in dataset.images])  # (images,)
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
@@ -125,13 +136,22 @@ class SelfCritical:
     def rewards(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
         """Return the reward of each of K captions of each picture (B, K); of a mirrored one, left is right."""
         each = len(captions) // len(batch.images)
-        rewards = []
-        for place, (image, mirrored) in enumerate(zip(batch.images.tolist(), batch.mirrored.tolist(), strict=True)):
-            group = captions[place * each : (place + 1) * each]
-            if mirrored:
-                group = [[self.other_side[i] for i in ids] for ids in group]
-            rewards.append(self.reward(group, image))
-        return torch.tensor(rewards)
+        mirrored = batch.mirrored.repeat_interleave(each).tolist()  # (B K,)
+        seen = [
+            [self.other_side[i] for i in ids] if turned else ids for ids, turned in zip(captions, mirrored, strict=True)
+        ]
+        rewards = torch.tensor(
+            [self.reward(seen[place * each :][:each], image) for place, image in enumerate(batch.images.tolist())]
+        )  # (B, K)
+        if self.consensus_weight:
+            rewards += self.consensus_weight * self.expected(seen, batch).view_as(rewards)
+        return rewards
+
+    def expected(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
+        """Return about the CIDEr-D (B K,) that K captions of each picture can expect, by all other pictures."""
+        owner = torch.arange(len(batch.images)).repeat_interleave(len(captions) // len(batch.images))
+        words = padded([[i for i in ids if i != EOS] or [PAD] for ids in captions])  # (B K, T)
+        return self.consensus.expect(batch.pictures, words, owner, self.remembered[batch.images.cpu()])
 
     def write(self, model: CaptionModel, pictures: torch.Tensor, options: SearchConfig, count: int) -> list[list[int]]:
         """Return `count` captions of each picture, with `<eos>` where it was written."""

@@ -68,7 +68,7 @@ def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(monkeypat
     features = Features([LOOKS.half()], IMAGES)
     dataset = Flickr8kDataset(table, VOCAB, Path(), None, features)  # type: ignore[arg-type]
     alone = Consensus.of(features.take, dataset, IMAGES)
-    monkeypatch.setattr(alone, "votes", lambda features: torch.eye(6))
+    monkeypatch.setattr(alone, "votes", lambda features, own: torch.eye(6))
     reward = CiderReward([[ids(caption) for caption in table["caption"][table["image"] == image]] for image in IMAGES])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids(caption)) for caption in captions], batch_first=True)
     for picture in range(6):
@@ -82,6 +82,20 @@ def test_votes_sum_to_one_and_go_to_what_looks_alike(consensus: Consensus) -> No
     torch.testing.assert_close(votes.sum(1), torch.ones(6))
     assert votes.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
     assert (votes[0, :2].min() > votes[0, 2:].max()).item()
+
+
+def test_a_picture_that_is_remembered_can_be_left_out_as_if_it_had_never_been_seen(tiny_model: CaptionModel) -> None:
+    looks = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    features = Features([looks], IMAGES)
+    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), tiny_model.transform, features)
+    known = Consensus.of(features.take, dataset, IMAGES)
+    votes = known.votes(looks, own=torch.tensor([0, 1, 2, -1, 4, 5]))
+    for left_out in (0, 1, 2, 4, 5):
+        others = [place for place in range(6) if place != left_out]
+        without = Consensus(known.pictures[others], known.centre, known.captions, known.owner)
+        torch.testing.assert_close(votes[left_out, others], without.votes(looks[[left_out]])[0], atol=1e-5, rtol=1e-4)
+        assert votes[left_out, left_out] == 0
+    torch.testing.assert_close(votes[3], known.votes(looks)[3], atol=1e-5, rtol=1e-4)
 
 
 def test_grids_are_seen_as_the_mean_of_their_cells(consensus: Consensus) -> None:

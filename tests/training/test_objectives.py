@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pycocoevalcap.cider.cider import Cider
 from torch import nn
 
-from data.dataset import Batch, Flickr8kDataset, padded
+from data.dataset import Batch, Features, Flickr8kDataset, padded
 from data.vocab import EOS, PAD, SOS, UNK, build_vocab
 from models.model import CaptionModel
 from training.objectives import CiderReward, SelfCritical, caption_loss, cross_entropy, uneven_looking
@@ -184,6 +184,25 @@ def test_a_mirrored_picture_is_rewarded_for_left_where_its_captions_say_right(ti
     rewards = critic.rewards([left, right, left, right], batch)
     assert rewards[0, 1] == pytest.approx(10)
     assert rewards[0, 0] < 8
+
+
+def test_what_other_pictures_lead_one_to_expect_is_rewarded_too(tiny_config: Callable) -> None:
+    """Each is rewarded for what is said of those that look alike, whatever is said of itself."""
+    said = ["a dog runs on grass"] * 3 + ["two cats sit on grass"] * 3
+    said[0] = said[3]  # of the first, which looks like the other dogs
+    names, looks = list("012345"), torch.eye(2, 512).repeat_interleave(3, 0)  # (6, 512)
+    table = pd.DataFrame({"image": names, "caption": said})
+    model = CaptionModel.build(tiny_config("train.self_critical_consensus=4"), build_vocab(said, 1))
+    dataset = Flickr8kDataset(table, model.vocab, Path(), model.transform, Features([looks.half()], names))
+    critic, batch = SelfCritical(model, dataset), toy_batch(model)
+    batch.pictures, batch.images = looks[[0, 3]], torch.tensor([0, 3])
+    captions = [[*model.vocab.numericalize(text), EOS] for text in (said[1], said[3])] * 2  # dog and cats of each
+    [dog, no_dog], [no_cats, cats] = expected = critic.expected(captions, batch).view(2, 2)
+    assert dog > 5 > no_dog
+    assert cats > 5 > no_cats
+    rewards = critic.rewards(captions, batch)
+    critic.consensus_weight = 0
+    torch.testing.assert_close(rewards, critic.rewards(captions, batch) + 4 * expected)
 
 
 def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
