@@ -7,6 +7,7 @@ import contextlib
 import copy
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             print(f"going on with {run} from step {trainer.progress.step}")
     else:
         if not config.train.start:
-            model.fit_statistics(trainer.sample_features())
+            trainer.fit_statistics()
         distributed.on_first_rank(start_run, run, config, table)
     return trainer.fit()
 
@@ -158,6 +159,8 @@ class Trainer:
         self.model, self.run, self.device = model, run, device
         self.train_set, self.val_set, self.val_references = train_set, val_set, val_references
         self.config = model.config.train
+        if model.decoder.concepts:
+            self.expect_concepts(model.decoder.concepts.count)
         self.optimiser = make_optimiser(model)
         self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
@@ -325,7 +328,9 @@ class Trainer:
             self.progress.end_epoch(row)
             self.nll.zero_()
             if row is self.progress.best and distributed.rank() == 0:
-                save_checkpoint(self.run / "checkpoints.pth", forget(self.model.state()) | {"scores": row})
+                state = self.model.state()
+                state = state if self.model.decoder.concepts else forget(state)
+                save_checkpoint(self.run / "checkpoints.pth", state | {"scores": row})
         self.save_last()
         distributed.on_first_rank(write_log, self.run / "loss_log.txt", self.progress.history)
 
@@ -380,17 +385,35 @@ class Trainer:
         for image, caption in captions.items():
             print(f"    {image}: {caption}")
 
-    def sample_features(self) -> torch.Tensor:
-        """Return features of some training pictures."""
+    def fit_statistics(self) -> None:
+        """Set by what the model standardises what it reads, from some training pictures."""
         dataset, images = self.sample_pictures(STATISTICS)
-        return self.encoded(dataset, images).take(images)
+        self.model.fit_statistics(self.encoded(dataset, images).take(images))
+        if self.model.decoder.concepts and dataset.concepts is not None:
+            self.model.decoder.concepts.fit_scale(dataset.concepts)
+
+    def expect_concepts(self, count: int) -> None:
+        """Fit what expects so many concepts, and let the datasets tell them with each picture.
+
+        Raises UserError where the model that training goes on from has learned other captions, and so other concepts.
+        """
+        dataset, images = self.sample_pictures(MOST)
+        known = Consensus.of(lambda part: self.encoded(dataset, part).take(part), dataset, images)
+        if self.model.consensus and not torch.equal(known.captions, self.model.consensus.captions):
+            raise UserError(
+                "the checkpoint that training goes on from expects concepts by other captions than this data has; go "
+                "on with the data it was trained on"
+            )
+        self.model.consensus = known
+        for told in (dataset, self.val_set):
+            told.concepts = known.expected_of(told, images, count)
 
     def sample_pictures(self, most: int) -> tuple[Flickr8kDataset, list[str]]:
         """Return the first window of training pictures, and the names of at most so many, evenly spread over it."""
         dataset = self.train_set.windows([self.config.seed, 0])[0].open()
         return dataset, dataset.spread(most)
 
-    def encoded(self, dataset: Flickr8kDataset, images: list[str]) -> Features:
+    def encoded(self, dataset: Flickr8kDataset, images: Sequence[str]) -> Features:
         """Return features of these pictures: those at hand, or, where the backbone is trained, fresh ones."""
         if dataset.features is not None:
             return dataset.features
@@ -404,7 +427,7 @@ class Trainer:
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                hidden, _ = self.model(moved.pictures, moved.inputs, moved.owner)
+                hidden, _ = self.model(moved.pictures, moved.inputs, moved.owner, moved.concepts)
                 loss = caption_loss(self.model.decoder.output, hidden, moved.targets, smoothing=0)[1]
             total += float(loss) * batch.words
             words += batch.words

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from config import UserError
 from data.dataset import Flickr8kDataset, padded
 from data.vocab import PAD
+from models.regression import Regression
 from models.search import Hypothesis
 
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
-AT_ONCE = 500  # pictures whose cells are in memory together, or whose likeness is computed together
-SHARPNESS, RIDGE = 2.0, 0.1  # of the regression; chosen on Flickr8k's dev pictures (docs/results.md)
+AT_ONCE = 500  # pictures whose cells are in memory together
+RANKING = 2.0, 0.1  # sharpness and ridge of the regression that ranks captions, chosen on Flickr8k's dev pictures …
+LEARNING = 4.0, 0.3  # … and of the one that training goes by, of least error on train, each picture left out in turn
 CUT = 50  # words of a training caption: more say little, and one very long caption would make all take its room
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
@@ -43,6 +45,8 @@ class Consensus:
         self, pictures: torch.Tensor, centre: torch.Tensor, captions: torch.Tensor, owner: torch.Tensor
     ) -> None:
         self.pictures, self.centre, self.captions, self.owner = pictures, centre, captions, owner
+        self.for_ranking, self.for_learning = Regression(pictures, *RANKING), Regression(pictures, *LEARNING)
+        self._common: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -53,8 +57,7 @@ class Consensus:
         Args:
             encode: gives the features of some pictures (b, D) or (b, L, D); it is asked for a few at a time.
         """
-        parts = [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
-        pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
+        pooled = torch.cat([pool(encode(part)) for part in in_parts(images)]).cpu()  # (P, D)
         centre = pooled.mean(0)
         place = {image: row for row, image in enumerate(images)}
         captions, owner = list[np.ndarray](), list[int]()
@@ -74,6 +77,23 @@ class Consensus:
             "lengths": real.sum(1).int(),
             "owner": self.owner.int(),
         }
+
+    def expected_of(self, dataset: Flickr8kDataset, remembered: Sequence[str], count: int) -> torch.Tensor:
+        """Return the `concepts` of all pictures of a dataset (images, count), in fp16.
+
+        Args:
+            remembered: the names of this one's pictures, in their order: they leave out their own captions.
+        """
+        assert dataset.features is not None  # of which `config.validate` has made sure
+        row = {image: row for row, image in enumerate(remembered)}
+        return torch.cat(
+            [
+                self.concepts(
+                    dataset.features.take(part), count, torch.tensor([row.get(image, -1) for image in part])
+                ).half()
+                for part in in_parts(dataset.images)
+            ]
+        )
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any], size: int, words: int, where: str) -> "Consensus":
@@ -102,22 +122,26 @@ class Consensus:
         """
         tokens = padded([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
         owner = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
-        expected = iter((weight * self.expect(features, tokens, owner)).tolist())
+        votes = self.for_ranking.votes(self.looks(features))  # (B, P)
+        expected = iter((weight * self.expect(votes, tokens, owner)).tolist())
         scored = [[replace(each, score=each.score + next(expected)) for each in hypotheses] for hypotheses in found]
         return [sorted(each, key=lambda one: -one.score) for each in scored]
 
+    def looks(self, features: torch.Tensor) -> torch.Tensor:
+        """Return what pictures with these raw features (B, D) or (B, L, D) look like, as unit vectors (B, D)."""
+        return F.normalize(pool(features).cpu() - self.centre)
+
     @torch.inference_mode()
     @torch.autocast("cpu", enabled=False)  # it has no sparse products
-    def expect(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor, own: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def expect(self, votes: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `owner` (N,) can expect.
 
         It is Vedantam et al.'s (2015), with the rarity of n-grams among the remembered captions, but that n-grams which
-        a caption repeats are not clipped, and that lengths are compared with the mean of those expected. For `own` see
-        `votes`.
+        a caption repeats are not clipped, and that lengths are compared with the mean of those expected.
+
+        Args:
+            votes: how much each remembered picture has to say of each of B (B, P).
         """
-        votes = self.votes(features, own)  # (B, P)
         ngrams = self.mean_weights @ votes.T  # (G, B)
         lengths = votes @ self.lengths  # (B,)
         row, ngram, weight = self.ngrams.weigh(tokens)  # (entries,) each
@@ -125,54 +149,25 @@ class Consensus:
         longer = (tokens != PAD).sum(1) - lengths[owner]  # (N,) words
         return 10 / LONGEST * alike * torch.exp(-(longer**2) / (2 * SPREAD**2))
 
-    def votes(self, features: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Return how much each remembered picture has to say of each of these (B, P): 1 in all, some less than 0.
+    @torch.inference_mode()
+    def concepts(self, features: torch.Tensor, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Return how much more of the `count` commonest n-grams than usual captions of these pictures have (B, count).
 
-        Their sum over what is said of each is the prediction of kernel ridge regression on what differs from the mean.
+        They are weighed as CIDEr-D does. Where there are fewer n-grams, the rest is 0.
 
         Args:
-            own: for pictures that are remembered themselves, in which row (B,), or -1: all but this one then vote, as
-                if it had never been seen.
+            features: raw ones, (B, D) or (B, L, D); own: see `Regression.votes`.
         """
-        looks = F.normalize(pool(features).cpu() - self.centre)  # (B, D)
-        similar = kernel(self.pictures @ looks.T)  # (P, B)
-        if own is None:
-            weights = torch.cholesky_solve(similar, self.factor).T  # (B, P)
-        else:
-            weights = self.weigh_others(similar, own)
-        voting = torch.ones_like(weights)  # (B, P)
-        if own is not None:
-            voting[own >= 0, own[own >= 0]] = 0
-        rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
-        return weights + rest * voting / voting.sum(1, keepdim=True)
+        common, votes = self.common(count), self.for_learning.votes(self.looks(features), own)  # (C, P), (B, P)
+        return F.pad(votes @ common.T, (0, count - len(common)))
 
-    def weigh_others(self, similar: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the solutions (B, P) of the regression's equations for kernels `similar` (P, B), each without row and
-        column `own` (B,): what this one contributed is eliminated again.
-        """
-        weights = (self.inverse @ similar).T  # (B, P)
-        known = (own >= 0).nonzero().squeeze(1)  # (b,)
-        column = self.inverse[own[known]]  # (b, P), or row: the matrix is symmetric
-        share = weights[known, own[known]] / column[torch.arange(len(known)), own[known]]  # (b,)
-        weights[known] -= share.unsqueeze(1) * column
-        weights[known, own[known]] = 0  # and not a rounding error
-        return weights
-
-    @cached_property
-    def factor(self) -> torch.Tensor:
-        """The Cholesky factor of the regression's equations (P, P)."""
-        count = len(self.pictures)
-        between = torch.empty(count, count)  # of which Cholesky's algorithm reads the lower half
-        for first in range(0, count, AT_ONCE):
-            last = min(count, first + AT_ONCE)
-            between[first:last, :last] = kernel(self.pictures[first:last] @ self.pictures[:last].T)
-        between.diagonal().add_(RIDGE)
-        return torch.linalg.cholesky(between)
-
-    @cached_property
-    def inverse(self) -> torch.Tensor:
-        """The inverse of the regression's equations (P, P): three times the work, and pays where many are left out."""
-        return torch.cholesky_inverse(self.factor)
+    def common(self, count: int) -> torch.Tensor:
+        """Return what the captions of each picture have of the commonest n-grams (up to count, P), less the mean."""
+        if self._common is None or len(self._common) != min(count, self.ngrams.count):
+            chosen = self.ngrams.rarity[:-1].argsort(stable=True)[:count].sort().values
+            weights = self.mean_weights.to_sparse_coo().index_select(0, chosen).to_dense()
+            self._common = weights - weights.mean(1, keepdim=True)
+        return self._common
 
     @cached_property
     def ngrams(self) -> "NGrams":
@@ -266,6 +261,11 @@ def forget(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint | {"consensus": None, "config": config | {"search": config["search"] | {"consensus": 0.0}}}
 
 
+def in_parts(images: Sequence[str]) -> list[Sequence[str]]:
+    """Return as many pictures at a time as are to be in memory together."""
+    return [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
+
+
 def places_of(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Return the places of codes among the sorted `known`, -1 where they are not there."""
     if not len(known):
@@ -277,11 +277,6 @@ def places_of(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def shifted(numbers: torch.Tensor) -> torch.Tensor:
     """Move what ends with each word (C, T) to the next word, which it precedes; nothing precedes the first."""
     return F.pad(numbers[:, :-1], (1, 0), value=-1)
-
-
-def kernel(cosines: torch.Tensor) -> torch.Tensor:
-    """Return the Gaussian kernel of unit vectors with these cosines."""
-    return torch.exp(SHARPNESS * (cosines - 1))
 
 
 def pool(features: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from config import DecoderConfig
+from models.concepts import Concepts
 
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
@@ -20,12 +21,13 @@ class Decoder(nn.Module):
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
     they come standardised. `heads` is A, the number of attention maps for each word. `output` makes logits (..., V) of
-    hidden states (..., H).
+    hidden states (..., H). `concepts` says what is added to the features of a picture of which something is expected.
     """
 
     grid: ClassVar[bool] = False
     heads: int = 0
     output: Callable[[torch.Tensor], torch.Tensor]
+    concepts: Concepts | None = None
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor

@@ -20,6 +20,7 @@ from data.features import Extractor
 from data.transforms import Transform, open_picture, upright
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
+from models.concepts import Concepts
 from models.consensus import Consensus
 from models.contents import check
 from models.decoder import Decoder, DecoderRNN
@@ -33,7 +34,14 @@ DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": Attention
 # What a model's tensors depend on: one that goes on from another has to agree with it in these.
 SHAPING = (
     *("data.language", "encoder.name", "encoder.stride_in_1x1", "encoder.image_size", "decoder.name"),
-    *("decoder.embed_size", "decoder.hidden_size", "decoder.num_layers", "decoder.num_heads", "decoder.encoder_layers"),
+    *(
+        "decoder.embed_size",
+        "decoder.hidden_size",
+        "decoder.num_layers",
+        "decoder.num_heads",
+        "decoder.encoder_layers",
+        "decoder.concepts",
+    ),
 )
 LEAST_PART = 1 / 40  # of a classifier's weights are its backbone's: AlexNet has 1 / 25
 Picture = str | os.PathLike[str] | Image.Image
@@ -77,7 +85,7 @@ class CaptionModel(nn.Module):
         torch.manual_seed(config.train.seed)
         kind = decoder_of(config)
         encoder = EncoderCNN(config.encoder, grid=kind.grid)
-        decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
+        decoder = make_decoder(config, encoder.feature_shape[-1], len(vocab))
         return cls(config, vocab, transform_for(config.encoder), encoder, decoder)
 
     @classmethod
@@ -99,7 +107,7 @@ class CaptionModel(nn.Module):
         encoder = restore_encoder(config, saved, kind.grid, where)
         size = encoder.feature_shape[-1]
         with torch.device("meta"):
-            decoder = kind(config.decoder, size, len(vocab))
+            decoder = make_decoder(config, size, len(vocab))
         check_tensors(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
@@ -108,6 +116,8 @@ class CaptionModel(nn.Module):
         model.feature_mean, model.feature_scale = statistics.values()
         if saved.get("consensus"):
             model.consensus = Consensus.from_state(saved["consensus"], size, len(vocab), where)
+        if decoder.concepts and not model.consensus:
+            raise UserError(f"{where} lacks its consensus, which expects concepts; take another one")
         return model
 
     @classmethod
@@ -124,7 +134,8 @@ class CaptionModel(nn.Module):
             values = ", ".join(f"{name} ({as_yaml(own[name])} there, {as_yaml(asked[name])} here)" for name in differ)
             mend = " ".join(f"{name}={as_yaml(own[name])}" for name in differ)
             raise UserError(f"train.start = {path} was trained with another {values}; go on from it with: {mend}")
-        return cls.from_state(saved | {"config": config.model_dump(), "consensus": None}, path)
+        known = saved.get("consensus") if config.decoder.concepts else None  # else fitted when it is needed
+        return cls.from_state(saved | {"config": config.model_dump(), "consensus": known}, path)
 
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
@@ -162,19 +173,35 @@ class CaptionModel(nn.Module):
         self.feature_scale.copy_((squares / cells).sqrt().clamp(min=1e-6))
 
     def forward(
-        self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+        self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor, concepts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Teacher forcing: return the decoder's hidden states (N, T, H) and attention (N, T, A, L).
 
-        `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
+        `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption;
+        `concepts` (B, C) what is expected of them, for a decoder that is told.
         """
-        return self.decoder.hidden(self.encode(pictures), tokens, owner)
+        return self.decoder.hidden(self.encode(pictures, concepts), tokens, owner)
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels."""
+    def encode(self, pictures: torch.Tensor, concepts: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels.
+
+        What a decoder is told of expected `concepts` (B, C) is added, to each cell alike.
+        """
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
-        return self.standardise(pictures)
+        encoded = self.standardise(pictures)
+        if self.decoder.concepts is None or concepts is None:
+            return encoded
+        told = self.decoder.concepts(concepts)  # (B, D)
+        return encoded + (told if encoded.ndim == 2 else told.unsqueeze(1))
+
+    def recall(self, features: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder reads of raw features (B, D) or (B, L, D), with the concepts that are expected."""
+        if self.decoder.concepts is None:
+            return self.standardise(features)
+        assert self.consensus is not None  # as in all that were trained with concepts
+        expected = self.consensus.concepts(features, self.decoder.concepts.count)  # (B, C)
+        return self.encode(features, expected.to(features.device))
 
     def describe(
         self,
@@ -192,9 +219,9 @@ class CaptionModel(nn.Module):
         options = options or self.config.search
         consensus = self.asked_consensus(options, num_captions)
         device = next(self.decoder.parameters()).device
-        standardised = self.standardise(features.to(device))
+        read = self.recall(features.to(device))
         wanted = max(num_captions, options.beam) if consensus else num_captions
-        found = search(self.decoder, standardised, options, wanted, self.forbidden(options.forbidden), keep_attention)
+        found = search(self.decoder, read, options, wanted, self.forbidden(options.forbidden), keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if consensus:
@@ -272,6 +299,14 @@ def decoder_of(config: Config) -> type[Decoder]:
     if config.train.doubly_stochastic and not kind.grid:
         raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return kind
+
+
+def make_decoder(config: Config, size: int, words: int) -> Decoder:
+    """Return a random decoder for features of this size and so many words, which is told concepts where it is to be."""
+    decoder = decoder_of(config)(config.decoder, size, words)
+    if config.decoder.concepts:
+        decoder.concepts = Concepts(config.decoder.concepts, size)
+    return decoder
 
 
 def to_float32(values: Any) -> Any:

@@ -39,7 +39,7 @@ class Objective(nn.Module):
 def cross_entropy(model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the objective of teacher forcing and the plain negative log-likelihood per word."""
     config = model.config.train
-    hidden, attention = model(batch.pictures, batch.inputs, batch.owner)  # (N, T, H), (N, T, A, L)
+    hidden, attention = model(batch.pictures, batch.inputs, batch.owner, batch.concepts)  # (N, T, H), (N, T, A, L)
     objective, nll = caption_loss(model.decoder.output, hidden, batch.targets, config.label_smoothing)
     if config.doubly_stochastic:
         objective = objective + config.doubly_stochastic * uneven_looking(attention, batch.targets)
@@ -104,13 +104,13 @@ class SelfCritical:
         if self.consensus_weight:
             assert dataset.features is not None  # of which `config.validate` has made sure
             known = dataset.spread(MOST)
-            self.consensus = Consensus.of(dataset.features.take, dataset, known)
+            self.consensus = model.consensus or Consensus.of(dataset.features.take, dataset, known)
             row = {image: row for row, image in enumerate(known)}
             self.remembered = torch.tensor([row.get(image, -1) for image in dataset.images])  # (images,)
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
-        pictures = model.encode(batch.pictures)
+        pictures = model.encode(batch.pictures, batch.concepts)
         captions = self.write(model, pictures, self.written, self.samples)  # B K captions
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
@@ -151,7 +151,8 @@ class SelfCritical:
         """Return about the CIDEr-D (B K,) that K captions of each picture can expect, by all other pictures."""
         owner = torch.arange(len(batch.images)).repeat_interleave(len(captions) // len(batch.images))
         words = padded([[i for i in ids if i != EOS] or [PAD] for ids in captions])  # (B K, T)
-        return self.consensus.expect(batch.pictures, words, owner, self.remembered[batch.images.cpu()])
+        looks, own = self.consensus.looks(batch.pictures), self.remembered[batch.images.cpu()]
+        return self.consensus.expect(self.consensus.for_learning.votes(looks, own), words, owner)
 
     def write(self, model: CaptionModel, pictures: torch.Tensor, options: SearchConfig, count: int) -> list[list[int]]:
         """Return `count` captions of each picture, with `<eos>` where it was written."""

@@ -61,46 +61,24 @@ def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
         assert ranked[0].log_prob == first.log_prob
 
 
-def test_what_is_expected_is_the_cider_that_voting_pictures_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_expected_is_the_cider_that_voting_pictures_would_give() -> None:
     """With one vote alone it is CIDEr-D itself, but for the length, of which the mean counts: so take equal ones."""
     captions = ["a brown dog runs over the sofa", "a man in the grass on sofa", "two cats sleep on a lake", "the dog"]
     table = TABLE.assign(caption=[caption for image in IMAGES for caption in [SAID[image[:-5]][0]] * 2])
     features = Features([LOOKS.half()], IMAGES)
     dataset = Flickr8kDataset(table, VOCAB, Path(), None, features)  # type: ignore[arg-type]
     alone = Consensus.of(features.take, dataset, IMAGES)
-    monkeypatch.setattr(alone, "votes", lambda features, own: torch.eye(6))
     reward = CiderReward([[ids(caption) for caption in table["caption"][table["image"] == image]] for image in IMAGES])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids(caption)) for caption in captions], batch_first=True)
     for picture in range(6):
         owner = torch.full((len(captions),), picture)
-        expected = alone.expect(LOOKS, tokens, owner)
+        expected = alone.expect(torch.eye(6), tokens, owner)
         torch.testing.assert_close(expected, torch.tensor(reward(list(map(ids, captions)), picture)))
-
-
-def test_votes_sum_to_one_and_go_to_what_looks_alike(consensus: Consensus) -> None:
-    votes = consensus.votes(LOOKS)
-    torch.testing.assert_close(votes.sum(1), torch.ones(6))
-    assert votes.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
-    assert (votes[0, :2].min() > votes[0, 2:].max()).item()
-
-
-def test_a_picture_that_is_remembered_can_be_left_out_as_if_it_had_never_been_seen(tiny_model: CaptionModel) -> None:
-    looks = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    features = Features([looks], IMAGES)
-    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), tiny_model.transform, features)
-    known = Consensus.of(features.take, dataset, IMAGES)
-    votes = known.votes(looks, own=torch.tensor([0, 1, 2, -1, 4, 5]))
-    for left_out in (0, 1, 2, 4, 5):
-        others = [place for place in range(6) if place != left_out]
-        without = Consensus(known.pictures[others], known.centre, known.captions, known.owner)
-        torch.testing.assert_close(votes[left_out, others], without.votes(looks[[left_out]])[0], atol=1e-5, rtol=1e-4)
-        assert votes[left_out, left_out] == 0
-    torch.testing.assert_close(votes[3], known.votes(looks)[3], atol=1e-5, rtol=1e-4)
 
 
 def test_grids_are_seen_as_the_mean_of_their_cells(consensus: Consensus) -> None:
     cells = torch.stack([LOOKS - 1, LOOKS + 1], dim=1)  # (6, 2, 8)
-    torch.testing.assert_close(consensus.votes(cells), consensus.votes(LOOKS))
+    torch.testing.assert_close(consensus.looks(cells), consensus.looks(LOOKS))
 
 
 def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
@@ -210,7 +188,7 @@ def test_a_damaged_one_is_refused(
 def test_looks_without_measure_are_brought_to_it(state: dict[str, Any]) -> None:
     for pictures in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
         known = Consensus.from_state(state["consensus"] | {"pictures": pictures}, 512, len(VOCAB), "a.pth")
-        assert known.votes(FEATURES).isfinite().all()
+        assert known.for_ranking.votes(known.looks(FEATURES)).isfinite().all()
 
 
 def test_several_captioners_are_ranked_by_what_the_first_remembers(trained: Path) -> None:
