@@ -256,8 +256,16 @@ class NGrams:
 
 
 def forget(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint that holds no training captions, and searches without them."""
+    """Return a checkpoint that holds no training captions, and searches without them.
+
+    Raises UserError for one whose decoder is told concepts, which these captions let expect.
+    """
     config = checkpoint["config"]
+    if config["decoder"].get("concepts"):
+        raise UserError(
+            "this captioner is told concepts by its training captions, so it cannot leave without them; take one with "
+            "decoder.concepts=0"
+        )
     return checkpoint | {"consensus": None, "config": config | {"search": config["search"] | {"consensus": 0.0}}}
 
 

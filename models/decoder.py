@@ -27,7 +27,10 @@ class Decoder(nn.Module):
     grid: ClassVar[bool] = False
     heads: int = 0
     output: Callable[[torch.Tensor], torch.Tensor]
-    concepts: Concepts | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.concepts: Concepts | None = None
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
