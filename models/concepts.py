@@ -1,9 +1,9 @@
-"""Concepts: words and short phrases that are expected of a picture, which the decoder is told before it writes.
+"""Concepts: words and pairs of words that are expected of a picture, which the decoder is told before it writes.
 
 Decoders that are told what a picture shows write better captions (Wu et al. 2016, arXiv:1506.01144; Gan et al. 2017,
-arXiv:1611.08002). There a classifier detects concepts; here they are the n-grams that most captions have, and kernel
-ridge regression expects them from what is said of similar pictures (models.consensus). What is said of a training
-picture itself has no part in what is expected of it, so that the decoder learns how far to believe it.
+arXiv:1611.08002). There a classifier detects concepts; here kernel ridge regression expects them from what is said of
+similar pictures (models.consensus). What is said of a training picture itself has no part in what is expected of it, so
+that the decoder learns how far to believe it.
 """
 
 import torch
@@ -13,7 +13,7 @@ DROPOUT = 0.5  # of concepts: a decoder that hears all of them each time learns 
 
 
 class Concepts(nn.Module):
-    """What `count` concepts that are expected of a picture add to its features, each of `size` numbers."""
+    """What `count` concepts that are expected of a picture add to each of its cells, as `size` numbers."""
 
     def __init__(self, count: int, size: int) -> None:
         super().__init__()
@@ -28,5 +28,5 @@ class Concepts(nn.Module):
         self.scale.copy_(expected.float().square().mean().sqrt().clamp(min=1e-6))
 
     def forward(self, expected: torch.Tensor) -> torch.Tensor:
-        """Return what is added to the features (B, size), or to each cell, by what is expected (B, count)."""
+        """Return what is added (..., size) by what is expected (..., count)."""
         return self.told(self.dropout(expected.float() / self.scale))

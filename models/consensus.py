@@ -151,9 +151,9 @@ class Consensus:
 
     @torch.inference_mode()
     def concepts(self, features: torch.Tensor, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Return how much more of the `count` commonest n-grams than usual captions of these pictures have (B, count).
+        """Return how much more than usual each of `count` words and pairs is to be expected of pictures (B, count).
 
-        They are weighed as CIDEr-D does. Where there are fewer n-grams, the rest is 0.
+        They are weighed as CIDEr-D does, and 0 where there are fewer.
 
         Args:
             features: raw ones, (B, D) or (B, L, D); own: see `Regression.votes`.
@@ -162,9 +162,9 @@ class Consensus:
         return F.pad(votes @ common.T, (0, count - len(common)))
 
     def common(self, count: int) -> torch.Tensor:
-        """Return what the captions of each picture have of the commonest n-grams (up to count, P), less the mean."""
-        if self._common is None or len(self._common) != min(count, self.ngrams.count):
-            chosen = self.ngrams.rarity[:-1].argsort(stable=True)[:count].sort().values
+        """Return what the captions of each picture have of `count` words and pairs (up to count, P), less the mean."""
+        chosen = self.ngrams.weighty(count)
+        if self._common is None or len(self._common) != len(chosen):
             weights = self.mean_weights.to_sparse_coo().index_select(0, chosen).to_dense()
             self._common = weights - weights.mean(1, keepdim=True)
         return self._common
@@ -219,6 +219,16 @@ class NGrams:
         self.count = sum(map(len, self.known))
         unknown = torch.ones(1)  # CIDEr-D takes them for seen once
         self.rarity = torch.log(pictures / torch.cat([*frequencies, unknown]))  # (G + 1,)
+        self.seen = torch.cat(frequencies)  # (G,)
+
+    def weighty(self, count: int) -> torch.Tensor:
+        """Return the numbers of the words, half of `count`, and of the pairs that weigh most in all captions together."""
+        words, pairs = (len(known) for known in self.known[:2])
+        weight = self.seen[: words + pairs] * self.rarity[: words + pairs] ** 2  # of one alone it is rarity, or less
+        first, second = weight.split([words, pairs])
+        best_words = first.argsort(descending=True, stable=True)[: count - count // 2]
+        best_pairs = second.argsort(descending=True, stable=True)[: count // 2]
+        return torch.cat([best_words.sort().values, words + best_pairs.sort().values])
 
     def code(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return what stands for the n-grams that end with each word (C, T), given the numbers of what precedes it.

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import Config, SearchConfig, UserError, change_search, flatten, restore_config
@@ -185,15 +186,16 @@ class CaptionModel(nn.Module):
     def encode(self, pictures: torch.Tensor, concepts: torch.Tensor | None = None) -> torch.Tensor:
         """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels.
 
-        What a decoder is told of expected `concepts` (B, C) is added, to each cell alike.
+        For a decoder that is told `concepts` (B, C) they are the last row of (B, 2, D) or (B, L + 1, D).
         """
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
         encoded = self.standardise(pictures)
         if self.decoder.concepts is None or concepts is None:
             return encoded
-        told = self.decoder.concepts(concepts)  # (B, D)
-        return encoded + (told if encoded.ndim == 2 else told.unsqueeze(1))
+        rows = encoded.view(len(encoded), -1, encoded.shape[-1])  # (B, L or 1, D)
+        told = F.pad(concepts.float(), (0, rows.shape[2] - concepts.shape[1])).unsqueeze(1)  # (B, 1, D)
+        return torch.cat([rows, told], dim=1)
 
     def recall(self, features: torch.Tensor) -> torch.Tensor:
         """Return what the decoder reads of raw features (B, D) or (B, L, D), with the concepts that are expected."""
@@ -304,8 +306,13 @@ def decoder_of(config: Config) -> type[Decoder]:
 def make_decoder(config: Config, size: int, words: int) -> Decoder:
     """Return a random decoder for features of this size and so many words, which is told concepts where it is to be."""
     decoder = decoder_of(config)(config.decoder, size, words)
+    if config.decoder.concepts > size:
+        raise UserError(
+            f"decoder.concepts = {config.decoder.concepts}, but the features of {config.encoder.name} have room for "
+            f"{size}; take so many or fewer"
+        )
     if config.decoder.concepts:
-        decoder.concepts = Concepts(config.decoder.concepts, size)
+        decoder.concepts = Concepts(config.decoder.concepts, decoder.project.out_features)
     return decoder
 
 
