@@ -222,13 +222,16 @@ class NGrams:
         self.seen = torch.cat(frequencies)  # (G,)
 
     def weighty(self, count: int) -> torch.Tensor:
-        """Return the numbers of the words, half of `count`, and of the pairs that weigh most in all captions together."""
-        words, pairs = (len(known) for known in self.known[:2])
-        weight = self.seen[: words + pairs] * self.rarity[: words + pairs] ** 2  # of one alone it is rarity, or less
-        first, second = weight.split([words, pairs])
-        best_words = first.argsort(descending=True, stable=True)[: count - count // 2]
-        best_pairs = second.argsort(descending=True, stable=True)[: count // 2]
-        return torch.cat([best_words.sort().values, words + best_pairs.sort().values])
+        """Return the numbers (up to count,) of the words, and as many pairs, that weigh most in all captions."""
+        best, first = [], 0
+        for known, most in zip(self.known, (count - count // 2, count // 2), strict=False):
+            these = slice(first, first + len(known))
+            weight = (
+                self.seen[these] * self.rarity[these] ** 2
+            )  # of all captions; in each it is rarity, before the norm
+            best.append(first + weight.argsort(descending=True, stable=True)[:most].sort().values)
+            first += len(known)
+        return torch.cat(best)
 
     def code(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return what stands for the n-grams that end with each word (C, T), given the numbers of what precedes it.
