@@ -132,7 +132,6 @@ class Consensus:
         return F.normalize(pool(features).cpu() - self.centre)
 
     @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)  # it has no sparse products
     def expect(self, votes: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `owner` (N,) can expect.
 

@@ -147,6 +147,10 @@ class SelfCritical:
             rewards += self.consensus_weight * self.expected(seen, batch).view_as(rewards)
         return rewards
 
+    @torch.autocast(
+        "cpu", enabled=False
+    )  # in bfloat16 there are no sparse products, nor would votes be left out exactly
+    @torch.inference_mode()
     def expected(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
         """Return about the CIDEr-D (B K,) that K captions of each picture can expect, by all other pictures."""
         owner = torch.arange(len(batch.images)).repeat_interleave(len(captions) // len(batch.images))

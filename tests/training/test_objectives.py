@@ -197,7 +197,8 @@ def test_what_other_pictures_lead_one_to_expect_is_rewarded_too(tiny_config: Cal
     critic, batch = SelfCritical(model, dataset), toy_batch(model)
     batch.pictures, batch.images = looks[[0, 3]], torch.tensor([0, 3])
     captions = [[*model.vocab.numericalize(text), EOS] for text in (said[1], said[3])] * 2  # dog and cats of each
-    [dog, no_dog], [no_cats, cats] = expected = critic.expected(captions, batch).view(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        [dog, no_dog], [no_cats, cats] = expected = critic.expected(captions, batch).view(2, 2)
     assert dog > 5 > no_dog
     assert cats > 5 > no_cats
     rewards = critic.rewards(captions, batch)
