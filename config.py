@@ -303,8 +303,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         section, key = name.split(".")
         if getattr(getattr(config, section), key) and (config.data.shards or not config.encoder.frozen):
             raise UserError(
-                f"{name} compares pictures by the features of a frozen backbone, all at once; set it to 0, or leave "
-                "encoder.frozen=true and data.shards=null"
+                f"{name} compares pictures by the features of a frozen backbone, all at once, so it goes with "
+                "encoder.frozen=true and data.shards=null alone; leave these as they are, or train without it"
             )
     if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
         raise UserError(

@@ -398,15 +398,12 @@ class Trainer:
         Raises UserError where the model that training goes on from has learned other captions, and so other concepts.
         """
         dataset, images = self.sample_pictures(MOST)
-        known = Consensus.of(lambda part: self.encoded(dataset, part).take(part), dataset, images)
-        if self.model.consensus and not torch.equal(known.captions, self.model.consensus.captions):
-            raise UserError(
-                "the checkpoint that training goes on from expects concepts by other captions than this data has; go "
-                "on with the data it was trained on"
-            )
+        known = Consensus.of(self.encoded(dataset, images).take, dataset, images)
+        before = self.model.consensus
+        distributed.on_first_rank(refuse_other_captions, known, before)
         self.model.consensus = known
-        for told in (dataset, self.val_set):
-            told.concepts = known.expected_of(told, images, count)
+        for pictures in (dataset, self.val_set):
+            pictures.concepts = known.concepts_of(pictures, count)
 
     def sample_pictures(self, most: int) -> tuple[Flickr8kDataset, list[str]]:
         """Return the first window of training pictures, and the names of at most so many, evenly spread over it."""
@@ -433,6 +430,15 @@ class Trainer:
             words += batch.words
         total, words = distributed.total(total, words)
         return total / words
+
+
+def refuse_other_captions(known: Consensus, before: Consensus | None) -> None:
+    """Raise UserError where concepts were learned, `before`, from other captions than those that are `known` now."""
+    if before and not torch.equal(known.captions, before.captions):
+        raise UserError(
+            "the checkpoint that training goes on from expects concepts by other captions than this data has; go on "
+            "with the data it was trained on"
+        )
 
 
 def disable_dropout(model: CaptionModel) -> None:

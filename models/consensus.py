@@ -46,7 +46,8 @@ class Consensus:
     ) -> None:
         self.pictures, self.centre, self.captions, self.owner = pictures, centre, captions, owner
         self.for_ranking, self.for_learning = Regression(pictures, *RANKING), Regression(pictures, *LEARNING)
-        self._common: torch.Tensor | None = None
+        self.images: Sequence[str] = ()  # the pictures' names, while they are known
+        self._weighty: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -65,7 +66,14 @@ class Consensus:
             if len(ids) > 2 and dataset.images[image] in place:  # more than <sos> and <eos>
                 captions.append(ids[1:-1][:CUT])
                 owner.append(place[dataset.images[image]])
-        return cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
+        known = cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
+        known.images = images
+        return known
+
+    def rows(self, images: Sequence[str]) -> torch.Tensor:
+        """Return in which row each of these pictures is remembered (B,), -1 for those that are not."""
+        row = {image: row for row, image in enumerate(self.images)}
+        return torch.tensor([row.get(image, -1) for image in images])
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all there is to keep; what is computed from it is not."""
@@ -77,23 +85,6 @@ class Consensus:
             "lengths": real.sum(1).int(),
             "owner": self.owner.int(),
         }
-
-    def expected_of(self, dataset: Flickr8kDataset, remembered: Sequence[str], count: int) -> torch.Tensor:
-        """Return the `concepts` of all pictures of a dataset (images, count), in fp16.
-
-        Args:
-            remembered: the names of this one's pictures, in their order: they leave out their own captions.
-        """
-        assert dataset.features is not None  # of which `config.validate` has made sure
-        row = {image: row for row, image in enumerate(remembered)}
-        return torch.cat(
-            [
-                self.concepts(
-                    dataset.features.take(part), count, torch.tensor([row.get(image, -1) for image in part])
-                ).half()
-                for part in in_parts(dataset.images)
-            ]
-        )
 
     @classmethod
     def from_state(cls, saved: Mapping[str, Any], size: int, words: int, where: str) -> "Consensus":
@@ -132,6 +123,7 @@ class Consensus:
         return F.normalize(pool(features).cpu() - self.centre)
 
     @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)  # it has no sparse products
     def expect(self, votes: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
         """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `owner` (N,) can expect.
 
@@ -149,24 +141,35 @@ class Consensus:
         return 10 / LONGEST * alike * torch.exp(-(longer**2) / (2 * SPREAD**2))
 
     @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)
     def concepts(self, features: torch.Tensor, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
         """Return how much more than usual each of `count` words and pairs is to be expected of pictures (B, count).
 
-        They are weighed as CIDEr-D does, and 0 where there are fewer.
+        They are weighed as CIDEr-D does. Where fewer are known, the last numbers are 0.
 
         Args:
             features: raw ones, (B, D) or (B, L, D); own: see `Regression.votes`.
         """
-        common, votes = self.common(count), self.for_learning.votes(self.looks(features), own)  # (C, P), (B, P)
-        return F.pad(votes @ common.T, (0, count - len(common)))
+        votes = self.for_learning.votes(self.looks(features), own)  # (B, P)
+        weights = self.weighty(count)  # (up to count, P)
+        expected = (votes - self.for_learning.even(len(votes), own)) @ weights.T
+        return F.pad(expected, (0, count - len(weights)))
 
-    def common(self, count: int) -> torch.Tensor:
-        """Return what the captions of each picture have of `count` words and pairs (up to count, P), less the mean."""
+    def concepts_of(self, dataset: Flickr8kDataset, count: int) -> torch.Tensor:
+        """Return the `concepts` of all pictures of a dataset with features (images, count), in fp16.
+
+        Those that are remembered leave out their own captions.
+        """
+        assert dataset.features is not None  # of which `config.validate` has made sure
+        parts = in_parts(dataset.images)
+        return torch.cat([self.concepts(dataset.features.take(part), count, self.rows(part)).half() for part in parts])
+
+    def weighty(self, count: int) -> torch.Tensor:
+        """Return what the captions of each picture have of `count` words and pairs (up to count, P)."""
         chosen = self.ngrams.weighty(count)
-        if self._common is None or len(self._common) != len(chosen):
-            weights = self.mean_weights.to_sparse_coo().index_select(0, chosen).to_dense()
-            self._common = weights - weights.mean(1, keepdim=True)
-        return self._common
+        if self._weighty is None or len(self._weighty) != len(chosen):
+            self._weighty = self.mean_weights.to_sparse_coo().index_select(0, chosen).to_dense()
+        return self._weighty
 
     @cached_property
     def ngrams(self) -> "NGrams":

@@ -25,6 +25,7 @@ from torch import nn
 from data import sample
 from data.vocab import SOS
 from models.consensus import forget
+from models.contents import check
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 from models.search import search
@@ -40,7 +41,9 @@ def main() -> None:
     path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
     out = Path(args.out) if args.out else path.parent / "export"
     require("safetensors", "onnx", "onnxscript", "onnxruntime")
-    saved = forget(load_checkpoint(path))  # the graphs' callers search, and rank, by themselves
+    saved = load_checkpoint(path)
+    check(saved, str(path))
+    saved = forget(saved)  # the graphs' callers search, and rank, by themselves
     model = CaptionModel.from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 

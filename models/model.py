@@ -73,7 +73,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
-        self.consensus: Consensus | None = None  # fitted at the end of training, where `search.consensus` asks for it
+        self.consensus: Consensus | None = None  # fitted where concepts need it, or, after training, the search
         size = encoder.feature_shape[-1]
         self.feature_mean: torch.Tensor
         self.feature_scale: torch.Tensor
@@ -186,24 +186,20 @@ class CaptionModel(nn.Module):
     def encode(self, pictures: torch.Tensor, concepts: torch.Tensor | None = None) -> torch.Tensor:
         """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels.
 
-        For a decoder that is told `concepts` (B, C) they are the last row of (B, 2, D) or (B, L + 1, D).
+        A decoder that is told concepts reads a row more, (B, 2, D) or (B, L + 1, D): those given (B, C), or those that
+        what is said of similar training pictures lets expect.
         """
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
         encoded = self.standardise(pictures)
-        if self.decoder.concepts is None or concepts is None:
+        if self.decoder.concepts is None:
             return encoded
+        if concepts is None:
+            assert self.consensus is not None  # as in all that were trained with concepts
+            concepts = self.consensus.concepts(pictures, self.decoder.concepts.count).to(encoded.device)
         rows = encoded.view(len(encoded), -1, encoded.shape[-1])  # (B, L or 1, D)
         told = F.pad(concepts.float(), (0, rows.shape[2] - concepts.shape[1])).unsqueeze(1)  # (B, 1, D)
         return torch.cat([rows, told], dim=1)
-
-    def recall(self, features: torch.Tensor) -> torch.Tensor:
-        """Return what the decoder reads of raw features (B, D) or (B, L, D), with the concepts that are expected."""
-        if self.decoder.concepts is None:
-            return self.standardise(features)
-        assert self.consensus is not None  # as in all that were trained with concepts
-        expected = self.consensus.concepts(features, self.decoder.concepts.count)  # (B, C)
-        return self.encode(features, expected.to(features.device))
 
     def describe(
         self,
@@ -221,9 +217,9 @@ class CaptionModel(nn.Module):
         options = options or self.config.search
         consensus = self.asked_consensus(options, num_captions)
         device = next(self.decoder.parameters()).device
-        read = self.recall(features.to(device))
+        encoded = self.encode(features.to(device))
         wanted = max(num_captions, options.beam) if consensus else num_captions
-        found = search(self.decoder, read, options, wanted, self.forbidden(options.forbidden), keep_attention)
+        found = search(self.decoder, encoded, options, wanted, self.forbidden(options.forbidden), keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if consensus:
@@ -305,14 +301,15 @@ def decoder_of(config: Config) -> type[Decoder]:
 
 def make_decoder(config: Config, size: int, words: int) -> Decoder:
     """Return a random decoder for features of this size and so many words, which is told concepts where it is to be."""
-    decoder = decoder_of(config)(config.decoder, size, words)
-    if config.decoder.concepts > size:
+    count = config.decoder.concepts
+    if count > size:
         raise UserError(
-            f"decoder.concepts = {config.decoder.concepts}, but the features of {config.encoder.name} have room for "
-            f"{size}; take so many or fewer"
+            f"decoder.concepts = {count}, but the features of {config.encoder.name} have room for {size}; take so many "
+            "or fewer"
         )
-    if config.decoder.concepts:
-        decoder.concepts = Concepts(config.decoder.concepts, decoder.project.out_features)
+    decoder = decoder_of(config)(config.decoder, size, words)
+    if count:
+        decoder.concepts = Concepts(count, decoder.project.out_features)
     return decoder
 
 

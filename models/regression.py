@@ -18,6 +18,7 @@ class Regression:
     def __init__(self, pictures: torch.Tensor, sharpness: float, ridge: float) -> None:
         self.pictures, self.sharpness, self.ridge = pictures, sharpness, ridge
 
+    @torch.autocast("cpu", enabled=False)
     def votes(self, looks: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
         """Return how much each of the pictures has to say of those that look so (B, P): 1 in all, some less than 0.
 
@@ -29,15 +30,16 @@ class Regression:
                 vote, as if it had never been seen.
         """
         similar = self.kernel(self.pictures @ looks.T)  # (P, B)
-        if own is None:
-            own = torch.full((len(looks),), -1)
-            weights = torch.cholesky_solve(similar, self.factor).T  # (B, P)
-        else:
-            weights = self.weigh_others(similar, own)
-        voting = torch.ones_like(weights)  # (B, P)
-        voting[own >= 0, own[own >= 0]] = 0
-        rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
-        return weights + rest * voting / voting.sum(1, keepdim=True)
+        solved = torch.cholesky_solve(similar, self.factor).T if own is None else self.weigh_others(similar, own)
+        rest = 1 - solved.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
+        return solved + rest * self.even(len(looks), own)
+
+    def even(self, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the votes (count, P) that give the mean of what is known of all pictures, or of all but `own`."""
+        voting = torch.ones(count, len(self.pictures))
+        if own is not None:
+            voting[own >= 0, own[own >= 0]] = 0
+        return voting / voting.sum(1, keepdim=True).clamp(min=1)
 
     def weigh_others(self, similar: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return the solutions (B, P) of the equations for kernels `similar` (P, B), each without row and column `own`
@@ -45,10 +47,10 @@ class Regression:
         """
         weights = (self.inverse @ similar).T  # (B, P)
         known = (own >= 0).nonzero().squeeze(1)  # (b,)
-        column = self.inverse[own[known]]  # (b, P), or row: the matrix is symmetric
-        share = weights[known, own[known]] / column[torch.arange(len(known)), own[known]]  # (b,)
-        weights[known] -= share.unsqueeze(1) * column
-        weights[known, own[known]] = 0  # and not a rounding error
+        row = own[known]  # (b,)
+        share = weights[known, row] / self.inverse.diagonal()[row]  # (b,)
+        weights[known] -= share.unsqueeze(1) * self.inverse[row]  # its column: the matrix is symmetric
+        weights[known, row] = 0  # and not a rounding error
         return weights
 
     def kernel(self, cosines: torch.Tensor) -> torch.Tensor:

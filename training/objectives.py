@@ -103,10 +103,8 @@ class SelfCritical:
         self.consensus_weight = model.config.train.self_critical_consensus
         if self.consensus_weight:
             assert dataset.features is not None  # of which `config.validate` has made sure
-            known = dataset.spread(MOST)
-            self.consensus = model.consensus or Consensus.of(dataset.features.take, dataset, known)
-            row = {image: row for row, image in enumerate(known)}
-            self.remembered = torch.tensor([row.get(image, -1) for image in dataset.images])  # (images,)
+            self.consensus = model.consensus or Consensus.of(dataset.features.take, dataset, dataset.spread(MOST))
+            self.own = self.consensus.rows(dataset.images)  # (images,)
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
@@ -147,15 +145,11 @@ class SelfCritical:
             rewards += self.consensus_weight * self.expected(seen, batch).view_as(rewards)
         return rewards
 
-    @torch.autocast(
-        "cpu", enabled=False
-    )  # in bfloat16 there are no sparse products, nor would votes be left out exactly
-    @torch.inference_mode()
     def expected(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
         """Return about the CIDEr-D (B K,) that K captions of each picture can expect, by all other pictures."""
         owner = torch.arange(len(batch.images)).repeat_interleave(len(captions) // len(batch.images))
         words = padded([[i for i in ids if i != EOS] or [PAD] for ids in captions])  # (B K, T)
-        looks, own = self.consensus.looks(batch.pictures), self.remembered[batch.images.cpu()]
+        looks, own = self.consensus.looks(batch.pictures), self.own[batch.images.cpu()]
         return self.consensus.expect(self.consensus.for_learning.votes(looks, own), words, owner)
 
     def write(self, model: CaptionModel, pictures: torch.Tensor, options: SearchConfig, count: int) -> list[list[int]]:
