@@ -225,3 +225,11 @@ def test_ctrl_c_leaves_the_reading_processes_at_work(archive: Path, vocab: Vocab
     assert reader.pid
     os.kill(reader.pid, signal.SIGINT)
     assert len(list(batches)) == 59
+
+
+def test_some_of_its_pictures_are_spread_over_all() -> None:
+    table = pd.DataFrame({"image": [f"{number}.jpg" for number in range(10)], "caption": "a dog"})
+    dataset = Flickr8kDataset(table, build_vocab(["a dog"], 1), Path(), None)  # type: ignore[arg-type]
+    assert dataset.spread(4) == ["0.jpg", "2.jpg", "5.jpg", "7.jpg"]
+    assert dataset.spread(10) == dataset.spread(99) == dataset.images
+    assert len(dataset.spread(9)) == 9

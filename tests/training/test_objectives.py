@@ -206,6 +206,20 @@ def test_what_other_pictures_lead_one_to_expect_is_rewarded_too(tiny_config: Cal
     torch.testing.assert_close(rewards, critic.rewards(captions, batch) + 4 * expected)
 
 
+def test_of_a_mirrored_picture_left_is_expected_where_others_say_right(tiny_config: Callable) -> None:
+    said = ["a dog on the left"] * 3 + ["a cat on the right"] * 3
+    names, looks = list("012345"), torch.eye(2, 512).repeat_interleave(3, 0)  # (6, 512)
+    table = pd.DataFrame({"image": names, "caption": said})
+    model = CaptionModel.build(tiny_config("train.self_critical_consensus=1"), build_vocab(said, 1))
+    dataset = Flickr8kDataset(table, model.vocab, Path(), model.transform, Features([looks.half()], names))
+    critic, batch = SelfCritical(model, dataset), toy_batch(model)
+    batch.pictures, batch.images, batch.mirrored = looks[[0, 0]], torch.tensor([0, 0]), torch.tensor([False, True])
+    left, right = ([*model.vocab.numericalize(f"a dog on the {side}"), EOS] for side in ("left", "right"))
+    shown, mirrored = critic.rewards([left, right, left, right], batch)
+    torch.testing.assert_close(shown, mirrored.flip(0))
+    assert shown[0] > shown[1] + 1
+
+
 def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
     model = toy_model(tiny_config, "train.self_critical_samples=3", "search.max_length=2")
     critic = SelfCritical(model, toy_dataset(model))
