@@ -89,7 +89,6 @@ class DecoderConfig(Section):
     num_layers: Annotated[int, Field(ge=1, le=64)]
     num_heads: Annotated[int, Field(ge=1, le=64)]
     encoder_layers: Annotated[int, Field(ge=0, le=64)]
-    concepts: Annotated[int, Field(ge=0, le=16384)]
     dropout: Fraction
 
 
@@ -299,13 +298,11 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
         )
     if config.train.self_critical_beam and config.train.self_critical_samples == 1:
         raise UserError("train.self_critical_beam compares captions, of which self_critical_samples=1 is one; raise it")
-    for name in ("decoder.concepts", "train.self_critical_consensus"):
-        section, key = name.split(".")
-        if getattr(getattr(config, section), key) and (config.data.shards or not config.encoder.frozen):
-            raise UserError(
-                f"{name} compares pictures by the features of a frozen backbone, all at once, so it goes with "
-                "encoder.frozen=true and data.shards=null alone; leave these as they are, or train without it"
-            )
+    if config.train.self_critical_consensus and not config.encoder.frozen:
+        raise UserError(
+            "train.self_critical_consensus compares pictures by the features of a frozen backbone; leave "
+            "encoder.frozen=true, or train without it"
+        )
     if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
         raise UserError(
             "data.shards goes with encoder.frozen=true and train.self_critical_epochs=0: a trained backbone reads "

@@ -77,7 +77,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             print(f"going on with {run} from step {trainer.progress.step}")
     else:
         if not config.train.start:
-            trainer.fit_statistics()
+            model.fit_statistics(trainer.sample_features())
         distributed.on_first_rank(start_run, run, config, table)
     return trainer.fit()
 
@@ -159,8 +159,6 @@ class Trainer:
         self.model, self.run, self.device = model, run, device
         self.train_set, self.val_set, self.val_references = train_set, val_set, val_references
         self.config = model.config.train
-        if model.decoder.concepts:
-            self.expect_concepts(model.decoder.concepts.count)
         self.optimiser = make_optimiser(model)
         self.tokenise = partial(metrics.by_words, model.vocab.tokenise)
         self.precision = pick_precision(self.config.precision, device)
@@ -328,9 +326,7 @@ class Trainer:
             self.progress.end_epoch(row)
             self.nll.zero_()
             if row is self.progress.best and distributed.rank() == 0:
-                state = self.model.state()
-                state = state if self.model.decoder.concepts else forget(state)
-                save_checkpoint(self.run / "checkpoints.pth", state | {"scores": row})
+                save_checkpoint(self.run / "checkpoints.pth", forget(self.model.state()) | {"scores": row})
         self.save_last()
         distributed.on_first_rank(write_log, self.run / "loss_log.txt", self.progress.history)
 
@@ -385,25 +381,10 @@ class Trainer:
         for image, caption in captions.items():
             print(f"    {image}: {caption}")
 
-    def fit_statistics(self) -> None:
-        """Set by what the model standardises what it reads, from some training pictures."""
+    def sample_features(self) -> torch.Tensor:
+        """Return features of some training pictures."""
         dataset, images = self.sample_pictures(STATISTICS)
-        self.model.fit_statistics(self.encoded(dataset, images).take(images))
-        if self.model.decoder.concepts and dataset.concepts is not None:
-            self.model.decoder.concepts.fit_scale(dataset.concepts)
-
-    def expect_concepts(self, count: int) -> None:
-        """Fit what expects so many concepts, and let the datasets tell them with each picture.
-
-        Raises UserError where the model that training goes on from has learned other captions, and so other concepts.
-        """
-        dataset, images = self.sample_pictures(MOST)
-        known = Consensus.of(self.encoded(dataset, images).take, dataset, images)
-        before = self.model.consensus
-        distributed.on_first_rank(refuse_other_captions, known, before)
-        self.model.consensus = known
-        for pictures in (dataset, self.val_set):
-            pictures.concepts = known.concepts_of(pictures, count)
+        return self.encoded(dataset, images).take(images)
 
     def sample_pictures(self, most: int) -> tuple[Flickr8kDataset, list[str]]:
         """Return the first window of training pictures, and the names of at most so many, evenly spread over it."""
@@ -424,21 +405,12 @@ class Trainer:
             batch = val_set.__getitems__(indices)
             moved = batch.to(self.device)
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-                hidden, _ = self.model(moved.pictures, moved.inputs, moved.owner, moved.concepts)
+                hidden, _ = self.model(moved.pictures, moved.inputs, moved.owner)
                 loss = caption_loss(self.model.decoder.output, hidden, moved.targets, smoothing=0)[1]
             total += float(loss) * batch.words
             words += batch.words
         total, words = distributed.total(total, words)
         return total / words
-
-
-def refuse_other_captions(known: Consensus, before: Consensus | None) -> None:
-    """Raise UserError where concepts were learned, `before`, from other captions than those that are `known` now."""
-    if before and not torch.equal(known.captions, before.captions):
-        raise UserError(
-            "the checkpoint that training goes on from expects concepts by other captions than this data has; go on "
-            "with the data it was trained on"
-        )
 
 
 def disable_dropout(model: CaptionModel) -> None:

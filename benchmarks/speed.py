@@ -158,7 +158,7 @@ def searching(model: CaptionModel, train_set: Flickr8kDataset) -> dict[str, Any]
     model.eval()
     names = train_set.images[:CAPTION_BATCH]
     assert train_set.features
-    features = model.encode(train_set.features.take(names).to(model.feature_mean.device))
+    features = model.standardise(train_set.features.take(names).to(model.feature_mean.device))
     options = {beam: model.config.search.model_copy(update={"beam": beam}) for beam in (1, 3, 5)}
 
     def picture_by_picture(options: SearchConfig) -> None:

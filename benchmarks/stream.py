@@ -68,7 +68,7 @@ def train(config: Config, root: Path) -> dict[str, Any]:
         model = CaptionModel.build(config, vocab).to(device)
         train_set = StreamedDataset(shards, model, [], device)
         trainer = Trainer(model, train_set, no_captions(model), {}, root / "run", device)
-        trainer.fit_statistics()
+        model.fit_statistics(trainer.sample_features())
         epoch = Epoch(train_set, config.train, 0, trainer.by_image)
         every = max(1, len(epoch) // STEPS)
         for number, (share, batch, _) in enumerate(epoch.read(0)):

@@ -59,7 +59,6 @@ class Batch:
         owner: each caption's row in `pictures` (N,).
         images: the pictures' places in the dataset's `images` (B,).
         mirrored: which of them are shown mirrored, their captions with left for right (B,).
-        concepts: what is expected of each, where the decoder is to be told (B, C).
     """
 
     pictures: torch.Tensor
@@ -67,12 +66,10 @@ class Batch:
     owner: torch.Tensor
     images: torch.Tensor
     mirrored: torch.Tensor
-    concepts: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
         parts = [self.pictures, self.tokens, self.owner, self.images, self.mirrored]
-        parts += [] if self.concepts is None else [self.concepts]
         if device.type == "cuda":
             parts = [part if part.is_cuda else part.pin_memory() for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
@@ -119,7 +116,6 @@ class Flickr8kDataset(Dataset):
 
     Attributes:
         shown: how each picture is shown now (images,): 0, whole, or one of `views`, counted from 1.
-        concepts: what is expected of each picture (images, C), once there is a decoder to be told (models.concepts).
     """
 
     def __init__(
@@ -141,7 +137,6 @@ class Flickr8kDataset(Dataset):
         self.folder, self.transform = folder, transform
         self.features, self.views = features, views or {}
         self.shown = np.zeros(len(self.images), dtype=np.int64)
-        self.concepts: torch.Tensor | None = None
         self.other_side = torch.tensor(vocab.mirrored())  # (V,): left for right
 
     def spread(self, most: int) -> list[str]:
@@ -170,8 +165,7 @@ class Flickr8kDataset(Dataset):
         mirrored_views = np.array([view.mirrored for view in (WHOLE, *self.views)])  # (1 + views,)
         mirrored = torch.from_numpy(mirrored_views[self.shown[images]])  # (B,)
         tokens = torch.where(mirrored[owner, None], self.other_side[tokens], tokens)
-        concepts = None if self.concepts is None else self.concepts[images]  # (B, C)
-        return Batch(self.read(images), tokens, owner, torch.from_numpy(images), mirrored, concepts)
+        return Batch(self.read(images), tokens, owner, torch.from_numpy(images), mirrored)
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures with these places in `self.images`: features if there are any, else pixels."""

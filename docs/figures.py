@@ -251,7 +251,7 @@ def as_colours(cells: torch.Tensor) -> Any:
 def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     """Draw for each word of a reference what the LSTM reads, what it should say, and how probable it finds that."""
     ids = torch.tensor(model.vocab.encode(seen.references[0]))  # (1 + T,)
-    features = model.encode(seen.features)
+    features = model.standardise(seen.features)
     logits, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, V)
     probable = logits[0].softmax(1).gather(1, ids[1:, None]).squeeze(1).tolist()  # (T,)
     words = [model.vocab.words[i] for i in ids]
@@ -321,7 +321,7 @@ def parted(model: CaptionModel, scenes: list[Scene]) -> Scene:
 def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
     """Draw a beam search of three: each hypothesis that was kept for a step, what became of it, and greedy search's."""
     options = model.config.search.model_copy(update={"beam": 3})
-    search = Traced(model.decoder, model.encode(seen.features), options, 1, (), False)
+    search = Traced(model.decoder, model.standardise(seen.features), options, 1, (), False)
     [[winner]] = search.run()
     tree = grow(search.held)
     leaves = count_leaves(tree)

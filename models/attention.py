@@ -72,7 +72,7 @@ class AttentionRNN(Decoder):
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        cells = self.look(features)  # (B, L, H)
+        cells = self.project(features)  # (B, L, H)
         keys, to_gates, to_output = self.from_cell(cells).split(self.cell_sizes, dim=2)  # (B, L, H or 4 H or E)
         keys = (keys * keys.shape[2] ** -0.5).transpose(1, 2)  # (B, H, L)
         parts = (part.contiguous() for part in (keys, to_gates, to_output))  # read once per word: in one piece each

@@ -47,7 +47,6 @@ class Consensus:
         self.pictures, self.centre, self.captions, self.owner = pictures, centre, captions, owner
         self.for_ranking, self.for_learning = Regression(pictures, *RANKING), Regression(pictures, *LEARNING)
         self.images: Sequence[str] = ()  # the pictures' names, while they are known
-        self._weighty: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -58,7 +57,8 @@ class Consensus:
         Args:
             encode: gives the features of some pictures (b, D) or (b, L, D); it is asked for a few at a time.
         """
-        pooled = torch.cat([pool(encode(part)) for part in in_parts(images)]).cpu()  # (P, D)
+        parts = [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
+        pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
         centre = pooled.mean(0)
         place = {image: row for row, image in enumerate(images)}
         captions, owner = list[np.ndarray](), list[int]()
@@ -140,37 +140,6 @@ class Consensus:
         longer = (tokens != PAD).sum(1) - lengths[owner]  # (N,) words
         return 10 / LONGEST * alike * torch.exp(-(longer**2) / (2 * SPREAD**2))
 
-    @torch.inference_mode()
-    @torch.autocast("cpu", enabled=False)
-    def concepts(self, features: torch.Tensor, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Return how much more than usual each of `count` words and pairs is to be expected of pictures (B, count).
-
-        They are weighed as CIDEr-D does. Where fewer are known, the last numbers are 0.
-
-        Args:
-            features: raw ones, (B, D) or (B, L, D); own: see `Regression.votes`.
-        """
-        votes = self.for_learning.votes(self.looks(features), own)  # (B, P)
-        weights = self.weighty(count)  # (up to count, P)
-        expected = (votes - self.for_learning.even(len(votes), own)) @ weights.T
-        return F.pad(expected, (0, count - len(weights)))
-
-    def concepts_of(self, dataset: Flickr8kDataset, count: int) -> torch.Tensor:
-        """Return the `concepts` of all pictures of a dataset with features (images, count), in fp16.
-
-        Those that are remembered leave out their own captions.
-        """
-        assert dataset.features is not None  # of which `config.validate` has made sure
-        parts = in_parts(dataset.images)
-        return torch.cat([self.concepts(dataset.features.take(part), count, self.rows(part)).half() for part in parts])
-
-    def weighty(self, count: int) -> torch.Tensor:
-        """Return what the captions of each picture have of `count` words and pairs (up to count, P)."""
-        chosen = self.ngrams.weighty(count)
-        if self._weighty is None or len(self._weighty) != len(chosen):
-            self._weighty = self.mean_weights.to_sparse_coo().index_select(0, chosen).to_dense()
-        return self._weighty
-
     @cached_property
     def ngrams(self) -> "NGrams":
         return NGrams(self.captions, self.owner)
@@ -221,19 +190,6 @@ class NGrams:
         self.count = sum(map(len, self.known))
         unknown = torch.ones(1)  # CIDEr-D takes them for seen once
         self.rarity = torch.log(pictures / torch.cat([*frequencies, unknown]))  # (G + 1,)
-        self.seen = torch.cat(frequencies)  # (G,)
-
-    def weighty(self, count: int) -> torch.Tensor:
-        """Return the numbers (up to count,) of the words, and as many pairs, that weigh most in all captions."""
-        best, first = [], 0
-        for known, most in zip(self.known, (count - count // 2, count // 2), strict=False):
-            these = slice(first, first + len(known))
-            weight = (
-                self.seen[these] * self.rarity[these] ** 2
-            )  # of all captions; in each it is rarity, before the norm
-            best.append(first + weight.argsort(descending=True, stable=True)[:most].sort().values)
-            first += len(known)
-        return torch.cat(best)
 
     def code(self, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return what stands for the n-grams that end with each word (C, T), given the numbers of what precedes it.
@@ -271,22 +227,9 @@ class NGrams:
 
 
 def forget(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint that holds no training captions, and searches without them.
-
-    Raises UserError for one whose decoder is told concepts, which these captions let expect.
-    """
+    """Return a checkpoint that holds no training captions, and searches without them."""
     config = checkpoint["config"]
-    if config["decoder"].get("concepts"):
-        raise UserError(
-            "this captioner is told concepts by its training captions, so it cannot leave without them; take one with "
-            "decoder.concepts=0"
-        )
     return checkpoint | {"consensus": None, "config": config | {"search": config["search"] | {"consensus": 0.0}}}
-
-
-def in_parts(images: Sequence[str]) -> list[Sequence[str]]:
-    """Return as many pictures at a time as are to be in memory together."""
-    return [images[first : first + AT_ONCE] for first in range(0, len(images), AT_ONCE)]
 
 
 def places_of(codes: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,12 @@ A new decoder is one file with one class of this shape, and one line in DECODERS
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from config import DecoderConfig
-from models.concepts import Concepts
 
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
@@ -21,24 +20,12 @@ class Decoder(nn.Module):
 
     `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
     they come standardised. `heads` is A, the number of attention maps for each word. `output` makes logits (..., V) of
-    hidden states (..., H). With `concepts`, features have a last row more, which says how far each is expected.
+    hidden states (..., H).
     """
 
     grid: ClassVar[bool] = False
     heads: int = 0
-    project: nn.Linear
     output: Callable[[torch.Tensor], torch.Tensor]
-
-    def __init__(self, *_: Any) -> None:
-        super().__init__()
-        self.concepts: Concepts | None = None
-
-    def look(self, features: torch.Tensor) -> torch.Tensor:
-        """Return features (B, D) or (B, L, D) in the decoder's own size, with what it is told of concepts added."""
-        if self.concepts is None:
-            return self.project(features)
-        told = self.concepts(features[:, -1, : self.concepts.count])  # (B, H)
-        return self.project(features[:, :-1]) + told.unsqueeze(1) if self.grid else self.project(features[:, 0]) + told
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
@@ -140,13 +127,13 @@ class DecoderRNN(Decoder):
     def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        picture = self.look(features)[owner].unsqueeze(1)  # (N, 1, E)
+        picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
         inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
         hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
         return self.dropout(hidden[:, 1:]), None  # (N, T, H)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        return (self.look(features),)  # (B, E)
+        return (self.project(features),)  # (B, E)
 
     def start(self, memory: Memory) -> State:
         _, (h, c) = self.lstm(memory[0].unsqueeze(1))  # (layers, B, H) each

@@ -31,7 +31,7 @@ class Ensemble(Decoder):
 
     def prepare(self, features: torch.Tensor) -> Memory:
         """Return the members' memories of features that are not standardised yet."""
-        memories = [member.decoder.prepare(member.encode(features)) for member in self.members]
+        memories = [member.decoder.prepare(member.standardise(features)) for member in self.members]
         self.memory_sizes = list(map(len, memories))
         return join(memories)
 

@@ -12,7 +12,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import Config, SearchConfig, UserError, change_search, flatten, restore_config
@@ -21,7 +20,6 @@ from data.features import Extractor
 from data.transforms import Transform, open_picture, upright
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
-from models.concepts import Concepts
 from models.consensus import Consensus
 from models.contents import check
 from models.decoder import Decoder, DecoderRNN
@@ -35,14 +33,7 @@ DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": Attention
 # What a model's tensors depend on: one that goes on from another has to agree with it in these.
 SHAPING = (
     *("data.language", "encoder.name", "encoder.stride_in_1x1", "encoder.image_size", "decoder.name"),
-    *(
-        "decoder.embed_size",
-        "decoder.hidden_size",
-        "decoder.num_layers",
-        "decoder.num_heads",
-        "decoder.encoder_layers",
-        "decoder.concepts",
-    ),
+    *("decoder.embed_size", "decoder.hidden_size", "decoder.num_layers", "decoder.num_heads", "decoder.encoder_layers"),
 )
 LEAST_PART = 1 / 40  # of a classifier's weights are its backbone's: AlexNet has 1 / 25
 Picture = str | os.PathLike[str] | Image.Image
@@ -73,7 +64,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
-        self.consensus: Consensus | None = None  # fitted where concepts need it, or, after training, the search
+        self.consensus: Consensus | None = None  # fitted at the end of training, where `search.consensus` asks for it
         size = encoder.feature_shape[-1]
         self.feature_mean: torch.Tensor
         self.feature_scale: torch.Tensor
@@ -86,7 +77,7 @@ class CaptionModel(nn.Module):
         torch.manual_seed(config.train.seed)
         kind = decoder_of(config)
         encoder = EncoderCNN(config.encoder, grid=kind.grid)
-        decoder = make_decoder(config, encoder.feature_shape[-1], len(vocab))
+        decoder = kind(config.decoder, encoder.feature_shape[-1], len(vocab))
         return cls(config, vocab, transform_for(config.encoder), encoder, decoder)
 
     @classmethod
@@ -108,7 +99,7 @@ class CaptionModel(nn.Module):
         encoder = restore_encoder(config, saved, kind.grid, where)
         size = encoder.feature_shape[-1]
         with torch.device("meta"):
-            decoder = make_decoder(config, size, len(vocab))
+            decoder = kind(config.decoder, size, len(vocab))
         check_tensors(decoder.state_dict(), saved["decoder"], where)
         decoder.load_state_dict(saved["decoder"], assign=True)
         model = cls(config, vocab, Transform(**saved["transform"]), encoder, decoder)
@@ -117,8 +108,6 @@ class CaptionModel(nn.Module):
         model.feature_mean, model.feature_scale = statistics.values()
         if saved.get("consensus"):
             model.consensus = Consensus.from_state(saved["consensus"], size, len(vocab), where)
-        if decoder.concepts and not model.consensus:
-            raise UserError(f"{where} lacks its consensus, which expects concepts; take another one")
         return model
 
     @classmethod
@@ -135,8 +124,7 @@ class CaptionModel(nn.Module):
             values = ", ".join(f"{name} ({as_yaml(own[name])} there, {as_yaml(asked[name])} here)" for name in differ)
             mend = " ".join(f"{name}={as_yaml(own[name])}" for name in differ)
             raise UserError(f"train.start = {path} was trained with another {values}; go on from it with: {mend}")
-        known = saved.get("consensus") if config.decoder.concepts else None  # else fitted when it is needed
-        return cls.from_state(saved | {"config": config.model_dump(), "consensus": known}, path)
+        return cls.from_state(saved | {"config": config.model_dump(), "consensus": None}, path)
 
     def state(self) -> dict[str, Any]:
         """Return the model as plain values and tensors.
@@ -174,32 +162,19 @@ class CaptionModel(nn.Module):
         self.feature_scale.copy_((squares / cells).sqrt().clamp(min=1e-6))
 
     def forward(
-        self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor, concepts: torch.Tensor | None = None
+        self, pictures: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Teacher forcing: return the decoder's hidden states (N, T, H) and attention (N, T, A, L).
 
-        `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption;
-        `concepts` (B, C) what is expected of them, for a decoder that is told.
+        `pictures` are features (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S); `owner` (N,) their row per caption.
         """
-        return self.decoder.hidden(self.encode(pictures, concepts), tokens, owner)
+        return self.decoder.hidden(self.encode(pictures), tokens, owner)
 
-    def encode(self, pictures: torch.Tensor, concepts: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels.
-
-        A decoder that is told concepts reads a row more, (B, 2, D) or (B, L + 1, D): those given (B, C), or those that
-        what is said of similar training pictures lets expect.
-        """
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder reads: standardised features (B, D) or (B, L, D) of features or uint8 pixels."""
         if pictures.dtype == torch.uint8:
             pictures = self.encoder(self.transform.normalise(pictures))
-        encoded = self.standardise(pictures)
-        if self.decoder.concepts is None:
-            return encoded
-        if concepts is None:
-            assert self.consensus is not None  # as in all that were trained with concepts
-            concepts = self.consensus.concepts(pictures, self.decoder.concepts.count).to(encoded.device)
-        rows = encoded.view(len(encoded), -1, encoded.shape[-1])  # (B, L or 1, D)
-        told = F.pad(concepts.float(), (0, rows.shape[2] - concepts.shape[1])).unsqueeze(1)  # (B, 1, D)
-        return torch.cat([rows, told], dim=1)
+        return self.standardise(pictures)
 
     def describe(
         self,
@@ -217,9 +192,9 @@ class CaptionModel(nn.Module):
         options = options or self.config.search
         consensus = self.asked_consensus(options, num_captions)
         device = next(self.decoder.parameters()).device
-        encoded = self.encode(features.to(device))
+        standardised = self.standardise(features.to(device))
         wanted = max(num_captions, options.beam) if consensus else num_captions
-        found = search(self.decoder, encoded, options, wanted, self.forbidden(options.forbidden), keep_attention)
+        found = search(self.decoder, standardised, options, wanted, self.forbidden(options.forbidden), keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if consensus:
@@ -297,20 +272,6 @@ def decoder_of(config: Config) -> type[Decoder]:
     if config.train.doubly_stochastic and not kind.grid:
         raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
     return kind
-
-
-def make_decoder(config: Config, size: int, words: int) -> Decoder:
-    """Return a random decoder for features of this size and so many words, which is told concepts where it is to be."""
-    count = config.decoder.concepts
-    if count > size:
-        raise UserError(
-            f"decoder.concepts = {count}, but the features of {config.encoder.name} have room for {size}; take so many "
-            "or fewer"
-        )
-    decoder = decoder_of(config)(config.decoder, size, words)
-    if count:
-        decoder.concepts = Concepts(count, decoder.project.out_features)
-    return decoder
 
 
 def to_float32(values: Any) -> Any:

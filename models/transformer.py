@@ -52,7 +52,7 @@ class TransformerDecoder(Decoder):
         return hidden[slot], maps[slot]  # (N, T, E), (N, T, A, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        cells = self.dropout(self.look(features))  # (B, L, E)
+        cells = self.dropout(self.project(features))  # (B, L, E)
         cells = cells + positions(0, cells)
         for layer in self.encoder:
             cells, _, _ = layer(cells)

@@ -29,7 +29,6 @@ SMALL = (*TINY, "encoder.name=efficientnet_lite0", "encoder.weights=IMAGENET1K_V
 HERE = ("data.root=archive", "data.format=csv")
 SHORT = ("train.epochs=1", "train.warmup_steps=1", "--overwrite")
 SELF_CRITICAL = ("train.self_critical_epochs=1", "train.self_critical_samples=2")
-FEW_CONCEPTS = ("decoder.concepts=64",)  # as smaller features have room for
 
 GIGABYTES = "python -m data.download"
 ABSENT = ("configs/coco_", "configs/ai_challenger", "configs/flickr8k_cn")  # recipes for what such commands fetch
@@ -91,9 +90,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
     name, *options = words[2:] if words[1] == "-m" else words[1:]
     if name == "train.py" and "--resume" not in options:
         critical = SELF_CRITICAL if "configs/scst.yaml" in options else ()
-        concepts = FEW_CONCEPTS if "configs/concepts.yaml" in options else ()
         here = () if is_absent(command) else HERE
-        options = [*SMALL, *here, *options, *SHORT, *critical, *concepts]
+        options = [*SMALL, *here, *options, *SHORT, *critical]
     monkeypatch.setattr(sys, "argv", [name, *options])
     return config.cli(importlib.import_module(name.removesuffix(".py")).main)
 

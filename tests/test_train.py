@@ -174,40 +174,6 @@ def test_self_critical_training_is_resumed_digit_for_digit(archive: Path, run: R
     assert all(torch.equal(whole["decoder"][name], killed["decoder"][name]) for name in whole["decoder"])
 
 
-TOLD = (*FAST, "decoder.name=attention", "decoder.concepts=16")
-
-
-def test_a_decoder_that_is_told_concepts_goes_on_from_where_it_was(archive: Path, run: Run) -> None:
-    assert run(*TOLD, "run=first") == 0
-    rewarded = ("train.self_critical_consensus=5", "train.self_critical_lr=1e-9", "train.ema=0")
-    assert run(*TOLD, *CRITICAL, *rewarded, "run=second") == 0
-    first, second = (load_checkpoint(f"runs/{name}/checkpoints.pth") for name in ("first", "second"))
-    assert first["decoder"]["concepts.scale"] != 1
-    assert torch.equal(first["consensus"]["words"], second["consensus"]["words"])
-    assert second["scores"]["val_cider"] == first["scores"]["val_cider"]
-
-
-def test_a_killed_run_that_is_told_concepts_goes_on_digit_for_digit(archive: Path, run: Run) -> None:
-    assert run(*TOLD, "run=whole") == 0
-    process = start(*TOLD, "run=killed", "train.checkpoint_every=1")
-    wait_for(process, "Epoch [2/3] Step [1/2]")
-    process.kill()
-    process.wait()
-    assert run("--resume", "--run", "killed") == 0
-    assert log_of("killed") == log_of("whole")
-
-
-def test_concepts_are_those_of_the_captions_that_were_learned(
-    archive: Path, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(*TOLD, "run=first") == 0
-    captions = archive / "captions.csv"
-    captions.write_text(captions.read_text().replace(" the ", " a "))
-    assert run(*TOLD, *CRITICAL, "run=second") == 2
-    assert re.search("concepts by other captions.*the data it was trained on", capsys.readouterr().err)
-    assert not Path("runs/second/last.pth").exists()
-
-
 def test_the_last_epochs_are_self_critical_with_a_learning_rate_of_their_own(archive: Path, run: Run) -> None:
     words = ["train.epochs=3", "train.self_critical_epochs=1", "train.lr=1e-2", "train.self_critical_lr=1e-3"]
     assert run(*FAST, *words, "run=both") == 0

@@ -39,7 +39,7 @@ class Objective(nn.Module):
 def cross_entropy(model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the objective of teacher forcing and the plain negative log-likelihood per word."""
     config = model.config.train
-    hidden, attention = model(batch.pictures, batch.inputs, batch.owner, batch.concepts)  # (N, T, H), (N, T, A, L)
+    hidden, attention = model(batch.pictures, batch.inputs, batch.owner)  # (N, T, H), (N, T, A, L)
     objective, nll = caption_loss(model.decoder.output, hidden, batch.targets, config.label_smoothing)
     if config.doubly_stochastic:
         objective = objective + config.doubly_stochastic * uneven_looking(attention, batch.targets)
@@ -103,12 +103,12 @@ class SelfCritical:
         self.consensus_weight = model.config.train.self_critical_consensus
         if self.consensus_weight:
             assert dataset.features is not None  # of which `config.validate` has made sure
-            self.consensus = model.consensus or Consensus.of(dataset.features.take, dataset, dataset.spread(MOST))
+            self.consensus = Consensus.of(dataset.features.take, dataset, dataset.spread(MOST))
             self.own = self.consensus.rows(dataset.images)  # (images,)
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
-        pictures = model.encode(batch.pictures, batch.concepts)
+        pictures = model.encode(batch.pictures)
         captions = self.write(model, pictures, self.written, self.samples)  # B K captions
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
