@@ -159,3 +159,12 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert run("--checkpoint", tmp_path / "none.pth") == 2
     assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    save_checkpoint(tmp_path / "a.pth", {"config": {}})
+    monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(tmp_path / "a.pth")])
+    with refused("a.pth lacks", "take another one"):
+        export.main()

@@ -35,3 +35,8 @@ def test_a_picture_can_be_left_out_as_if_it_had_never_been_seen() -> None:
         torch.testing.assert_close(votes[left_out, others], without[0], atol=1e-5, rtol=1e-4)
         assert votes[left_out, left_out] == 0
     torch.testing.assert_close(votes[3], whole.votes(looks)[3], atol=1e-5, rtol=1e-4)
+
+
+def test_of_a_single_picture_that_is_left_out_nobody_votes() -> None:
+    votes = Regression(LOOKS[:1], 2.0, 0.1).votes(LOOKS[:1], own=torch.tensor([0]))
+    assert votes.tolist() == [[0.0]]
