@@ -25,7 +25,7 @@ from models.search import Hypothesis
 MOST = 8000  # pictures that are remembered: the regression solves as many equations
 AT_ONCE = 500  # pictures whose cells are in memory together
 RANKING = 2.0, 0.1  # sharpness and ridge of the regression that ranks captions, chosen on Flickr8k's dev pictures …
-LEARNING = 4.0, 0.3  # … and of the one that training goes by, of least error on train, each picture left out in turn
+LEARNING = 4.0, 0.3  # … and of the one that training goes by: about the least error on train, each picture left out
 CUT = 50  # words of a training caption: more say little, and one very long caption would make all take its room
 LONGEST = 4  # words in an n-gram
 SPREAD = 6.0  # standard deviation, in words, of CIDEr-D's penalty of other lengths
@@ -46,7 +46,6 @@ class Consensus:
     ) -> None:
         self.pictures, self.centre, self.captions, self.owner = pictures, centre, captions, owner
         self.for_ranking, self.for_learning = Regression(pictures, *RANKING), Regression(pictures, *LEARNING)
-        self.images: Sequence[str] = ()  # the pictures' names, while they are known
 
     @classmethod
     def of(
@@ -66,14 +65,7 @@ class Consensus:
             if len(ids) > 2 and dataset.images[image] in place:  # more than <sos> and <eos>
                 captions.append(ids[1:-1][:CUT])
                 owner.append(place[dataset.images[image]])
-        known = cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
-        known.images = images
-        return known
-
-    def rows(self, images: Sequence[str]) -> torch.Tensor:
-        """Return in which row each of these pictures is remembered (B,), -1 for those that are not."""
-        row = {image: row for row, image in enumerate(self.images)}
-        return torch.tensor([row.get(image, -1) for image in images])
+        return cls(F.normalize(pooled - centre), centre, padded(captions), torch.tensor(owner))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return all there is to keep; what is computed from it is not."""

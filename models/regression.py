@@ -18,7 +18,7 @@ class Regression:
     def __init__(self, pictures: torch.Tensor, sharpness: float, ridge: float) -> None:
         self.pictures, self.sharpness, self.ridge = pictures, sharpness, ridge
 
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # in bfloat16 nobody would be left out exactly
     def votes(self, looks: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
         """Return how much each of the pictures has to say of those that look so (B, P): 1 in all, some less than 0.
 
@@ -31,15 +31,11 @@ class Regression:
         """
         similar = self.kernel(self.pictures @ looks.T)  # (P, B)
         solved = torch.cholesky_solve(similar, self.factor).T if own is None else self.weigh_others(similar, own)
-        rest = 1 - solved.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
-        return solved + rest * self.even(len(looks), own)
-
-    def even(self, count: int, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the votes (count, P) that give the mean of what is known of all pictures, or of all but `own`."""
-        voting = torch.ones(count, len(self.pictures))
+        voting = torch.ones_like(solved)
         if own is not None:
             voting[own >= 0, own[own >= 0]] = 0
-        return voting / voting.sum(1, keepdim=True).clamp(min=1)
+        rest = 1 - solved.sum(1, keepdim=True)  # (B, 1): of the mean, to which all that vote add alike
+        return solved + rest * voting / voting.sum(1, keepdim=True).clamp(min=1)
 
     def weigh_others(self, similar: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Return the solutions (B, P) of the equations for kernels `similar` (P, B), each without row and column `own`

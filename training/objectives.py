@@ -103,8 +103,10 @@ class SelfCritical:
         self.consensus_weight = model.config.train.self_critical_consensus
         if self.consensus_weight:
             assert dataset.features is not None  # of which `config.validate` has made sure
-            self.consensus = Consensus.of(dataset.features.take, dataset, dataset.spread(MOST))
-            self.own = self.consensus.rows(dataset.images)  # (images,)
+            remembered = dataset.spread(MOST)
+            row = {image: row for row, image in enumerate(remembered)}
+            self.own = torch.tensor([row.get(image, -1) for image in dataset.images])  # (images,)
+            self.consensus = Consensus.of(dataset.features.take, dataset, remembered)
 
     def __call__(self, model: CaptionModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the objective, whose gradient is that of the expected reward, and the captions' own NLL per word."""
