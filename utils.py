@@ -27,8 +27,8 @@ DAMAGED = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
 )
 
-# oneDNN keeps the kernels of the last 1,024 shapes, and batches differ in shape: a gigabyte that is hardly used again.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+# oneDNN keeps the kernels of the last 1,024 shapes, and batches differ in shape: a gigabyte, of which this many suffice.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "400")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -51,23 +51,26 @@ class AttentionRNN(Decoder):
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
+        keys, to_gates, to_output, _ = memory
         rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
         words, place = rows.T.unique(return_inverse=True)  # (W,), (T, B K): each word is read once
-        weight = self.from_state.weight
-        before: list[torch.Tensor] = []  # the state that each word is read with (B K, H)
-        inputs = AddWithOneGradient.apply(F.embedding(place, self.from_word(self.embedding(words))), weight, before)
-        weight = weight.detach().to(inputs.dtype)  # once, which autocast would do for each word
+        read: list[torch.Tensor] = []  # the state that each word is read with (B K, H)
+        looked: list[torch.Tensor] = []  # the maps that it is read with, as far as the gate was open (B, K, L)
+        inputs = F.embedding(place, self.from_word(self.embedding(words)))  # (T, B K, 5 H)
+        inputs = OneGradient.apply(inputs, self.from_state.weight, to_gates, read, looked)
+        weight = self.from_state.weight.detach().to(inputs.dtype)  # once, which autocast would do for each word
         hiddens, gates, maps = [], [], []
         for word in inputs.unbind():  # (B K, 5 H) each
-            before.append(h.detach())
-            h, c, gate, attention = self.attend(word + F.linear(h, weight), h, c, memory)
+            read.append(h.detach())
+            h, c, gate, attention = self.attend(word + F.linear(h, weight), h, c, keys, to_gates.detach())
+            looked.append((gate.view_as(attention[:, :, :1]) * attention).detach())
             hiddens.append(h)
             gates.append(gate)
             maps.append(attention)
         hidden, gate = torch.stack(hiddens, dim=1), torch.stack(gates, dim=1)  # (B K, T, H), (B K, T, 1)
         attention = torch.stack(maps, dim=2)  # (B, K, T, L)
-        context = (attention.flatten(1, 2) @ memory[2]).view(*hidden.shape[:2], -1)  # (B K, T, E)
+        context = (attention.flatten(1, 2) @ to_output).view(*hidden.shape[:2], -1)  # (B K, T, E)
         states = self.deep_output(self.embedding(rows), hidden, gate * context)  # (B K, T, E)
         return states[slot], attention.flatten(0, 1)[slot].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
@@ -84,19 +87,20 @@ class AttentionRNN(Decoder):
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
         h, c = state
+        keys, to_gates, to_output, _ = memory
         words = self.embedding(token)  # (N, E)
-        h, c, gate, attention = self.attend(self.from_word(words) + self.from_state(h), h, c, memory)
-        context = gate * (attention @ memory[2]).flatten(0, 1)  # (N, E)
+        h, c, gate, attention = self.attend(self.from_word(words) + self.from_state(h), h, c, keys, to_gates)
+        context = gate * (attention @ to_output).flatten(0, 1)  # (N, E)
         return self.output(self.deep_output(words, h, context)), (h, c), attention.flatten(0, 1).unsqueeze(1)
 
     def attend(
-        self, inputs: torch.Tensor, h: torch.Tensor, c: torch.Tensor, memory: Memory
+        self, inputs: torch.Tensor, h: torch.Tensor, c: torch.Tensor, keys: torch.Tensor, to_gates: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Look at the picture, then read a word: `inputs` (N, 5 H) of the word and the state, h and c (N, H).
+        """Look at the picture, then read a word: `inputs` (N, 5 H) of the word and the state, h and c (N, H), what
+        each cell answers (B, H, L) and tells the LSTM's gates (B, L, 4 H).
 
         Returns h and c (N, H), how open the gate was (N, 1), and where it looked (B, K, L).
         """
-        keys, to_gates, _, _ = memory  # (B, H, L), (B, L, 4 H)
         query, lstm_gates = inputs.split(self.input_sizes, dim=1)
         attention = (query.unflatten(0, (len(keys), -1)) @ keys).softmax(2)  # (B, K, L)
         gate = self.gate(h).sigmoid()  # (N, 1)
@@ -109,17 +113,29 @@ class AttentionRNN(Decoder):
         return self.dropout(words + self.from_hidden(hidden) + context)
 
 
-class AddWithOneGradient(torch.autograd.Function):
-    """Identity on `sums`, whose backward gives the gradient of `weight` in sums[t] + before[t] @ weight.T at once.
+class OneGradient(torch.autograd.Function):
+    """Identity on `sums` (T, B K, 5 H), whose backward also gives the gradients of what is to be added to them.
 
-    Backpropagation through time would add up T small products, and read and write the whole gradient for each.
+    That is, for each word, read[t] @ weight.T, and looked[t] @ to_gates to what is the LSTM's. Backpropagation through
+    time would add up T small products, and read and write the whole gradient for each.
     """
 
     @staticmethod
-    def forward(ctx: Any, sums: torch.Tensor, weight: torch.Tensor, before: list[torch.Tensor]) -> torch.Tensor:
-        ctx.before = before
+    def forward(
+        ctx: Any,
+        sums: torch.Tensor,
+        weight: torch.Tensor,
+        to_gates: torch.Tensor,
+        read: list[torch.Tensor],
+        looked: list[torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.gates, ctx.read, ctx.looked = to_gates.shape[2], read, looked
         return sums.view_as(sums)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return grad, grad.flatten(0, 1).T @ torch.cat(ctx.before).to(grad.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        to_weight = grad.flatten(0, 1).T @ torch.cat(ctx.read).to(grad.dtype)  # (5 H, H)
+        looked = torch.cat(ctx.looked, dim=1).to(grad.dtype)  # (B, T K, L)
+        to_lstm = grad[:, :, -ctx.gates :].unflatten(1, (len(looked), -1))  # (T, B, K, 4 H)
+        to_cells = looked.transpose(1, 2) @ to_lstm.transpose(0, 1).flatten(1, 2)  # (B, L, 4 H)
+        return grad, to_weight, to_cells, None, None

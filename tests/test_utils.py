@@ -295,7 +295,7 @@ def test_few_kernels_are_kept_or_as_many_as_the_user_asks(asked: str | None) -> 
     command = [sys.executable, "-c", f"import utils, os; print(os.environ['{name}'])"]
     root = Path(utils.__file__).parent
     told = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
-    assert told == f"{asked or 100}\n"
+    assert told == f"{asked or 400}\n"
 
 
 def test_an_explicit_precision_is_honoured() -> None:

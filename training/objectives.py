@@ -17,6 +17,8 @@ from models.search import NEVER, search
 
 Words = Sequence[Hashable]
 
+ROWS = 64  # words are scored in multiples of so many: oneDNN makes a kernel for each number of rows it has not met yet
+
 
 class Objective(nn.Module):
     """What training makes small, as one module, so that DistributedDataParallel can run it."""
@@ -54,9 +56,11 @@ def caption_loss(
     Args:
         output: makes logits of hidden (N, T, H); targets: (N, T), `<pad>` where a caption has ended.
     """
-    real = targets != PAD  # (N, T)
-    log_probs = output(hidden[real]).float().log_softmax(1)  # (words, V)
-    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
+    real = (targets != PAD).flatten()  # (N T,)
+    count = int(real.sum())
+    first = real.argsort(descending=True, stable=True)[: -(-count // ROWS) * ROWS]  # (rows,): the words, some padding
+    log_probs = output(hidden.flatten(0, 1)[first])[:count].float().log_softmax(1)  # (words, V)
+    nll = -log_probs.gather(1, targets.flatten()[first[:count], None]).mean()
     if smoothing == 0:
         return nll, nll.detach()
     return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
