@@ -27,7 +27,7 @@ DAMAGED = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
 )
 
-# oneDNN keeps the kernels of the last 1,024 shapes, and batches differ in shape: a gigabyte, of which this many suffice.
+# oneDNN keeps the kernels of the last 1,024 shapes, a gigabyte: batches differ in shape, but hardly in more than these.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "400")
 
 

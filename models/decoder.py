@@ -14,6 +14,8 @@ from config import DecoderConfig
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
 
+ROWS = 64  # words that are computed come in multiples of so many
+
 
 class Decoder(nn.Module):
     """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
@@ -41,7 +43,10 @@ class Decoder(nn.Module):
     def hidden(
         self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do as `forward` does, up to the states (N, T, H) before `output`: padding needs no logits."""
+        """Do as `forward` does, up to the states (N, T, H) before `output`: padding needs no logits.
+
+        What is returned where a caption is padding means nothing.
+        """
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> Memory:
@@ -77,6 +82,15 @@ def by_picture(tokens: torch.Tensor, owner: torch.Tensor, pictures: int) -> tupl
     rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]  # (N,)
     slot = torch.empty_like(owner).scatter_(0, order, owner[order] * captions + rank)
     return tokens.new_zeros(pictures * captions, tokens.shape[1]).index_copy_(0, slot, tokens), slot
+
+
+def first_rows(real: torch.Tensor) -> torch.Tensor:
+    """Return the places of what is `real` (N, T) in all that there is (N T,), in order, and of some that is not.
+
+    There are a multiple of ROWS, or all: oneDNN makes a kernel for each number of rows that it has not met yet.
+    """
+    rows = -(-int(real.sum()) // ROWS) * ROWS
+    return real.flatten().argsort(descending=True, stable=True)[:rows]
 
 
 class Dropout(nn.Dropout):

@@ -12,12 +12,11 @@ from data.dataset import Batch, Flickr8kDataset, padded
 from data.stream import StreamedDataset
 from data.vocab import EOS, PAD, SOS
 from models.consensus import LONGEST, MOST, SPREAD, Consensus
+from models.decoder import first_rows
 from models.model import CaptionModel
 from models.search import NEVER, search
 
 Words = Sequence[Hashable]
-
-ROWS = 64  # words are scored in multiples of so many: oneDNN makes a kernel for each number of rows it has not met yet
 
 
 class Objective(nn.Module):
@@ -56,11 +55,11 @@ def caption_loss(
     Args:
         output: makes logits of hidden (N, T, H); targets: (N, T), `<pad>` where a caption has ended.
     """
-    real = (targets != PAD).flatten()  # (N T,)
-    count = int(real.sum())
-    first = real.argsort(descending=True, stable=True)[: -(-count // ROWS) * ROWS]  # (rows,): the words, some padding
-    log_probs = output(hidden.flatten(0, 1)[first])[:count].float().log_softmax(1)  # (words, V)
-    nll = -log_probs.gather(1, targets.flatten()[first[:count], None]).mean()
+    real = targets != PAD  # (N, T)
+    words = targets[real]  # (words,)
+    logits = output(hidden.flatten(0, 1)[first_rows(real)])[: len(words)]  # (words, V)
+    log_probs = logits.float().log_softmax(1)
+    nll = -log_probs.gather(1, words.unsqueeze(1)).mean()
     if smoothing == 0:
         return nll, nll.detach()
     return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()

@@ -7,7 +7,7 @@ import torch
 
 from config import load_config
 from data.vocab import EOS, PAD, SOS
-from models.decoder import Decoder, Dropout
+from models.decoder import Decoder, Dropout, first_rows
 from models.model import DECODERS
 from models.search import search
 from training.objectives import caption_loss
@@ -115,6 +115,30 @@ def test_padding_and_other_captions_of_the_batch_do_not_matter(name: str) -> Non
     for caption, length in enumerate((6, 4, 5)):
         alone, _ = decoder(seen, TOKENS[caption : caption + 1, :length], OWNER[caption : caption + 1])
         torch.testing.assert_close(alone[0], together[caption, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_captions_learn_in_a_long_batch_what_they_learn_alone(name: str) -> None:
+    decoder, seen, lengths = build(name).eval(), features(name, 8), [3, 20, 5, 5, 9, 4, 4, 12]
+    captions = [torch.randint(4, V, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
+    together = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True, padding_value=PAD)  # (8, 20)
+    hidden, _ = decoder.hidden(seen, together[:, :-1], torch.arange(8))
+    caption_loss(decoder.output, hidden, together[:, 1:], 0)[0].backward()
+    gradients = [parameter.grad for parameter in decoder.parameters()]
+    decoder.zero_grad()
+    for picture, caption in enumerate(captions):
+        hidden, _ = decoder.hidden(seen[picture][None], caption[None, :-1], torch.tensor([0]))
+        loss = caption_loss(decoder.output, hidden, caption[None, 1:], 0)[0]
+        (loss * (len(caption) - 1) / sum(length - 1 for length in lengths)).backward()
+    for parameter, gradient in zip(decoder.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_words_are_computed_in_multiples_of_64() -> None:
+    real = torch.rand(20, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    first = first_rows(real)
+    assert len(first) == 128 > real.sum() > 64
+    assert torch.equal(first[: real.sum()], real.flatten().nonzero().squeeze(1))
+    assert len(first_rows(real[:3])) == 30
 
 
 @torch.inference_mode()
