@@ -24,7 +24,8 @@ from models.model import CaptionModel
 from train import Trainer
 
 SIZE = (500, 375)  # pixels, as Flickr gives them
-WORDS = 7999  # of which some 2,500 come five times in 30,000 captions
+CAPTIONS = 30000  # of Flickr8k's training pictures: what the vocabulary is made of
+WORDS, EXPONENT = 7999, 1.24  # of which some 2,500 come five times in as many captions, as Flickr8k's do
 LENGTH, SPREAD = 10.8, 3.8  # mean and standard deviation of the words in a caption of Flickr8k
 LONGEST = 13  # words written: Flickr8k's have 11 on average, and the last beams of a batch go on for longer
 EACH = 5  # captions of a picture
@@ -43,7 +44,7 @@ def make_words(captions: int, rng: np.random.Generator, different: int = WORDS) 
     lengths = np.clip(rng.normal(LENGTH, SPREAD, captions), 4, 30).astype(int)  # (captions,)
     letters = np.array(list("abcdefghijklmnopqrst"))
     lexicon = ["".join(letters[[rank // 400, rank // 20 % 20, rank % 20]]) for rank in range(different + 1)]
-    return Words(lexicon, np.minimum(rng.zipf(1.3, lengths.sum()), different).astype(np.int32), np.cumsum(lengths))
+    return Words(lexicon, np.minimum(rng.zipf(EXPONENT, lengths.sum()), different).astype(np.int32), np.cumsum(lengths))
 
 
 def write_dataset(root: Path, pictures: int, drawn: int) -> list[Path]:
@@ -83,7 +84,8 @@ def make_trainer(root: Path, device: torch.device, decoder: str = "lstm") -> tup
     config = make_config(root, *DECODERS[decoder])
     table = annotations.load(config.data)
     words = cut_afresh(table["caption"].tolist(), "en")
-    model = CaptionModel.build(config, build_vocab(words.count(), config.data.min_count, "en")).to(device)
+    known = make_words(CAPTIONS, np.random.default_rng(0)).count()  # however few captions there are
+    model = CaptionModel.build(config, build_vocab(known, config.data.min_count, "en")).to(device)
     names = table["image"].unique().tolist()
     features = Features([random_rows(root, (len(names), *model.encoder.feature_shape))], names)
     features.move(device)
