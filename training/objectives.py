@@ -56,13 +56,18 @@ def caption_loss(
         output: makes logits of hidden (N, T, H); targets: (N, T), `<pad>` where a caption has ended.
     """
     real = targets != PAD  # (N, T)
-    words = targets[real]  # (words,)
-    logits = output(hidden.flatten(0, 1)[first_rows(real)])[: len(words)]  # (words, V)
-    log_probs = logits.float().log_softmax(1)
-    nll = -log_probs.gather(1, words.unsqueeze(1)).mean()
+    log_probs = real_logits(output, hidden, real).float().log_softmax(1)  # (words, V)
+    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
     if smoothing == 0:
         return nll, nll.detach()
     return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
+
+
+def real_logits(
+    output: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits (words, V) of hidden (N, T, H) where there are words: `real` (N, T)."""
+    return output(hidden.flatten(0, 1)[first_rows(real)])[: int(real.sum())]
 
 
 def uneven_looking(attention: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -118,8 +123,9 @@ class SelfCritical:
         owner = torch.arange(len(pictures), device=pictures.device).repeat_interleave(self.samples)  # (B K,)
         tokens = padded([[SOS, *ids] for ids in captions]).to(pictures.device)  # (B K, 1 + T)
         hidden, _ = model.decoder.hidden(pictures, tokens[:, :-1], owner)  # (B K, T, H)
-        caption, place = (tokens[:, 1:] != PAD).nonzero(as_tuple=True)  # (words,) each
-        logits = model.decoder.output(hidden[caption, place])  # (words, V)
+        real = tokens[:, 1:] != PAD  # (B K, T)
+        caption, place = real.nonzero(as_tuple=True)  # (words,) each
+        logits = real_logits(model.decoder.output, hidden, real)  # (words, V)
         drawn_from = logits.float().index_fill(1, self.never, -math.inf).log_softmax(1)
         log_probs = drawn_from.gather(1, tokens[caption, place + 1].unsqueeze(1)).squeeze(1)  # (words,)
         advantage = self.advantage(model, pictures, captions, batch)[caption]  # (words,)
