@@ -54,16 +54,19 @@ class Regression:
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        """The Cholesky factor of the equations (P, P)."""
+        return self.factorise()
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """The inverse of the equations' matrix (P, P): three times the work, and pays where many are left out."""
+        return torch.cholesky_inverse(self.factorise())
+
+    def factorise(self) -> torch.Tensor:
+        """Return the Cholesky factor of the equations (P, P), a quarter of a gigabyte for 8,000 pictures."""
         count = len(self.pictures)
         between = torch.empty(count, count)  # of which Cholesky's algorithm reads the lower half
         for first in range(0, count, AT_ONCE):
             last = min(count, first + AT_ONCE)
             between[first:last, :last] = self.kernel(self.pictures[first:last] @ self.pictures[:last].T)
         between.diagonal().add_(self.ridge)
-        return torch.linalg.cholesky(between)
-
-    @cached_property
-    def inverse(self) -> torch.Tensor:
-        """The inverse of the equations' matrix (P, P): three times the work, and pays where many are left out."""
-        return torch.cholesky_inverse(self.factor)
+        return torch.linalg.cholesky(between, out=between)
