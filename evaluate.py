@@ -29,6 +29,8 @@ NAMES = {
 }
 TESTED = ("bleu4", "cider")  # the metrics with intervals and p-values
 SHOWN = 5  # picture names in a message
+DIGITS = 4  # of scores in files; what is printed has one, rounded once
+FEW = 30  # pictures of which p-values are not to be believed
 
 
 @dataclass
@@ -282,9 +284,9 @@ def score(captions: dict[str, str], references: References, signature: str) -> d
     by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
     for note in notes:
         print(note)
-    rounded = {name: None if value is None else round(value, 2) for name, value in (scores.corpus | by_java).items()}
+    every = scores.corpus | by_java
     return {
-        **{name: rounded[name] for name in NAMES},
+        **{name: None if every[name] is None else round(every[name], DIGITS) for name in NAMES},
         "split": references.split,
         "signature": signature,
         "intervals": metrics.intervals(scores),
@@ -343,9 +345,12 @@ def write_comparison(rows: list[dict[str, Any]], references: References, out: Pa
     columns |= {f"p_{key}": f"p ({NAMES[key]})" for key in TESTED}
     lines = [f"| run | {' | '.join(columns.values())} | search |", "|---" * (2 + len(columns)) + "|"]
     for row in rows:
-        cells = ["–" if row[key] is None else f"{row[key]:.{3 if key[:2] == 'p_' else 1}f}" for key in columns]
+        cells = [f"{row[key]:.1f}" if row[key] is not None else "–" for key in NAMES if key in columns]
+        cells += [as_p(row[f"p_{key}"]) for key in TESTED]
         lines.append(f"| {row['run']} | {' | '.join(cells)} | {row['search'].replace('|', ' ')} |")
     lines += ["", f"p: paired bootstrap against {rows[0]['run']}, two-sided.", f"`{references.signature}`"]
+    if len(references.captions) < FEW:
+        notes = [*notes, f"of {len(references.captions)} pictures alone p says little; compare on {FEW} or more"]
     page = "\n".join(lines) + "\n"
     table = io.StringIO()
     writer = csv.DictWriter(table, ["run", *columns, "search"], extrasaction="ignore", lineterminator="\n")
@@ -356,6 +361,12 @@ def write_comparison(rows: list[dict[str, Any]], references: References, out: Pa
     write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
     print(page + "\n".join(notes))
     print(f"wrote {path}.md and {path}.csv")
+
+
+def as_p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if saved:
         trainer.restore(saved)
         if trainer.is_finished():
-            print(f"{run} is finished already; to train on: run=NAME train.start={run}/checkpoints.pth")
+            print(f"{run} is finished already; to train on: python train.py run=NAME train.start={run}/checkpoints.pth")
         else:
             print(f"going on with {run} from step {trainer.progress.step}")
     else:

@@ -1,6 +1,7 @@
 """Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
 
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -121,7 +122,10 @@ def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool]
         for folder in (RUNS / name, Path(name)):
             if (folder / needs).is_file():
                 return folder
-        raise UserError(f"{RUNS / name} holds no {needs}; name another run, or make it with: {how_to_make(name)}")
+        there = [] if (RUNS / name).is_dir() else [path.parent.name for path in RUNS.glob(f"*/{needs}")]
+        near = difflib.get_close_matches(name, there, n=1)
+        other = f"did you mean {near[0]}?" if near else f"name another run, or make it with: {how_to_make(name)}"
+        raise UserError(f"{RUNS / name} holds no {needs}; {other}")
     found = [path for path in RUNS.glob(f"*/{needs}") if path.is_file() and accept(path.parent)]
     if not found:
         raise UserError(f"no run under {RUNS}/ holds a {needs}; make one with: python train.py")

@@ -151,6 +151,7 @@ def finish(axes: Axes, title: str, legend: dict[str, Line] | None = None) -> Non
     axes.set_xlabel("epoch", color=TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(x=0.03, y=0.13)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # none of them is ever negative
     axes.tick_params(color=LINES, labelcolor=TEXT)
     axes.grid(color=LINES, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)

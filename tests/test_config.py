@@ -162,6 +162,11 @@ def test_a_file_that_holds_no_settings_is_refused_by_name(content: bytes, tmp_pa
         load_config(recipe)
 
 
+def test_a_misspelt_recipe_is_guessed(refused: Callable) -> None:
+    with refused("cannot read the config", "scts.yaml", "did you mean", "scst.yaml?"):
+        load_config(RECIPES[0].with_name("scts.yaml"))
+
+
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
 def test_a_file_that_cannot_be_read_is_refused_by_name(name: str, tmp_path: Path, refused: Callable) -> None:
     with refused(str(tmp_path / name), "--config"):

@@ -19,6 +19,7 @@ from evaluation import (
     write_captions,
 )
 
+import evaluate
 from data import formats
 
 # ---- captions of any system ------------------------------------------------------------------------------------------
@@ -163,7 +164,8 @@ def test_runs_are_compared_in_one_table_in_markdown_and_csv(run: Run, capsys: py
     best = {name: texts[0] for name, texts in read_references().items() if name in THEIRS}
     assert run("--compare", "flickr8k", "same", write_captions(best, "best.json")) == 0
     page = Path("runs/comparison-test.md").read_text()
-    assert page in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert page in printed
     header, _, *lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")]
     assert header == [
         *("run", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "p (BLEU-4)", "p (CIDEr-D)"),
@@ -174,12 +176,17 @@ def test_runs_are_compared_in_one_table_in_markdown_and_csv(run: Run, capsys: py
     assert lines[0][-3:] == ["–", "–", "beam-5 lp:0.7 max:25"]
     assert lines[1] == ["same", *lines[0][1:-3], "1.000", "1.000", lines[0][-1]]
     assert lines[2][-1] == "unknown"
+    assert "of 2 pictures alone p says little" in printed
     assert lines[2][:5] == ["best.json", "100.0", "100.0", "100.0", "100.0"]
     with open("runs/comparison-test.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["flickr8k", "same", "best.json"]
     assert float(rows[0]["cider"]) == pytest.approx(scores["cider"], abs=0.005)
     assert [row["p_cider"] for row in rows[:2]] == ["", "1.0"]
+
+
+def test_no_difference_is_said_to_be_certain() -> None:
+    assert [evaluate.as_p(p) for p in (None, 0.0, 0.0009, 0.001, 1)] == ["–", "<0.001", "<0.001", "0.001", "1.000"]
 
 
 def test_p_values_are_against_the_first_run(run: Run) -> None:

@@ -182,6 +182,16 @@ def test_a_run_that_is_not_there_is_refused_with_the_command_that_makes_it(
             find_run("checkpoints.pth", name)
 
 
+def test_a_misspelt_run_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run("sample", 1000)
+    with refused("runs/sampel holds no last.pth", "did you mean sample?"):
+        find_run("last.pth", "sampel")
+    Path("runs/sampl").mkdir()
+    with refused("runs/sampl holds no last.pth", "make it with"):
+        find_run("last.pth", "sampl")
+
+
 def test_a_named_run_is_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = make_run("mine", 1000)
