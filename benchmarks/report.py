@@ -73,6 +73,7 @@ PER_DECODER = (
         "captions/s by greedy search, beam 3, beam 5",
         "{beam1_images_per_second:,.0f}, {beam3_images_per_second:,.0f}, {beam5_images_per_second:,.0f}",
     ),
+    ("words in these captions", "{caption_words}"),
     ("beam 5 against picture by picture", "{beam5_over_per_image:.1f} x"),
 )
 

@@ -1,8 +1,8 @@
 """What the speed benchmark works on: pictures and captions as large, as long and as many-worded as Flickr8k's.
 
 Speed does not depend on what is in them, so nothing has to be downloaded: colours are smooth noise, words have Zipf's
-frequencies, and the backbone's weights are random. What is learned from them writes on and on, so that captions are cut
-at the length at which a trained model's end: search takes time by the word.
+frequencies, and the backbone's weights are random. What is learned from them may write on and on, so that captions are
+cut at the length at which a trained model's end: search takes time by the word, and how many there were is told.
 """
 
 import csv
