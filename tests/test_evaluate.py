@@ -100,7 +100,10 @@ def test_greedy_captions_of_val_have_the_scores_that_training_logged_for_its_bes
     assert float(best["val_cider"]) > 0
     assert run("--split", "val", "--tokeniser", "words", "search.beam=1") == 0
     scores = read_scores("runs/flickr8k/scores-val.json")
-    assert [round(scores["cider"], 2), round(scores["bleu4"], 2)] == [float(best["val_cider"]), float(best["val_bleu4"])]
+    assert [round(scores["cider"], 2), round(scores["bleu4"], 2)] == [
+        float(best["val_cider"]),
+        float(best["val_bleu4"]),
+    ]
 
 
 def test_out_says_where_to_write(run: Run) -> None:

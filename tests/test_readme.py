@@ -89,7 +89,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
     words = shlex.split(command)
     name, *options = words[2:] if words[1] == "-m" else words[1:]
     if name == "train.py" and "--resume" not in options:
-        critical = SELF_CRITICAL if "configs/scst.yaml" in options else ()
+        critical = SELF_CRITICAL if "scst.yaml" in command else ()
         here = () if is_absent(command) else HERE
         options = [*SMALL, *here, *options, *SHORT, *critical]
     monkeypatch.setattr(sys, "argv", [name, *options])
