@@ -284,9 +284,10 @@ def score(captions: dict[str, str], references: References, signature: str) -> d
     by_java, notes = metrics.score_by_java(captions, references.captions, references.tokenise, references.language)
     for note in notes:
         print(note)
-    every = scores.corpus | by_java
+    every = (scores.corpus | by_java).items()
+    rounded = {name: None if value is None else round(value, DIGITS) for name, value in every}
     return {
-        **{name: None if every[name] is None else round(every[name], DIGITS) for name in NAMES},
+        **{name: rounded[name] for name in NAMES},
         "split": references.split,
         "signature": signature,
         "intervals": metrics.intervals(scores),
