@@ -126,6 +126,12 @@ def test_epoch_ticks_are_whole_numbers_even_for_one_epoch(home: Path) -> None:
         assert all(len(axes.get_xticks()) for axes in figure.axes)
 
 
+def test_no_axis_goes_below_zero(home: Path) -> None:
+    low = "1\t1e-05\t0.2\t0.1\t1.1\t0.3\t0.5\n2\t1e-05\t9.0\t8.0\t90.0\t40.0\t90.0\n"
+    figure = visualize_loss.draw({"lstm": visualize_loss.read_log(write_run("lstm", HEADER + low))})
+    assert [axes.get_ylim()[0] for axes in figure.axes] == [0, 0, 0, 0]
+
+
 def test_a_diverged_run_is_drawn_with_the_best_epoch_before(home: Path) -> None:
     curves = visualize_loss.read_log(write_run("lstm", HEADER + ROWS[0] + "2\t1\tnan\tnan\t1e304\t0\tnan\n"))
     assert visualize_loss.best_epoch(curves) == 0

@@ -51,6 +51,15 @@ def test_the_caption_most_like_those_of_similar_pictures_comes_first(consensus: 
     assert best == [ids(captions[0]) for captions in SAID.values()]
 
 
+def test_the_regression_that_ranks_is_not_the_one_that_training_goes_by(consensus: Consensus) -> None:
+    assert consensus.for_ranking.sharpness < consensus.for_learning.sharpness
+    found, weight = [hypotheses(SAID["dog"][0])], 1.0
+    [[ranked]] = consensus.rank(LOOKS[:1], found, weight)
+    votes = consensus.for_ranking.votes(consensus.looks(LOOKS[:1]))
+    expected = consensus.expect(votes, torch.tensor([found[0][0].ids]), torch.tensor([0]))
+    assert ranked.score == pytest.approx(-1.0 + float(expected))
+
+
 def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
     liked, probable = hypotheses("the dog is running", "the boat floats")
     probable = Hypothesis(probable.ids, -0.5, -0.5)

@@ -204,6 +204,8 @@ def test_what_other_pictures_lead_one_to_expect_is_rewarded_too(tiny_config: Cal
     rewards = critic.rewards(captions, batch)
     critic.consensus_weight = 0
     torch.testing.assert_close(rewards, critic.rewards(captions, batch) + 4 * expected)
+    critic.consensus.for_learning = critic.consensus.for_ranking  # which is not what training goes by
+    assert not torch.allclose(critic.expected(captions, batch), expected.flatten(), atol=0.1)
 
 
 def test_of_a_mirrored_picture_left_is_expected_where_others_say_right(tiny_config: Callable) -> None:
