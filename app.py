@@ -20,7 +20,7 @@ import inference_visualize as inference
 from config import SearchConfig, UserError
 from data.vocab import SPECIALS
 from models.model import Caption, CaptionModel
-from render import light, plain, scale, split_before
+from render import WordMaps, light, plain, scale, split_before
 from utils import PRETRAINED, RUNS, as_json, pick_device
 
 TITLE = "Image captioning"
@@ -193,7 +193,7 @@ def look(captioner: Captioner, picture: inference.Picture) -> tuple[Image.Image,
 def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], max_length: int, columns: int) -> None:
     """Show a picture with its captions: beside it, or below it where there are several columns of pictures."""
     best, *others = captions
-    looks = inference.word_maps(best, slice(None))
+    looks = WordMaps.of(best)
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()

@@ -341,7 +341,7 @@ class Artist:
         picture, shown, _ = opened
         texts = [replace(caption, attention=None) for caption in captions]
         file = f"{self.folder.name}/{self.stems[picture]}.jpg"
-        return Done(picture, texts, word_maps(captions[0], self.heads), file, shown.size)
+        return Done(picture, texts, WordMaps.of(captions[0], self.heads), file, shown.size)
 
     def draw(self, item: Opened | UserError, done: Done | UserError) -> Iterator[Future[None]]:
         if isinstance(item, UserError) or isinstance(done, UserError):
@@ -373,15 +373,6 @@ def read(picture: Picture, transform: Transform | None) -> Opened | UserError:
     pixels = transform.resize(opened) if transform else None
     opened.thumbnail((LONGEST_SIDE[1], LONGEST_SIDE[1]))
     return picture, opened, pixels
-
-
-def word_maps(caption: Caption, heads: slice | None) -> WordMaps | None:
-    """Return where the decoder looked for each word, the mean of these heads; None without heads."""
-    if heads is None or caption.attention is None:
-        return None
-    maps = caption.attention[:, heads].mean(1).float().cpu()  # (words, L)
-    side = math.isqrt(maps.shape[1])
-    return WordMaps(caption.words, maps.unflatten(1, (side, side)).numpy())
 
 
 def save(draw: Callable[..., Image.Image], picture: Image.Image, drawn: str | WordMaps, path: Path) -> None:

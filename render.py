@@ -19,13 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import matplotlib
 import numpy as np
 from matplotlib import ft2font
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from models.model import Caption
 
 LONGEST_SIDE = (448, 800)  # small pictures are enlarged until text next to them reads well, large ones shrunk
 SHORTEST_SIDE = 240  # thinner pictures lie on a background this wide, so that a caption has room
@@ -174,6 +177,15 @@ class WordMaps:
 
     words: Sequence[str]
     maps: np.ndarray
+
+    @classmethod
+    def of(cls, caption: "Caption", heads: slice | None = slice(None)) -> Self | None:
+        """Return the mean of these of the decoder's heads, or None where there are none or no maps were kept."""
+        if heads is None or caption.attention is None:
+            return None
+        maps = caption.attention[:, heads].mean(1).float().cpu()  # (words, L)
+        side = math.isqrt(maps.shape[1])
+        return cls(caption.words, maps.unflatten(1, (side, side)).numpy())
 
     def levels(self) -> np.ndarray:
         """Return the maps as uint8 (words, side, side), the strongest cell of each being 255."""

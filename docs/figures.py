@@ -31,10 +31,9 @@ from config import UserError, cli
 from data import annotations, sample
 from data.transforms import open_picture
 from data.vocab import EOS
-from inference_visualize import word_maps
 from models.model import Caption, CaptionModel
 from models.search import Running, Search
-from render import light
+from render import WordMaps, light
 from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
 
@@ -201,7 +200,7 @@ def draw_looks() -> Figure:
     """Draw where the captioner in pretrained/ looks in a photograph, word by word."""
     model = CaptionModel.from_checkpoint(PRETRAINED)
     seen = look_at(model, photographs()[1], [])
-    looks = word_maps(best(model, seen, keep_attention=True), slice(None))
+    looks = WordMaps.of(best(model, seen, keep_attention=True))
     assert looks
     lit = [(light(seen.picture, level), word, TEXT) for word, level in zip(looks.words, looks.levels(), strict=True)]
     panels = [(seen.picture, "the photograph", FAINT), *lit]

@@ -27,7 +27,7 @@ from config import Config
 from data import sample
 from data.transforms import open_picture
 from data.vocab import SPECIALS, Vocabulary, build_vocab
-from inference_visualize import per_word, word_maps
+from inference_visualize import per_word
 from models.consensus import Consensus
 from models.model import Caption, CaptionModel
 
@@ -190,7 +190,7 @@ def test_sliding_through_the_words_shows_where_each_was_looked_for(
     page = drop(demo("--checkpoint", checkpoints / "attention.pth"), picture)
     assert not lit and "<mark>" not in markup(page)
     best = captions_of(checkpoints / "attention.pth", picture)[0]
-    looks = word_maps(best, slice(None))
+    looks = render.WordMaps.of(best)
     assert looks
     for word in (1, len(best.words)):
         slide(page, "Where it looked", word)

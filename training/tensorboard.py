@@ -41,13 +41,12 @@ class Board:
         """Show some pictures of a dataset with features, each with its greedy caption and where the decoder looked."""
         if not self.writer or dataset.features is None:
             return
-        from inference_visualize import word_maps  # which draws: not for those who ask for no board
-        from render import draw_attention, draw_caption
+        from render import WordMaps, draw_attention, draw_caption  # not for those who ask for no board
 
         features = dataset.features.take(images)
         captions = model.describe(features, model.config.search.greedy(), keep_attention=True)
         for image, [caption] in zip(images, captions, strict=True):
-            picture, looks = open_picture(dataset.folder / image), word_maps(caption, slice(None))
+            picture, looks = open_picture(dataset.folder / image), WordMaps.of(caption)
             self.show(f"captions/{image}", draw_caption(picture, caption.text), step)
             if looks:
                 self.show(f"attention/{image}", draw_attention(picture, looks), step)
