@@ -1,11 +1,11 @@
 """Write the model card of the captioner in pretrained/, in Hugging Face's form: `python -m benchmarks.card`.
 
 The text is that of benchmarks/card.md; what stands there for each $name comes from the results of the seeds of
-configs/pretrained.yaml and from those of benchmarks/limits.py.
+configs/pretrained.yaml and configs/pretrained_scst.yaml, and from those of benchmarks/limits.py.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,8 +19,8 @@ from evaluate import NAMES
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
 
-RECIPE = "pretrained"
-RIVAL = f"ablations/attention-{ALONE}"  # on a ResNet-50, and searched in the same way
+FIRST, RECIPE = "pretrained", "pretrained_scst"  # what the second learns goes on from the first
+RIVAL = f"ablations/scst-{ALONE}"  # on a ResNet-50, and searched in the same way
 TEXT = Path(__file__).with_suffix(".md")
 CARD = PRETRAINED.with_name("README.md")
 SHOWN = ("bleu1", "bleu4", "meteor", "rouge_l", "cider")
@@ -47,11 +47,12 @@ def make(results: Path, checkpoint: Path) -> str:
     Raises UserError where something is missing, and for a checkpoint that is not the one measured or not the best.
     """
     measured = results / LIMITS.name
-    seeds, rivals = (
-        [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (RECIPE, RIVAL)
+    first, seeds, rivals = (
+        [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE, RIVAL)
     )
-    if not seeds:
-        raise UserError(f"{results} has no {RECIPE}-seed0.json; make it with: python -m benchmarks.recipes {RECIPE}")
+    for recipe, found in ((FIRST, first), (RECIPE, seeds)):
+        if not found:
+            raise UserError(f"{results} has no {recipe}-seed0.json; make it: python -m benchmarks.recipes {recipe}")
     if not checkpoint.is_file():
         raise UserError(f"there is no {checkpoint}; put the best seed's checkpoint there")
     limits = read(measured) if measured.is_file() else None
@@ -64,8 +65,10 @@ def make(results: Path, checkpoint: Path) -> str:
         raise UserError(
             f"{checkpoint} is of another seed than {best['seed']}, which has the best CIDEr-D; keep that one"
         )
-    facts = of_training(seeds, best) | of_file(limits["checkpoint"]) | of_scores(seeds, limits["scores"], rivals)
-    text = Template(TEXT.read_text(encoding="utf-8")).substitute(facts | of_limits(limits))
+    compared = {f"`configs/{FIRST}.yaml`, mean": first, "`configs/scst.yaml`, `search.consensus=0`, mean": rivals}
+    facts = of_training(first, seeds, best) | of_file(limits["checkpoint"])
+    facts |= of_scores(seeds, limits["scores"], compared) | of_limits(limits)
+    text = Template(TEXT.read_text(encoding="utf-8")).substitute(facts)
     return f"---\n{yaml.safe_dump(header(best, limits['scores']), sort_keys=False)}---\n\n{text}"
 
 
@@ -75,7 +78,8 @@ def read(path: Path) -> Found:
 
 def header(best: Found, scores: Found) -> Found:
     """Return what the Hub reads of a card."""
-    metrics = [{"type": kind, "name": NAMES[name], "value": scores[name]} for name, kind in HUB.items() if scores[name]]
+    figures = {name: round(scores[name], 2) for name in HUB if scores[name]}
+    metrics = [{"type": HUB[name], "name": NAMES[name], "value": value} for name, value in figures.items()]
     result = {
         "task": {"type": "image-to-text", "name": "Image captioning"},
         "dataset": {"type": "flickr8k", "name": "Flickr8k", "split": "validation"},
@@ -94,22 +98,31 @@ def header(best: Found, scores: Found) -> Found:
     }
 
 
-def of_training(seeds: Sequence[Found], best: Found) -> dict[str, object]:
+def of_training(first: Sequence[Found], seeds: Sequence[Found], best: Found) -> dict[str, object]:
     config, machine = best["config"], best["environment"]
-    usual = flatten(load_config().model_dump()) | {name: config[name] for name in ("run", "train.seed")}
-    changed = {name: value for name, value in config.items() if value != usual[name]}
     return {
         "encoder": config["encoder.name"],
-        "settings": table("setting | value", ([f"`{name}`", f"`{show(value)}`"] for name, value in changed.items())),
+        "settings": settings_table([first[0]["config"], config]),
         "min_count": config["data.min_count"],
         "beam": config["search.beam"],
         "length_penalty": config["search.length_penalty"],
         "seed": best["seed"],
         "seeds": listed(result["seed"] for result in seeds),
+        "first_minutes": listed(round(result["train_minutes"]) for result in first),
         "minutes": listed(round(result["train_minutes"]) for result in seeds),
-        "memory": max(result["peak_memory_gb"] for result in seeds),
+        "memory": max(result["peak_memory_gb"] for result in [*first, *seeds]),
         "machine": f"{machine['processor']}, PyTorch {machine['torch']}, threads: {machine['threads']}",
     }
+
+
+def settings_table(configs: Sequence[Found]) -> str:
+    """Return the settings of recipes that are not those of config.yaml, a column for each recipe."""
+    rows = []
+    for name, usual in flatten(load_config().model_dump()).items():
+        values = [config.get(name, usual) for config in configs]
+        if name not in {"run", "train.seed", "train.start"} and any(value != usual for value in values):
+            rows.append([f"`{name}`", *("" if value == usual else f"`{show(value)}`" for value in values)])
+    return table("setting | first | then", rows)
 
 
 def of_file(file: Found) -> dict[str, object]:
@@ -123,11 +136,11 @@ def of_file(file: Found) -> dict[str, object]:
     }
 
 
-def of_scores(seeds: Sequence[Found], kept: Found, rivals: Sequence[Found]) -> dict[str, object]:
+def of_scores(seeds: Sequence[Found], kept: Found, compared: Mapping[str, Sequence[Found]]) -> dict[str, object]:
     rows = [[f"seed {result['seed']}", *figures(result["scores"], result["intervals"])] for result in seeds]
     rows.append(["mean ± deviation", *deviations(seeds)])
     rows.append(["**`captioner.pth`**", *figures(kept, kept["intervals"])])
-    rows.append(["`configs/attention.yaml`, `search.consensus=0`, mean", *deviations(rivals)])
+    rows += [[name, *deviations(results)] for name, results in compared.items()]
     return {
         "scores": table(f" | {' | '.join(NAMES[name] for name in SHOWN)}", rows),
         "signature": kept["signature"],
