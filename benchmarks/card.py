@@ -78,8 +78,8 @@ def read(path: Path) -> Found:
 
 def header(best: Found, scores: Found) -> Found:
     """Return what the Hub reads of a card."""
-    figures = {name: round(scores[name], 2) for name in HUB if scores[name]}
-    metrics = [{"type": HUB[name], "name": NAMES[name], "value": value} for name, value in figures.items()]
+    values = {name: round(scores[name], 2) for name in HUB if scores[name]}
+    metrics = [{"type": HUB[name], "name": NAMES[name], "value": value} for name, value in values.items()]
     result = {
         "task": {"type": "image-to-text", "name": "Image captioning"},
         "dataset": {"type": "flickr8k", "name": "Flickr8k", "split": "validation"},
