@@ -72,7 +72,8 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     if saved:
         trainer.restore(saved)
         if trainer.is_finished():
-            print(f"{run} is finished already; to train on: python train.py run=NAME train.start={run}/checkpoints.pth")
+            again = f"python train.py --config {run}/config.yaml run=NAME train.start={run}/checkpoints.pth"
+            print(f"{run} is finished; to train on: {again}")
         else:
             print(f"going on with {run} from step {trainer.progress.step}")
     else:

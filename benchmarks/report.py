@@ -24,6 +24,7 @@ DATASETS = {  # pictures and captions
     "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
 }
 ALONE = "alone"  # the variant of a recipe that does without its consensus
+ANEW = "anew"  # the same settings, trained again by the code of later variants
 DECODERS = ("lstm", "attention", "transformer")
 # Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
 FIGURES = (
@@ -123,7 +124,8 @@ def dev_scores(dataset: str) -> str:
 def ablations() -> str:
     """Return what each variant of a recipe changes and scores, against the recipe with the same seed.
 
-    One that was made without consensus is compared with what the recipe scores without.
+    One that was made without consensus is compared with what the recipe scores without, and one that was trained
+    otherwise with the recipe trained anew, by the same code, where there is that.
     """
     lines = ["| recipe | with | BLEU-4 | CIDEr-D | change in CIDEr-D |", "|---" * 5 + "|"]
     rows: list[tuple[str, str, float, float, Any]] = []
@@ -131,7 +133,7 @@ def ablations() -> str:
     folder = HERE / "results" / "flickr8k"
     for path in sorted((folder / "ablations").glob("*.json")):
         variant = json.loads(path.read_text())
-        if variant["variant"] == ALONE:
+        if variant["variant"] in (ALONE, ANEW):
             continue
         name = f"{variant['recipe']}-seed{variant['seed']}"
         base = json.loads((folder / f"{name}.json").read_text())
@@ -141,10 +143,15 @@ def ablations() -> str:
             base = json.loads((folder / "ablations" / alone).read_text())
             name += ", `search.consensus=0`"
         usual = defaults | base["config"]
-        changed = [f"`{key}={show(value)}`" for key, value in settings.items() if key != "run" and value != usual[key]]
+        changed = {key: value for key, value in settings.items() if key != "run" and value != usual[key]}
+        anew = folder / "ablations" / f"{variant['recipe']}-{ANEW}-seed{variant['seed']}.json"
+        if anew.is_file() and not all(key.startswith("search.") for key in changed):
+            base = json.loads(anew.read_text())
+            name += ", trained anew"
+        what = ", ".join(f"`{key}={show(value)}`" for key, value in changed.items())
         scores, before = variant["scores"], base["scores"]
         rows.append((name, "–", before["bleu4"], before["cider"], ""))
-        rows.append((name, ", ".join(changed), scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
+        rows.append((name, what, scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
     for name, what, bleu4, cider, change in dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–"))):
         lines.append(f"| {name} | {what} | {bleu4:.1f} | {cider:.1f} | {change and f'{change:+.1f}'} |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ They need two runs on the built-in sample, the captioner in pretrained/, and sci
 anyone may use:
 
     pip install scikit-image
-    python train.py
+    python train.py --config configs/sample.yaml
     python train.py --config configs/sample.yaml decoder.name=attention train.doubly_stochastic=1 run=sample-attention
 
 Nothing in them is made up: words, probabilities, maps and scores are those of the three trained models.

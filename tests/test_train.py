@@ -87,10 +87,8 @@ def test_a_finished_run_says_so_when_it_is_resumed(archive: Path, run: Run, caps
     assert run("--resume", "--config", "configs/lstm.yaml") == 2
     assert "leave --config out" in capsys.readouterr().err
     assert run("--resume", "--run", "mine", "train.epochs=2") == 0
-    assert (
-        "runs/mine is finished already; to train on: python train.py run=NAME train.start=runs/mine"
-        in capsys.readouterr().out
-    )
+    advice = "python train.py --config runs/mine/config.yaml run=NAME train.start=runs/mine/checkpoints.pth"
+    assert f"runs/mine is finished; to train on: {advice}\n" in capsys.readouterr().out
     assert log_of("mine") == before
 
 

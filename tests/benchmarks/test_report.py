@@ -64,6 +64,26 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
     ]
 
 
+def test_what_was_trained_otherwise_is_compared_with_the_recipe_trained_anew_by_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    folder = tmp_path / "results" / "flickr8k"
+    (folder / "ablations").mkdir(parents=True)
+    settings = {"train.ema": 0.999, "search.beam": 5}
+    (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
+    changes = {"anew": (43.0, {}), "raw": (42.5, {"train.ema": 0}), "wide": (45.0, {"search.beam": 15})}
+    for name, (cider, change) in changes.items():
+        made = result(0, cider) | {"config": settings | change, "variant": name}
+        (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
+    assert report.ablations().splitlines()[2:] == [
+        "| lstm-seed0 | – | 20.0 | 44.0 |  |",
+        "| lstm-seed0 | `search.beam=15` | 20.0 | 45.0 | +1.0 |",
+        "| lstm-seed0, trained anew | – | 20.0 | 43.0 |  |",
+        "| lstm-seed0, trained anew | `train.ema=0` | 20.0 | 42.5 | -0.5 |",
+    ]
+
+
 def test_what_a_recipe_scores_without_consensus_is_told_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
