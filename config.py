@@ -40,9 +40,15 @@ FREE_AFTER_TRAINING = {
     *("train.num_workers", "train.log_every", "train.checkpoint_every", "train.tensorboard"),
 }
 
+# What pydantic says in its own words.
+PLAIN = {
+    "bool_type": "it should be true or false",
+    "bool_parsing": "it should be true or false",
+    "string_pattern_mismatch": "it should start with a letter, a digit or _, and go on with these, . and -",
+}
+
 # What the name of a file could do to a terminal.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
 
 # What torch says of CUDA and of MPS, and of a CPU.
 NO_MEMORY = re.compile("out of memory|can't allocate memory")
@@ -286,7 +292,7 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name, places = ".".join(map(str, first["loc"][:2])), "".join(f"[{place}]" for place in first["loc"][2:])
-        expected = re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
+        expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
         raise UserError(
             f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
             f"{expected}; config.yaml says what it means"

@@ -119,6 +119,19 @@ def test_a_value_of_the_wrong_kind_is_refused_with_its_dotted_path(word: str, re
         load_config(overrides=[word])
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("train.mirror=ja", "true or false"),
+        ("run=../elsewhere", "start with a letter, a digit or _"),
+        ("train.epochs=0", "greater than 0"),
+    ],
+)
+def test_what_a_value_should_be_is_said_in_words(word: str, told: str, refused: Callable) -> None:
+    with refused(word.split("=")[0], told):
+        load_config(overrides=[word])
+
+
 def test_self_critical_epochs_are_a_part_of_all(refused: Callable) -> None:
     with refused("train.self_critical_epochs", "train.epochs"):
         load_config(overrides=["train.self_critical_epochs=6"])
