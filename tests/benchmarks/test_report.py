@@ -47,16 +47,26 @@ def test_a_row_is_the_mean_and_the_spread_of_the_seeds(tmp_path: Path, monkeypat
     assert row == f"| `configs/lstm.yaml` | 3 | {' | '.join(cells)} |"
 
 
-def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results are, none yet."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     folder = tmp_path / "results" / "flickr8k"
     (folder / "ablations").mkdir(parents=True)
-    settings: dict[str, object] = {"run": "lstm-seed0", "train.ema": 0.999, "decoder.dropout": 0.5}
-    (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
-    changes: dict[str, dict[str, object]] = {"raw": {"train.ema": 0}, "dry": {"decoder.dropout": 0.0}}
-    for name, change in changes.items():
-        made = result(0, 42.5) | {"config": settings | change | {"run": f"lstm-{name}-seed0"}, "variant": name}
-        (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
+    return folder
+
+
+def keep(folder: Path, cider: float, settings: dict[str, object], variant: str | None = None) -> None:
+    path = folder / "ablations" / f"lstm-{variant}-seed0.json" if variant else folder / "lstm-seed0.json"
+    config = settings | {"run": path.stem}
+    path.write_text(json.dumps(result(0, cider) | {"config": config, "variant": variant}))
+
+
+def test_an_ablation_names_what_was_changed_and_what_it_gained(folder: Path) -> None:
+    settings: dict[str, object] = {"train.ema": 0.999, "decoder.dropout": 0.5}
+    keep(folder, 44.0, settings)
+    keep(folder, 42.5, settings | {"train.ema": 0}, "raw")
+    keep(folder, 42.5, settings | {"decoder.dropout": 0.0}, "dry")
     assert report.ablations().splitlines()[2:] == [
         "| lstm-seed0 | – | 20.0 | 44.0 |  |",
         "| lstm-seed0 | `decoder.dropout=0.0` | 20.0 | 42.5 | -1.5 |",
@@ -64,18 +74,12 @@ def test_an_ablation_names_what_was_changed_and_what_it_gained(tmp_path: Path, m
     ]
 
 
-def test_what_was_trained_otherwise_is_compared_with_the_recipe_trained_anew_by_the_same_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "HERE", tmp_path)
-    folder = tmp_path / "results" / "flickr8k"
-    (folder / "ablations").mkdir(parents=True)
-    settings = {"train.ema": 0.999, "search.beam": 5}
-    (folder / "lstm-seed0.json").write_text(json.dumps(result(0, 44.0) | {"config": settings}))
-    changes = {"anew": (43.0, {}), "raw": (42.5, {"train.ema": 0}), "wide": (45.0, {"search.beam": 15})}
-    for name, (cider, change) in changes.items():
-        made = result(0, cider) | {"config": settings | change, "variant": name}
-        (folder / "ablations" / f"lstm-{name}-seed0.json").write_text(json.dumps(made))
+def test_what_was_trained_otherwise_is_compared_with_the_recipe_trained_anew_by_the_same_code(folder: Path) -> None:
+    settings: dict[str, object] = {"train.ema": 0.999, "search.beam": 5}
+    keep(folder, 44.0, settings)
+    keep(folder, 43.0, settings, "anew")
+    keep(folder, 42.5, settings | {"train.ema": 0}, "raw")
+    keep(folder, 45.0, settings | {"search.beam": 15}, "wide")
     assert report.ablations().splitlines()[2:] == [
         "| lstm-seed0 | – | 20.0 | 44.0 |  |",
         "| lstm-seed0 | `search.beam=15` | 20.0 | 45.0 | +1.0 |",
@@ -84,17 +88,11 @@ def test_what_was_trained_otherwise_is_compared_with_the_recipe_trained_anew_by_
     ]
 
 
-def test_what_a_recipe_scores_without_consensus_is_told_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "HERE", tmp_path)
-    folder = tmp_path / "results" / "flickr8k"
-    (folder / "ablations").mkdir(parents=True)
-    made = {"": (58.0, 5, 0.999), "-alone": (54.0, 0, 0.999), "-raw": (53.0, 0, 0)}
-    for name, (cider, consensus, ema) in made.items():
-        content = result(0, cider) | {"config": {"search.consensus": consensus, "train.ema": ema}}
-        place = folder / "ablations" / f"lstm{name}-seed0.json" if name else folder / "lstm-seed0.json"
-        place.write_text(json.dumps(content | {"variant": name[1:] or None}))
+def test_what_a_recipe_scores_without_consensus_is_told_beside_it(folder: Path) -> None:
+    settings: dict[str, object] = {"search.consensus": 5, "train.ema": 0.999}
+    keep(folder, 58.0, settings)
+    keep(folder, 54.0, settings | {"search.consensus": 0}, "alone")
+    keep(folder, 53.0, {"search.consensus": 0, "train.ema": 0}, "raw")
     _, _, without, ranked, *_ = report.dev_scores("flickr8k").splitlines()
     assert without.startswith("| `configs/lstm.yaml`, `search.consensus=0` | 1 |")
     assert "| 54.0 |" in without
