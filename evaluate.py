@@ -253,6 +253,11 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
     ids = pictures["image_id"].astype(str)
     refuse_twice(ids.tolist(), "the references have more than one picture with the id")
     missing = [name for name in ids if name not in captions]
+    if len(missing) == len(ids):
+        raise UserError(
+            f"{path} has captions of none of the {len(ids):,} {references.split} pictures, such as {ids.iloc[0]:.60}; "
+            "give captions of the same dataset and split"
+        )
     if missing:
         raise UserError(
             f"{path} has no caption for {len(missing):,} of {len(ids):,} {references.split} pictures "

@@ -88,6 +88,11 @@ def test_missing_captions_are_refused_with_their_number_and_names(refuses: Refus
     assert not Path("scores-test.json").exists()
 
 
+def test_captions_of_another_dataset_are_known_as_such(refuses: Refusal) -> None:
+    path = write_captions({"elsewhere.jpg": "a dog"})
+    refuses(f"--predictions {path}", path, "none of the", "such as", "the same dataset")
+
+
 def test_two_captions_of_a_picture_are_refused(refuses: Refusal) -> None:
     rows = [{"image_id": name, "caption": "a dog"} for name in ("10.jpg", "11.jpg", "10.jpg")]
     Path("theirs.json").write_text(json.dumps(rows))
