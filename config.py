@@ -43,7 +43,6 @@ FREE_AFTER_TRAINING = {
 # What pydantic says in its own words.
 PLAIN = {
     "bool_type": "it should be true or false",
-    "bool_parsing": "it should be true or false",
     "string_pattern_mismatch": "it should start with a letter, a digit or _, and go on with these, . and -",
 }
 

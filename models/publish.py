@@ -39,6 +39,7 @@ def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     for name in FREE_AFTER_TRAINING:
         section, key = name.split(".")
         config[section][key] = usual[section][key]
+    config["train"]["start"] = None  # a path, too
     source = checkpoint["encoder"]["source"]
     encoder = checkpoint["encoder"] | {"source": source and Path(source).name}
     return halved(checkpoint) | {"config": config, "encoder": encoder}

@@ -41,7 +41,7 @@ def made(tmp_path: Path) -> Path:
     found = limits.measure(captions, given)
     file = {"sha256": hashlib.sha256(b"weights").hexdigest(), "bytes": 12_345_678, "seed": 1, "image_size": 260}
     file |= {"features": [81, 1280], "decoder_weights": 6_100_000, "words": 2538}
-    kept = scores | {"cider": 49.9, "intervals": intervals, "captions": found["one_person"], "signature": SIGNATURE}
+    kept = scores | {"cider": 49.9036, "intervals": intervals, "captions": found["one_person"], "signature": SIGNATURE}
     (tmp_path / limits.LIMITS.name).write_text(json.dumps({"checkpoint": file, "scores": kept, **found}))
     return tmp_path
 

@@ -16,7 +16,7 @@ from utils import load_checkpoint, save_checkpoint
 @pytest.fixture
 def trained(tiny_config: Callable, tmp_path: Path) -> Path:
     """A checkpoint of a model on a frozen backbone that comes with pip, and settings that are nobody's business."""
-    private = ("data.root=/home/private/archive", "data.cache=/home/private/cache")
+    private = ("data.root=/home/private/archive", "data.cache=/home/private/cache", "train.start=/home/private/a.pth")
     lite = ("encoder.name=efficientnet_lite0", "encoder.weights=IMAGENET1K_V1", "encoder.image_size=64")
     model = CaptionModel.build(tiny_config(*private, *lite), build_vocab(["a red dog", "two cats run"], 1))
     save_checkpoint(tmp_path / "checkpoints.pth", model.state() | {"scores": {"val_cider": 50.0}})
