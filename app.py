@@ -4,6 +4,8 @@ A page over inference_visualize.py. What models write and what files are called 
 Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
 """
 
+from cli import UserError
+
 import argparse
 import html
 import re
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 import inference_visualize as inference
-from config import SearchConfig, UserError
+from config import SearchConfig
 from data.vocab import SPECIALS
 from models.model import Caption, CaptionModel
 from render import WordMaps, light, plain, scale, split_before

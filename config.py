@@ -4,18 +4,13 @@
 explains mistakes with the dotted path of the setting and the nearest valid name.
 """
 
-import argparse
+from cli import UserError, shorten
+
 import difflib
-import io
-import itertools
-import os
 import re
 import reprlib
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -45,16 +40,6 @@ PLAIN = {
     "bool_type": "it should be true or false",
     "string_pattern_mismatch": "it should start with a letter, a digit or _, and go on with these, . and -",
 }
-
-# What the name of a file could do to a terminal.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-# What torch says of CUDA and of MPS, and of a CPU.
-NO_MEMORY = re.compile("out of memory|can't allocate memory")
-
-
-class UserError(Exception):
-    """A mistake the user can fix, told in one sentence: what is wrong, where, and what to do."""
 
 
 class Section(BaseModel):
@@ -267,15 +252,11 @@ def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
     sections = sorted({k.split(".")[0] for k in known if "." in k})
     if name in sections:
         return f"{where} sets '{name}' to a plain value, but it is a section; set '{name}.…' as in config.yaml"
-    name = shortened(name)
+    name = shorten(name)
     near = [known_name for known_name in known if known_name.split(".")[-1] == name]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "config.yaml lists every setting"
     return f"unknown setting '{name}' in {where}; {hint}"
-
-
-def shortened(name: str) -> str:
-    return name if len(name) <= 60 else name[:59] + "…"
 
 
 def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
@@ -318,105 +299,6 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     return config
 
 
-def cli(main: Callable[[], int | None]) -> int:
-    """Run a script's `main` and return its exit code; a user error prints one sentence and returns 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A log file shows each line as it is printed; names of files may hold what no encoding has.
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        return main() or 0
-    except UserError as error:
-        message = str(error)
-    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except OSError as error:
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
-        )
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
-            raise
-        message = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
-    except KeyboardInterrupt as stop:
-        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-        return 130
-    print(f"error: {printable(message)}", file=sys.stderr)
-    return 2
-
-
-def printable(text: str) -> str:
-    """Escape control characters, so that untrusted text is safe to print."""
-    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def quiet_if_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show no traceback of Ctrl-C while a script still imports its libraries, before `cli` runs."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = quiet_if_stopped
-
-
-def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the options of a script without settings; raises UserError for an option it does not have."""
-    args, unknown = parse_known(parser, sys.argv[1:])
-    if unknown:
-        known = options(parser)
-        hint = f"there are {', '.join(known)}" if known else "--help tells what it takes"
-        raise UserError(f"there is no {shortened(unknown[0])}; {hint}")
-    return args
-
-
-def parse_command_line(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse a script's options; settings such as `train.lr=1e-3` may stand anywhere and come back as `overrides`.
-
-    Raises UserError for an unknown option; if it names a setting, the message shows how to write it.
-    """
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
-    words, overrides = list[str](), list[str]()
-    for before, word in itertools.pairwise(["", *sys.argv[1:]]):
-        is_setting = re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
-        (overrides if is_setting and not takes_value(before, parser) else words).append(word)
-    args, unknown = parse_known(parser, words)
-    if unknown:
-        raise UserError(unknown_option(words[words.index(unknown[0]) :], parser))
-    args.overrides += overrides
-    return args
-
-
-def takes_value(word: str, parser: argparse.ArgumentParser) -> bool:
-    """Whether a word is an option that exactly one value must follow, whatever it looks like."""
-    action = parser._option_string_actions.get(word)
-    return action is not None and action.nargs is None
-
-
-def parse_known(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the known options and return the other words; raises UserError for a wrong or missing value."""
-
-    def refuse(message: str) -> NoReturn:  # argparse itself would print its usage
-        raise UserError(f"{message}; --help tells how")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_known_args(words)
-
-
-def options(parser: argparse.ArgumentParser) -> list[str]:
-    return re.findall(r"--[a-z-]+", parser.format_usage())
-
-
-def unknown_option(words: list[str], parser: argparse.ArgumentParser) -> str:
-    """Return what is wrong with the first of these words: --epochs 3, which should be train.epochs=3."""
-    option, _, value = words[0].partition("=")
-    if not value:
-        value = next((word for word in words[1:2] if not word.startswith("--")), "…")
-    key = option.strip("-").replace("-", "_")
-    settings = [name for name in flatten(read_yaml(CONFIG_YAML)) if key in (name, name.split(".")[-1])]
-    if settings:
-        return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in settings)}"
-    known = ", ".join(options(parser))
-    return f"there is no {shortened(option)}; there are {known}, and settings such as train.epochs=3"
+def setting_names() -> list[str]:
+    """Return the name of every setting, such as train.lr."""
+    return list(flatten(read_yaml(CONFIG_YAML)))

@@ -1,6 +1,6 @@
 """Score a run: its captions against the references, by the scorer that papers use, with intervals and a signature."""
 
-from config import Config, UserError, cli, load_config, parse_command_line  # isort: skip  # first: quiet if stopped
+from cli import Parser, UserError, run_script
 
 import argparse
 import csv
@@ -15,12 +15,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+import distributed
 import metrics
+from config import Config, load_config, setting_names
 from data import annotations, tars
 from data.features import FeatureCache, encode_pictures
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
-from training import distributed
 from utils import RUNS, as_json, find_run, pick_device, write_atomically
 
 NAMES = {
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Score the captions of a run, or of another system, against the references of a split.",
         epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
     )
@@ -101,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)"
     )
-    return parse_command_line(parser)
+    return parser.parse_options_and_settings(setting_names())
 
 
 def score_run(args: argparse.Namespace) -> None:
@@ -376,4 +377,4 @@ def as_p(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -1,6 +1,6 @@
 """Caption pictures with a trained run: JPGs with their captions, a page to browse them, and predictions.json."""
 
-from config import UserError, cli, flatten, parse_command_line, printable, read_yaml  # isort: skip  # first: quiet if stopped
+from cli import Parser, UserError, printable, run_script
 
 import argparse
 import glob
@@ -20,14 +20,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import distributed
 import metrics
+from config import flatten, read_yaml, setting_names
 from data import annotations
 from data.features import Extractor, FeatureCache, Features, read_ahead
 from data.transforms import Transform, open_picture
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from models.model import CAPTION_BATCH, Caption, CaptionModel
 from render import LONGEST_SIDE, NO_WORDS, Gallery, WordMaps, draw_attention, draw_caption, undrawable
-from training import distributed
 from utils import PRETRAINED, as_json, find_run, pick_device, write_atomically
 
 PAGE = "captions_result.html"
@@ -104,7 +105,7 @@ def caption(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
         epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions. "
         "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
@@ -143,7 +144,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)"
     )
-    return parse_command_line(parser)
+    return parser.parse_options_and_settings(setting_names())
 
 
 def count(pictures: int) -> str:
@@ -422,4 +423,4 @@ def unique_name(stem: str, taken: set[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

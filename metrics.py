@@ -3,6 +3,8 @@
 Everything is given and returned by picture: `captions` one each, `references` the raw ones, in the same order.
 """
 
+from cli import UserError
+
 import importlib.metadata
 import shutil
 import subprocess
@@ -21,7 +23,6 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
-from config import UserError
 from data.vocab import TOKENISERS
 
 SCORER = f"pycocoevalcap-{importlib.metadata.version('pycocoevalcap')}"

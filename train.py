@@ -1,6 +1,6 @@
 """Train an image captioner: config → table → vocabulary → features → captions → checkpoints and a loss log."""
 
-from config import Config, UserError, cli, load_config, parse_command_line  # isort: skip  # first: quiet if stopped
+from cli import Parser, UserError, run_script
 
 import argparse
 import contextlib
@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import distributed
 import metrics
+from config import Config, load_config, setting_names
 from data import annotations, tars
 from data.dataset import Batch, Features, Flickr8kDataset, Share, batch_indices
 from data.features import encode_pictures
@@ -25,7 +27,6 @@ from data.stream import StreamedDataset
 from data.words import cut
 from models.consensus import MOST, Consensus, forget
 from models.model import CaptionModel
-from training import distributed
 from training.begin import build_model, make_datasets, report_data
 from training.epoch import Epoch
 from training.objectives import Objective, caption_loss
@@ -84,7 +85,7 @@ def train(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a captioner on Flickr8k, or, with no dataset at archive/, on the built-in sample.",
         epilog="Example: python train.py train.epochs=10 run=longer",
     )
@@ -94,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="start again where a run of this name exists, and lose what it wrote"
     )
-    return parse_command_line(parser)
+    return parser.parse_options_and_settings(setting_names())
 
 
 def choose_config(args: argparse.Namespace) -> Config:
@@ -424,4 +425,4 @@ def disable_dropout(model: CaptionModel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

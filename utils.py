@@ -1,5 +1,7 @@
 """Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
 
+from cli import UserError
+
 import contextlib
 import difflib
 import io
@@ -16,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from config import UserError
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training

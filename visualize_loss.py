@@ -3,7 +3,7 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
-from config import UserError, cli, parse_options  # isort: skip  # first: quiet if stopped
+from cli import Parser, UserError, run_script
 
 import argparse
 import io
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw the loss curve of a run, or of several to compare them.",
         epilog="Example: python visualize_loss.py --run flickr8k attention",
     )
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="picture to write (default: loss_curve.png, in the run if it is one)"
     )
-    return parse_options(parser)
+    return parser.parse_options()
 
 
 def read_log(path: Path) -> Curves:
@@ -172,4 +172,4 @@ def save(figure: Figure, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -4,6 +4,8 @@ The text is that of benchmarks/card.md; what stands there for each $name comes f
 configs/pretrained.yaml and configs/pretrained_scst.yaml, and from those of benchmarks/limits.py.
 """
 
+from cli import UserError, run_script
+
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import yaml
 
 from benchmarks.limits import AGREE, LIMITS
 from benchmarks.report import ALONE, show, spread
-from config import UserError, cli, flatten, load_config
+from config import flatten, load_config
 from evaluate import NAMES
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
@@ -237,4 +239,4 @@ def listed(items: Iterable[object]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

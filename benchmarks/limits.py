@@ -9,6 +9,8 @@ The others agree on a thing where AGREE of them name it. The captioner and whoev
 against them: how much of what is agreed on they name (recall), how much of what they name another confirms (precision).
 """
 
+from cli import Parser, UserError, run_script
+
 import argparse
 import json
 import tempfile
@@ -20,7 +22,7 @@ import numpy as np
 
 import evaluate
 import metrics
-from config import UserError, cli, parse_command_line
+from config import setting_names
 from data import annotations
 from data.vocab import SPECIALS
 from models.encoder import file_sha256
@@ -59,10 +61,10 @@ Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
     parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     model = CaptionModel.from_checkpoint(args.checkpoint, args.overrides)
     table = annotations.load(model.config.data, annotations.read_splits(args.checkpoint.parent))
     with tempfile.TemporaryDirectory() as folder:
@@ -196,4 +198,4 @@ def share(hits: np.ndarray, cases: np.ndarray) -> list[float] | None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

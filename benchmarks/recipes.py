@@ -13,6 +13,8 @@ stopped goes on, and a variant that only searches otherwise takes what the recip
 figures one publishes.
 """
 
+from cli import Parser, UserError, run_script
+
 import argparse
 import json
 import platform
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, UserError, cli, flatten, load_config, parse_command_line, restore_config
+from config import FREE_AFTER_TRAINING, flatten, load_config, restore_config, setting_names
 from utils import RUNS, load_checkpoint, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,12 +38,12 @@ SITTINGS = "sittings.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a file in configs/, without .yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K")
     parser.add_argument("--dataset", default="flickr8k", metavar="NAME", help="the folder of the results (flickr8k)")
     parser.add_argument("--variant", metavar="NAME", help="what the settings given make of the recipe: for ablations")
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     folder, name = RESULTS / args.dataset, args.recipe
     if args.variant:
         folder, name = folder / "ablations", f"{args.recipe}-{args.variant}"
@@ -74,7 +76,7 @@ def only_searches_otherwise(trained: Path, overrides: Sequence[str]) -> bool:
 
 def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Score what one seed has trained; returns what its results file holds."""
-    status, _ = run_script(
+    status, _ = run_command(
         "evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word))
     )
     end_on_failure(status)
@@ -116,7 +118,7 @@ def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> None:
             words.append(f"train.start={RUNS / f'{Path(start).parent.name}-seed{seed}' / Path(start).name}")
         words += overrides
     began = time.monotonic()
-    status, memory = run_script("train.py", *words)
+    status, memory = run_command("train.py", *words)
     sittings.append({"minutes": (time.monotonic() - began) / 60, "memory": memory})
     if run.is_dir():
         write_atomically(told, json.dumps(sittings).encode())
@@ -128,7 +130,7 @@ def is_free(word: str) -> bool:
     return name in FREE_AFTER_TRAINING or name.startswith("search.")
 
 
-def run_script(script: str, *words: str) -> tuple[int, float]:
+def run_command(script: str, *words: str) -> tuple[int, float]:
     """Run one of the scripts; returns its exit status and its peak memory in GB.
 
     Memory is what the process has of its own: pages of a file it maps, such as cached features, are not counted. (On
@@ -170,4 +172,4 @@ def environment() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -3,6 +3,8 @@
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each function in TABLES.
 """
 
+from cli import UserError, run_script
+
 import json
 import re
 import statistics
@@ -11,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from config import UserError, cli, flatten, load_config
+from config import flatten, load_config
 from evaluate import NAMES
 from utils import write_atomically
 
@@ -246,4 +248,4 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -7,6 +7,8 @@ turns, in one process where it can be, and the median is taken: on a busy machin
 tells how busy it was. Work: `benchmarks.workload`. What each figure is: FIGURES in `benchmarks.report`.
 """
 
+from cli import Parser, run_script
+
 import argparse
 import json
 import os
@@ -23,10 +25,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import distributed
 from benchmarks import seed_style
 from benchmarks.recipes import ROOT, environment
 from benchmarks.workload import DECODERS, PeakMemory, make_trainer, write_dataset
-from config import SearchConfig, cli, parse_command_line
+from config import SearchConfig, setting_names
 from data import annotations
 from data.dataset import Flickr8kDataset, batch_indices
 from data.features import Extractor
@@ -35,7 +38,6 @@ from inference_visualize import Picture, caption_pictures
 from models.model import CAPTION_BATCH, CaptionModel
 from models.search import search
 from train import Progress, Trainer
-from training import distributed
 from training.optim import SETTLED
 from utils import StopRequest, pick_device, write_atomically
 
@@ -49,13 +51,13 @@ TURNS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/speed.json")
     parser.add_argument("--pictures", type=int, default=700, metavar="N", help="with five captions each (700)")
     parser.add_argument("--drawn", type=int, default=1000, metavar="N", help="that are encoded and captioned (1000)")
     parser.add_argument("--streamed", type=int, nargs=2, default=STREAMED, metavar="N", help="captions of simulations")
     parser.add_argument("--train-only", nargs=2, metavar=("FOLDER", "DECODER"), help=argparse.SUPPRESS)  # see below
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     if args.train_only:
         with distributed.processes():
             train_only(Path(args.train_only[0]), args.train_only[1])
@@ -296,4 +298,4 @@ def streaming(sizes: Sequence[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -4,6 +4,8 @@ Captions and features are made up and kept as `data.tars` and `data.features` wo
 by the code that trains; of its steps, which take long and whose number memory does not depend on, STEPS are made.
 """
 
+from cli import Parser, run_script
+
 import argparse
 import json
 import tempfile
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workload import EACH, PeakMemory, make_config, make_words
-from config import Config, cli, parse_command_line
+from config import Config, setting_names
 from data import tars
 from data.dataset import Flickr8kDataset
 from data.features import Shard, cache_place, identity
@@ -31,9 +33,9 @@ STEPS = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", type=int, help="such as 1000000, a multiple of 5000")
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     with tempfile.TemporaryDirectory() as folder:
         config = write_tars(Path(folder), args.captions)
         print(json.dumps(train(config, Path(folder))))
@@ -90,4 +92,4 @@ def no_captions(model: CaptionModel) -> Flickr8kDataset:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

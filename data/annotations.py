@@ -7,7 +7,8 @@ train, val or test, always decided per picture. Nothing after this module knows 
 captions came in, and nothing here needs torch.
 """
 
-import argparse
+from cli import Parser, UserError, run_script
+
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from config import DataConfig, UserError, cli, load_config, parse_command_line
+from config import DataConfig, load_config, setting_names
 from data import formats, sample
 from data.vocab import TOKENISERS
 
@@ -325,9 +326,9 @@ def describe_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print what a folder of captions and pictures holds.")
+    parser = Parser(description="Print what a folder of captions and pictures holds.")
     parser.add_argument("path", type=Path, help="the folder, such as archive, or a captions file in it")
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     if not args.path.exists():
         raise UserError(f"there is no folder or captions file {args.path}; check the path")
     root, captions = args.path, list[str]()
@@ -339,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

@@ -1,5 +1,7 @@
 """Flickr8kDataset: captions as word ids, pictures as cached features or pixels; and the batches they travel in."""
 
+from cli import UserError
+
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,6 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import UserError
 from data.transforms import WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
 from data.words import Words, cut_afresh

@@ -4,6 +4,8 @@ A download that was cut off goes on where it stopped; what is complete is checke
 unpacked. `--source` takes the files from a mirror, or from a folder, instead of the addresses below.
 """
 
+from cli import Parser, UserError, run_script
+
 import argparse
 import difflib
 import hashlib
@@ -20,7 +22,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, cli, parse_options
 from data.formats import leaves_folder
 
 CHUNK = 1 << 20  # bytes
@@ -94,11 +95,11 @@ KNOWN = [*SOURCES, *BY_HAND]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(KNOWN)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
-    args = parse_options(parser)
+    args = parser.parse_options()
     if args.dataset not in KNOWN:
         near = difflib.get_close_matches(args.dataset, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(KNOWN)}"
@@ -231,4 +232,4 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

@@ -5,6 +5,8 @@ manifest.json: what made the rows, each picture's name, size and mtime, and `row
 manifest says so: after a kill, encoding goes on from there.
 """
 
+from cli import UserError
+
 import hashlib
 import json
 import math
@@ -23,10 +25,9 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
+import distributed
 from data.dataset import Features
 from data.transforms import WHOLE, View, open_picture, other_views
-from training import distributed
 from utils import pick_precision, write_atomically
 
 if TYPE_CHECKING:  # it imports this file

@@ -5,6 +5,8 @@ the source has it: `data.annotations` finds it. Where a file names no split (as 
 a column of a CSV), it is None.
 """
 
+from cli import UserError
+
 import csv
 import json
 import re
@@ -13,8 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
-
-from config import UserError
 
 Row = tuple[str, str | int, str, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0

@@ -5,6 +5,8 @@ features hardly do. The scenes of dev and test are combinations of shape, colour
 occur in train. Every pixel and word is drawn from (SEED, scene number).
 """
 
+from cli import UserError
+
 import csv
 import itertools
 import math
@@ -15,8 +17,6 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-
-from config import UserError
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges

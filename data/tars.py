@@ -11,7 +11,8 @@ training holds some at a time (`data.stream`), and what is held out becomes file
 Train pictures stay in the tar until they are encoded (`data.features`); after that it may be removed.
 """
 
-import argparse
+from cli import Parser, UserError, run_script
+
 import hashlib
 import json
 import os
@@ -30,10 +31,10 @@ import pandas as pd
 from filelock import FileLock
 from tqdm import tqdm
 
-from config import DataConfig, UserError, cli, load_config, parse_command_line
+import distributed
+from config import DataConfig, load_config, setting_names
 from data import annotations, formats, words
 from data.transforms import open_picture
-from training import distributed
 from utils import write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
@@ -305,13 +306,13 @@ def export(config: DataConfig, folder: Path, each: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write a dataset as WebDataset tar shards.",
         epilog="Example: python -m data.tars tars data.root=archive",
     )
     parser.add_argument("out", type=Path, help="the folder for them")
     parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
-    args = parse_command_line(parser)
+    args = parser.parse_options_and_settings(setting_names())
     config = load_config(overrides=args.overrides).data
     expand("")  # says what to install, before any work
     written = export(config, args.out, max(1, args.pictures))
@@ -320,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

@@ -1,5 +1,7 @@
 """From a picture file to the tensor a backbone expects. One transform for training, validation and inference."""
 
+from cli import UserError
+
 import io
 import os
 import warnings
@@ -10,8 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as F
-
-from config import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # of others, Pillow hands EPS to Ghostscript
 # A small file may hold a huge picture: beyond Pillow's limit, 89 million pixels, it is refused, not only warned of.

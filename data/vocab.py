@@ -1,13 +1,13 @@
 """Words and their ids. One tokeniser object is used by the vocabulary, the dataset, the metrics and inference."""
 
+from cli import UserError
+
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from nltk.tokenize import NLTKWordTokenizer
-
-from config import UserError
 
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
 PAD, SOS, EOS, UNK = range(4)

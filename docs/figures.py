@@ -10,6 +10,8 @@ anyone may use:
 Nothing in them is made up: words, probabilities, maps and scores are those of the three trained models.
 """
 
+from cli import UserError, run_script
+
 import importlib.util
 import itertools
 import math
@@ -27,7 +29,6 @@ from PIL import Image
 
 import metrics
 import visualize_loss
-from config import UserError, cli
 from data import annotations, sample
 from data.transforms import open_picture
 from data.vocab import EOS
@@ -413,4 +414,4 @@ def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

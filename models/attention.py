@@ -1,12 +1,14 @@
 """Show, Attend and Tell (Xu et al. 2015): an LSTM that looks at the picture anew before each word."""
 
+from cli import UserError
+
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import DecoderConfig, UserError
+from config import DecoderConfig
 from models.decoder import Decoder, Dropout, Memory, State, by_picture
 
 

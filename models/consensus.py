@@ -6,6 +6,8 @@ picture's features it predicts the weights of n-grams that CIDEr-D compares, so 
 about the CIDEr-D that this one can expect. P pictures remembered, C captions of them, B pictures to caption, G n-grams.
 """
 
+from cli import UserError
+
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +18,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from config import UserError
 from data.dataset import Flickr8kDataset, padded
 from data.vocab import PAD
 from models.regression import Regression

@@ -1,11 +1,11 @@
 """What a checkpoint must hold before a model is built from it: untrusted files may hold any plain values."""
 
+from cli import UserError
+
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
-
-from config import UserError
 
 
 def as_tensor(value: Any) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """EncoderCNN: an ImageNet backbone cut before its classifier, giving a vector or a grid of features per picture."""
 
+from cli import UserError
+
 import copy
 import difflib
 import hashlib
@@ -14,7 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from config import EncoderConfig, UserError
+from config import EncoderConfig
 from data.transforms import Transform
 from utils import DAMAGED
 

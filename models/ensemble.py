@@ -1,5 +1,7 @@
 """Several trained models that write one caption together: at each word their probabilities are averaged."""
 
+from cli import UserError
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import UserError
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 

@@ -4,7 +4,7 @@
 says what they hold.
 """
 
-from config import UserError, cli, parse_command_line  # isort: skip  # first: quiet if stopped
+from cli import Parser, UserError, run_script
 
 import argparse
 import contextlib
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from config import setting_names
 from data import sample
 from data.vocab import SOS
 from models.consensus import forget
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write a trained model as safetensors and JSON, and as ONNX for use without PyTorch.",
         epilog="Example: python -m models.export --run attention --out exported. How captions are searched may be said "
         "anew for config.json: search.beam=5",
@@ -71,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
     which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
-    return parse_command_line(parser)
+    return parser.parse_options_and_settings(setting_names())
 
 
 def require(*packages: str) -> None:
@@ -273,4 +274,4 @@ def read(decoder: Decoder, pictures: torch.Tensor, words: torch.Tensor) -> torch
 
 
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    sys.exit(run_script(main))

@@ -1,5 +1,7 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing, and the file it is kept in."""
 
+from cli import UserError
+
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -14,7 +16,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, SearchConfig, UserError, change_search, flatten, restore_config
+import distributed
+from config import Config, SearchConfig, change_search, flatten, restore_config
 from data.dataset import Features
 from data.features import Extractor
 from data.transforms import Transform, open_picture, upright
@@ -26,7 +29,6 @@ from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, tensors_sha256, transform_for
 from models.search import Hypothesis, search
 from models.transformer import TransformerDecoder
-from training import distributed
 from utils import load_checkpoint
 
 DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}

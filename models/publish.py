@@ -5,6 +5,8 @@
 What is written is an ordinary checkpoint, which every script reads.
 """
 
+from cli import Parser, run_script
+
 import argparse
 import copy
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, cli, load_config, parse_options
+from config import FREE_AFTER_TRAINING, load_config
 from models.consensus import forget
 from models.encoder import file_sha256
 from models.model import CaptionModel
@@ -20,10 +22,10 @@ from utils import load_checkpoint, save_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
     parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
-    args = parse_options(parser)
+    args = parser.parse_options()
     CaptionModel.from_checkpoint(args.checkpoint)  # which refuses what is damaged
     save_checkpoint(args.out, publishable(load_checkpoint(args.checkpoint)))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
@@ -52,4 +54,4 @@ def halved(values: Any) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

@@ -4,6 +4,8 @@ E width (`decoder.embed_size`), A heads, N = B K captions, K of each picture, S 
 in all of them: layers compute these (W, E), and no padding.
 """
 
+from cli import UserError
+
 import math
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import DecoderConfig, UserError
+from config import DecoderConfig
 from data.vocab import PAD
 from models.decoder import Decoder, Dropout, Memory, State, by_picture, first_rows
 

@@ -1,5 +1,7 @@
 """What many tests share: a tiny dataset in Flickr8k's own form, a model to match, and how a refusal should read."""
 
+from cli import UserError
+
 import csv
 import re
 import shutil
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import Config, UserError, load_config
+from config import Config, load_config
 from data import sample
 from data.vocab import build_vocab
 from models.model import CaptionModel

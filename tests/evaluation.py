@@ -1,5 +1,7 @@
 """A tiny run to score, and how its scripts are called: shared by the tests of evaluate.py."""
 
+from cli import run_script
+
 import contextlib
 import csv
 import json
@@ -16,7 +18,6 @@ import nltk
 import pytest
 from conftest import TINY
 
-import config
 import evaluate
 import metrics
 import train
@@ -51,10 +52,10 @@ def scored(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setenv("PATH", str(folder / "nothing"))
         patch.setattr(sys, "argv", ["train.py", *TINY, *LEARNING, *(f"search.{setting}" for setting in SEARCH)])
-        assert config.cli(train.main) == 0
+        assert run_script(train.main) == 0
         patch.setattr(sys, "argv", ["evaluate.py"])
         with open("printed.txt", "w") as file, contextlib.redirect_stdout(file):
-            assert config.cli(evaluate.main) == 0
+            assert run_script(evaluate.main) == 0
     return folder
 
 
@@ -76,7 +77,7 @@ def run_with_java(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        return config.cli(evaluate.main)
+        return run_script(evaluate.main)
 
     return command
 

@@ -1,6 +1,7 @@
 """Settings: every mistake is explained with its dotted path, and nothing is silently taken for something else."""
 
-import argparse
+from cli import Parser, UserError, run_script
+
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 import config
-from config import Config, UserError, flatten, load_config, read_yaml, restore_config
+from config import Config, flatten, load_config, read_yaml, restore_config
 
 ROOT = Path(config.__file__).parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -261,7 +262,7 @@ def test_a_name_cannot_write_on_the_terminal(capsys: pytest.CaptureFixture[str])
     def main() -> None:
         raise UserError("there is no \x1b]0;title\x07 \u202efile\n of that name; check it")
 
-    assert config.cli(main) == 2
+    assert run_script(main) == 2
     assert capsys.readouterr().err == r"error: there is no \x1b]0;title\x07 \u202efile\n of that name; check it" + "\n"
 
 
@@ -281,23 +282,23 @@ def test_an_option_that_there_is_not_is_refused_with_the_setting_that_there_is(
     line: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main() -> None:
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         parser.add_argument("--config", metavar="FILE")
         parser.add_argument("--resume", action="store_true")
-        config.parse_command_line(parser)
+        parser.parse_options_and_settings(config.setting_names())
 
     monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-    assert config.cli(main) == 2
+    assert run_script(main) == 2
     assert capsys.readouterr().err == f"error: {told}\n"
 
 
 def test_settings_may_stand_anywhere_and_a_value_may_look_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--images", nargs="+")
     parser.add_argument("--out")
     line = "train.lr=1 --images a b search.beam=5 --out beam=5 run=mine"
     monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
-    args = config.parse_command_line(parser)
+    args = parser.parse_options_and_settings(config.setting_names())
     assert (args.images, args.out) == (["a", "b"], "beam=5")
     assert args.overrides == ["train.lr=1", "search.beam=5", "run=mine"]
 
@@ -310,32 +311,32 @@ def test_full_memory_is_told_with_what_to_lower(capsys: pytest.CaptureFixture[st
     on_cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
     settings = "train.batch_size, encoder.image_size or search.beam"
     for error in (on_gpu, on_cpu, MemoryError()):
-        assert config.cli(partial(main, error)) == 2
+        assert run_script(partial(main, error)) == 2
         assert capsys.readouterr().err == f"error: memory is full, a GPU's where one is used; lower {settings}\n"
     with pytest.raises(RuntimeError, match="mat1"):
-        config.cli(partial(main, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+        run_script(partial(main, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
 
 
 def test_ctrl_c_is_told_with_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     def main(*kept: str) -> None:
         raise KeyboardInterrupt(*kept)
 
-    assert [config.cli(main), config.cli(partial(main, "half is done"))] == [130, 130]
+    assert [run_script(main), run_script(partial(main, "half is done"))] == [130, 130]
     assert capsys.readouterr().err == "interrupted\ninterrupted; half is done\n"
 
 
 def test_what_no_encoding_has_is_printed_escaped(tmp_path: Path) -> None:
-    script = "import config, sys; sys.exit(config.cli(lambda: print('caf\\udce9.jpg')))"
+    script = "import cli, sys; sys.exit(cli.run_script(lambda: print('caf\\udce9.jpg')))"
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout.strip() == rb"caf\udce9.jpg"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
-    script = "import config, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
+    script = "import cli, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
     stopped = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "interrupted\n")
-    first = "from config import"
+    first = "from cli import"
     for name in ("train", "evaluate", "inference_visualize", "visualize_loss"):
         lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
         assert next(line for line in lines if re.match("import|from", line)).startswith(first)

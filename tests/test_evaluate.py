@@ -1,5 +1,7 @@
 """evaluate.py scores a run: what it writes, says and signs."""
 
+from cli import UserError
+
 import csv
 import json
 import os
@@ -29,7 +31,7 @@ from evaluation import (
 import evaluate
 import metrics
 import utils
-from config import Config, UserError
+from config import Config
 from data import sample
 from data.vocab import EnglishTokeniser, build_vocab
 from models.model import CaptionModel

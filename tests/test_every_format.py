@@ -1,5 +1,7 @@
 """Whatever format captions come in, the same three scripts train on them, score them and draw pictures."""
 
+from cli import run_script
+
 import csv
 import json
 import shutil
@@ -13,7 +15,6 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-import config
 import evaluate
 import inference_visualize
 import train
@@ -88,7 +89,7 @@ def test_a_dataset_is_trained_on_scored_and_drawn(
 
     def run(script: ModuleType, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        assert config.cli(script.main) == 0, capsys.readouterr().err
+        assert run_script(script.main) == 0, capsys.readouterr().err
 
     run(train, *TINY, "data.root=dataset", f"data.language={language}", "run=it", "train.epochs=2", "train.lr=0.01")
     run(evaluate)

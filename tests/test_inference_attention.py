@@ -1,5 +1,7 @@
 """`inference_visualize.py --attention`, with untrained models whose looks are sharp enough to tell apart."""
 
+from cli import run_script
+
 import base64
 import json
 import shutil
@@ -14,7 +16,6 @@ import torch
 from conftest import SCENES
 from PIL import Image
 
-import config
 import inference_visualize
 import render
 import utils
@@ -54,7 +55,7 @@ def run(archive: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     def command(decoder: str, *words: str) -> int:
         model = ("--checkpoint", str(checkpoints / f"{decoder}.pth"))
         monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *model, *words])
-        return config.cli(inference_visualize.main)
+        return run_script(inference_visualize.main)
 
     return command
 

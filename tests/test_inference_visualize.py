@@ -1,3 +1,5 @@
+from cli import run_script
+
 import json
 import math
 import re
@@ -15,7 +17,6 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-import config
 import inference_visualize
 import metrics
 import train
@@ -33,7 +34,7 @@ def trained(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *TINY, "train.epochs=1"])
-        assert config.cli(train.main) == 0
+        assert run_script(train.main) == 0
     return folder
 
 
@@ -45,7 +46,7 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *words])
-        return config.cli(inference_visualize.main)
+        return run_script(inference_visualize.main)
 
     return command
 

@@ -1,5 +1,7 @@
 """What README and docs/ tell people to type works, as it is written there; so does the decoder they show."""
 
+from cli import run_script
+
 import importlib
 import importlib.util
 import re
@@ -13,7 +15,6 @@ import pytest
 import torch
 from conftest import TINY
 
-import config
 from data import download
 from models import model
 from models.search import search
@@ -93,7 +94,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
         here = () if is_absent(command) else HERE
         options = [*SMALL, *here, *options, *SHORT, *critical]
     monkeypatch.setattr(sys, "argv", [name, *options])
-    return config.cli(importlib.import_module(name.removesuffix(".py")).main)
+    return run_script(importlib.import_module(name.removesuffix(".py")).main)
 
 
 def is_absent(command: str) -> bool:

@@ -1,3 +1,5 @@
+from cli import run_script
+
 import json
 import math
 import os
@@ -14,7 +16,6 @@ import pytest
 import torch
 from conftest import TINY
 
-import config
 import train
 from config import load_config
 from data import annotations
@@ -40,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        return config.cli(train.main)
+        return run_script(train.main)
 
     return command
 

@@ -1,5 +1,7 @@
 """Checkpoints survive full disks and strangers, scripts end in one line, and noise comes from (seed, step)."""
 
+from cli import UserError, run_script
+
 import contextlib
 import errno
 import json
@@ -17,7 +19,6 @@ import pytest
 import torch
 
 import utils
-from config import UserError, cli
 from utils import (
     StopRequest,
     as_json,
@@ -228,7 +229,7 @@ def fail_with(error: BaseException) -> Callable[[], int]:
 def test_a_mistake_ends_in_one_line_and_code_2(
     error: Exception, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli(fail_with(error)) == 2
+    assert run_script(fail_with(error)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -236,14 +237,14 @@ def test_a_mistake_ends_in_one_line_and_code_2(
 
 
 def test_an_interrupt_ends_with_code_130_and_a_clean_end_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli(fail_with(KeyboardInterrupt())) == 130
-    assert cli(lambda: None) == 0
-    assert cli(lambda: 7) == 7
+    assert run_script(fail_with(KeyboardInterrupt())) == 130
+    assert run_script(lambda: None) == 0
+    assert run_script(lambda: 7) == 7
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_whoever_reads_the_output_may_leave_early() -> None:
-    script = "import sys, config; sys.exit(config.cli(lambda: [print(n) for n in range(99_999)] and None))"
+    script = "import sys, cli; sys.exit(cli.run_script(lambda: [print(n) for n in range(99_999)] and None))"
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.readline()
@@ -254,7 +255,7 @@ def test_whoever_reads_the_output_may_leave_early() -> None:
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        cli(fail_with(ZeroDivisionError()))
+        run_script(fail_with(ZeroDivisionError()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

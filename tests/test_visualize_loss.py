@@ -1,5 +1,7 @@
 """The loss curve: which log is read, what is made of unfinished ones, and what is drawn."""
 
+from cli import UserError, run_script
+
 import math
 import os
 import sys
@@ -9,9 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import config
 import visualize_loss
-from config import UserError
 
 HEADER = "epoch\tlr\ttrain_loss\tval_loss\tval_perplexity\tval_bleu4\tval_cider\n"
 ROWS = [
@@ -36,7 +36,7 @@ def write_run(name: str, log: str = HEADER + "".join(ROWS)) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["visualize_loss.py", *words])
-    return config.cli(visualize_loss.main)
+    return run_script(visualize_loss.main)
 
 
 def test_without_arguments_it_draws_the_newest_run_and_says_which(

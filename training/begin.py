@@ -1,5 +1,7 @@
 """What training begins with: a report of the data, the model, and the datasets."""
 
+from cli import UserError
+
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from config import Config, UserError
+from config import Config
 from data import annotations
 from data.dataset import Features, Flickr8kDataset
 from data.features import encode_pictures

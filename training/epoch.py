@@ -5,10 +5,10 @@ from itertools import accumulate
 
 import numpy as np
 
+import distributed
 from config import TrainConfig
 from data.dataset import Batch, Flickr8kDataset, Share, Window, batch_count, batch_indices, read_batches, share_of
 from data.stream import StreamedDataset
-from training import distributed
 
 
 class Epoch:

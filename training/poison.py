@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training import distributed
+import distributed
 
 NEVER = 2**31 - 1
 SHOWN = 10  # pictures named

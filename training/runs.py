@@ -1,5 +1,7 @@
 """A run's folder, `runs/<name>/`: begun, kept, gone on with, and its loss log."""
 
+from cli import UserError
+
 import argparse
 import contextlib
 import json
@@ -14,7 +16,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 
-from config import Config, UserError, restore_config
+from config import Config, restore_config
 from data import annotations
 from training import tensorboard
 from utils import RUNS, find_run, load_checkpoint, write_atomically

@@ -1,5 +1,7 @@
 """What TensorBoard shows of a run, in runs/<name>/tensorboard/: curves, and captioned pictures. Optional."""
 
+from cli import UserError
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from config import UserError
 from data.dataset import Flickr8kDataset
 from data.transforms import open_picture
 from models.model import CaptionModel

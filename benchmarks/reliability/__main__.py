@@ -7,6 +7,8 @@ Updates the rows in benchmarks/results/reliability.json, from which docs/reliabi
 need root (memory disks, another user), Chromium, faketime or atheris.
 """
 
+from cli import UserError, run_script
+
 import argparse
 import json
 import os
@@ -20,7 +22,6 @@ import torch
 from benchmarks.reliability import faults, fuzz, kills, long_runs, offline, strangers
 from benchmarks.reliability.kills import Result
 from benchmarks.reliability.page import PAGE, RESULTS, write_page
-from config import UserError, cli
 from utils import write_atomically
 
 CHECKS: dict[str, tuple[str, Callable[[], Result]]] = {
@@ -85,4 +86,4 @@ def keep(name: str, title: str, result: Result) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    raise SystemExit(cli(main))
+    raise SystemExit(run_script(main))

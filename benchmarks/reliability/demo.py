@@ -1,5 +1,7 @@
 """The demo as its user has it: served as `streamlit run app.py` does, and opened in Chromium."""
 
+from cli import UserError
+
 import shutil
 import socket
 import subprocess
@@ -11,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-from config import UserError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

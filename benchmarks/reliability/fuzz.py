@@ -6,6 +6,8 @@
 inputs that are nearly right. An input that takes 20 seconds or lets memory grow by 300 MB is a fault, too.
 """
 
+from cli import UserError
+
 import argparse
 import contextlib
 import io
@@ -34,7 +36,7 @@ import config
 import render
 from benchmarks.reliability.kills import Result
 from benchmarks.reliability.tiny import SMALLEST
-from config import UserError, load_config
+from config import load_config
 from data import formats
 from data.sample import choose_scenes, describe
 from data.transforms import Transform, open_picture

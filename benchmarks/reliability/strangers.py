@@ -1,5 +1,7 @@
 """Files from strangers: each is used as it is meant, or refused in one sentence, and none of them can act."""
 
+from cli import UserError
+
 import builtins
 import io
 import json
@@ -23,7 +25,7 @@ from benchmarks.reliability.demo import find_chromium, open_demo
 from benchmarks.reliability.faults import note, run
 from benchmarks.reliability.kills import Result, in_folder
 from benchmarks.reliability.tiny import SMALLEST
-from config import UserError, load_config
+from config import load_config
 from data import download
 from data.download import Source
 from data.vocab import SPECIALS, Vocabulary

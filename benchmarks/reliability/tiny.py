@@ -1,5 +1,7 @@
 """A dataset of twelve drawn scenes and the smallest captioner: trained in a second, by the same code as the large."""
 
+from cli import run_script
+
 import csv
 import os
 import signal
@@ -10,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-import config
 from data import sample
 
 SMALLEST = (
@@ -50,7 +51,7 @@ def fork(main: Callable[[], int | None], words: list[str], log: Path, prepare: C
         sys.argv = ["script.py", *words]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what runs in the background
         prepare()
-        code = config.cli(main)
+        code = run_script(main)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,5 +1,7 @@
 """Downloads come whole, go on where they were cut off, and never write outside their folder."""
 
+from cli import run_script
+
 import hashlib
 import io
 import sys
@@ -171,7 +173,7 @@ def test_the_disk_is_looked_at_first(server: Server, tmp_path: Path, refused: Ca
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["download.py", *words])
-    return config.cli(download.main)
+    return run_script(download.main)
 
 
 def test_a_mirror_or_a_folder_can_take_the_place_of_the_source(

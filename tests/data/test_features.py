@@ -1,5 +1,7 @@
 """The feature cache: each picture is encoded once, and rows of doubtful origin are never used."""
 
+from cli import UserError, run_script
+
 import copy
 import json
 import os
@@ -14,7 +16,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from config import UserError, cli
 from data import features
 from data.features import Extractor, FeatureCache, Shard
 from data.transforms import View, open_picture
@@ -287,7 +288,7 @@ def test_a_full_disk_is_one_sentence_and_encoding_goes_on_later(
 
 def test_a_full_disk_ends_a_script_with_code_2(cache: FeatureCache, full_disk: Callable) -> None:
     with full_disk(7000):
-        assert cli(cache.fill) == 2  # type: ignore[arg-type]
+        assert run_script(cache.fill) == 2  # type: ignore[arg-type]
 
 
 def test_a_cache_that_cannot_be_made_is_one_sentence(archive: Path, tiny_model: CaptionModel) -> None:

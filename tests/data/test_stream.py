@@ -1,5 +1,7 @@
 """A streamed dataset: an epoch in windows of a few tars, each caption once, gone on with at any batch."""
 
+from cli import run_script
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +103,7 @@ def test_no_more_than_a_window_is_in_memory(streamed: StreamedDataset) -> None:
 def run(script: Callable[[], int | None], *words: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["script.py", *words])
-        return config.cli(script)
+        return run_script(script)
 
 
 def test_tars_are_trained_on_scored_and_captioned_and_a_stopped_run_goes_on_digit_for_digit(

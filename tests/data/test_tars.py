@@ -1,5 +1,7 @@
 """WebDataset tars: written from any table, taken apart once, encoded tar by tar; and what may be wrong with them."""
 
+from cli import UserError
+
 import io
 import json
 import os
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import DataConfig, UserError, load_config
+from config import DataConfig, load_config
 from data import annotations, features, tars
 from data.features import Extractor
 from data.stream import StreamedDataset

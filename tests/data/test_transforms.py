@@ -1,5 +1,7 @@
 """Any picture file is seen as it is meant to be, or refused by name; never cropped, never black."""
 
+from cli import UserError
+
 import contextlib
 import os
 import re
@@ -14,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
 from data import transforms
 from data.transforms import Transform, View, open_picture, other_views
 

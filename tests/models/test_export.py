@@ -1,5 +1,7 @@
 """What is exported writes the captions of the checkpoint, with PyTorch and without; else nothing is written."""
 
+from cli import run_script
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,6 @@ import torch
 from conftest import SCENES
 from PIL import Image
 
-import config
 from data import sample
 from data.transforms import Transform
 from data.vocab import build_vocab
@@ -58,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     def command(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-        return config.cli(export.main)
+        return run_script(export.main)
 
     return command
 

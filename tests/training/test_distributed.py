@@ -1,5 +1,7 @@
 """torchrun: several processes write what one would, and a job outlives the death of one of them."""
 
+from cli import UserError, run_script
+
 import json
 import os
 import re
@@ -16,11 +18,11 @@ import pytest
 from conftest import TINY
 
 import config
+import distributed
 import evaluate
 import inference_visualize
 import train
 from data import tars
-from training import distributed
 from utils import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +51,7 @@ DRIVER = f"""
 import contextlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import evaluate, inference_visualize, train
-from training import distributed
+import distributed
 
 with distributed.processes():
     distributed.processes = contextlib.nullcontext
@@ -90,7 +92,7 @@ def finish_here(module: ModuleType, *words: str) -> None:
     """Run a script in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["script.py", *words])
-        assert not config.cli(module.main)
+        assert not run_script(module.main)
 
 
 def log(run: str) -> pd.DataFrame:
@@ -170,6 +172,6 @@ def test_torchrun_does_not_repeat_a_mistake_of_the_user(
     for name, value in (("LOCAL_WORLD_SIZE", 1), ("WORLD_SIZE", 1), ("TORCHELASTIC_MAX_RESTARTS", restarts)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(config.UserError, match="no such thing"), distributed.processes():
-        raise config.UserError("no such thing")
+    with pytest.raises(UserError, match="no such thing"), distributed.processes():
+        raise UserError("no such thing")
     assert sent == [(os.getppid(), signal.SIGTERM)] * signals

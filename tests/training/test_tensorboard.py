@@ -1,5 +1,7 @@
 """What TensorBoard shows of a run is there once, however often the run was killed."""
 
+from cli import run_script
+
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import config
 import train
 from training import tensorboard
 
@@ -18,7 +19,7 @@ BOARD = [*TINY, "run=a", "decoder.name=attention", "train.epochs=2", "train.log_
 def run(archive: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def command(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        return config.cli(train.main)
+        return run_script(train.main)
 
     return command
 

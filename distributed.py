@@ -4,6 +4,8 @@ Without torchrun every function here gives everything to the one process there i
 gradients goes by NCCL between GPUs; all else, and everything on CPUs, by gloo.
 """
 
+from cli import UserError
+
 import contextlib
 import os
 import signal
@@ -17,8 +19,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-
-from config import UserError
 
 PATIENCE = timedelta(days=1)  # the first process may score or encode for long; of dead ones torchrun knows at once
 

@@ -1,0 +1,129 @@
+"""The command line of every script, and how a mistake ends: one sentence, exit code 2, no traceback.
+
+It imports no torch and knows no settings: which ones there are is an argument.
+"""
+
+import argparse
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+# Control characters: a file's name could use them to rewrite what a terminal shows.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+# How torch says that memory is full: on CUDA and MPS, and on a CPU.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend, stated in one sentence: what is wrong, where, and what to do."""
+
+
+def run_script(main: Callable[[], int | None]) -> int:
+    """Run a script's `main` and return the exit code; a UserError is printed as one sentence and returns 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log file shows each line as it is printed; file names may hold characters that no encoding has.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        return main() or 0
+    except UserError as error:
+        message = str(error)
+    except BrokenPipeError:  # whoever read the output, such as `| head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except OSError as error:
+        message = (
+            f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+        )
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        message = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
+    except KeyboardInterrupt as stop:
+        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+        return 130
+    print(f"error: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+def printable(text: str) -> str:
+    """Escape control characters, so that text from outside is safe to print."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def hide_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print no traceback for a Ctrl-C while a script still imports its libraries, before `run_script` runs."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = hide_interrupt  # scripts import this module first
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse_options(self) -> argparse.Namespace:
+        """Parse the command line of a script without settings; raises UserError for an unknown option."""
+        args, unknown = self.parse_known_args()
+        if unknown:
+            known = self.option_names()
+            hint = f"there are {', '.join(known)}" if known else "see --help"
+            raise UserError(f"there is no {shorten(unknown[0])}; {hint}")
+        return args
+
+    def parse_options_and_settings(self, settings: Collection[str]) -> argparse.Namespace:
+        """Parse a command line where settings such as `train.lr=1e-3` may stand anywhere; they become `overrides`.
+
+        Args:
+            settings: the names of all settings. For an unknown option that is one of them, the message shows how to
+                write it.
+
+        Raises UserError for an unknown option.
+        """
+        self.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
+        words, overrides = list[str](), list[str]()
+        for before, word in itertools.pairwise(["", *sys.argv[1:]]):
+            is_setting = re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
+            (overrides if is_setting and not self.takes_value(before) else words).append(word)
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            raise UserError(self.explain_unknown(words[words.index(unknown[0]) :], settings))
+        args.overrides += overrides
+        return args
+
+    def takes_value(self, word: str) -> bool:
+        """Whether `word` is an option that exactly one value must follow, whatever that looks like."""
+        action = self._option_string_actions.get(word)
+        return action is not None and action.nargs is None
+
+    def option_names(self) -> list[str]:
+        return re.findall(r"--[a-z-]+", self.format_usage())
+
+    def explain_unknown(self, words: list[str], settings: Collection[str]) -> str:
+        """Say what is wrong with the first of these words: `--epochs 3` should be `train.epochs=3`."""
+        option, _, value = words[0].partition("=")
+        if not value:
+            value = next((word for word in words[1:2] if not word.startswith("--")), "…")
+        key = option.strip("-").replace("-", "_")
+        meant = [name for name in settings if key in (name, name.split(".")[-1])]
+        if meant:
+            return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in meant)}"
+        known = ", ".join(self.option_names())
+        return f"there is no {shorten(option)}; there are {known}, and settings such as train.epochs=3"
+
+
+def shorten(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"
