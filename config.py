@@ -1,7 +1,7 @@
-"""What a script is told: the schema of config.yaml (strict, typed, frozen), the command line, and how mistakes end.
+"""The schema of config.yaml (strict, typed, frozen), and how settings are read and explained.
 
 `load_config` reads config.yaml (every default lives there), lays a recipe and `key.sub=value` overrides over it, and
-explains mistakes with the dotted path of the setting and the nearest valid name.
+explains a mistake with the dotted name of the setting and the nearest valid name.
 """
 
 from cli import UserError, shorten
@@ -9,8 +9,9 @@ from cli import UserError, shorten
 import difflib
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -22,20 +23,20 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 CONFIG_YAML = Path(__file__).parent / "config.yaml"
 
+# Marks of fields, inside Annotated:
+FREE = "may change after training: where things lie, and what does not touch the model's numbers"
+SHAPES = "the model's tensors depend on it: a run that goes on from another one must have the same value"
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int, Field(ge=1, le=8192)]
+Member = TypeVar("Member")
 
-# Settings that may change after training: where things lie, and what does not touch the model's numbers.
-FREE_AFTER_TRAINING = {
-    *("data.root", "data.captions", "data.images", "data.shards", "data.cache", "data.shard_rows", "encoder.weights"),
-    *("train.num_workers", "train.log_every", "train.checkpoint_every", "train.tensorboard"),
-}
-
-# What pydantic says in its own words.
+# Kinds of mistakes for which pydantic's own words would puzzle a reader.
 PLAIN = {
     "bool_type": "it should be true or false",
     "string_pattern_mismatch": "it should start with a letter, a digit or _, and go on with these, . and -",
@@ -47,15 +48,15 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    root: str
-    captions: str | None
-    images: str | None
-    shards: str | None
-    format: Literal["auto", "csv", "token", "karpathy", "coco", "ai_challenger", "jsonl", "sample"]
-    language: Literal["en", "zh", "zh-characters"]
+    root: Annotated[str, FREE]
+    captions: Annotated[str | None, FREE]
+    images: Annotated[str | None, FREE]
+    shards: Annotated[str | None, FREE]
+    format: str  # one of data.formats.READERS
+    language: Annotated[str, SHAPES]  # one of data.vocab.TOKENISERS
     min_count: PositiveInt
-    cache: str
-    shard_rows: PositiveInt
+    cache: Annotated[str, FREE]
+    shard_rows: Annotated[PositiveInt, FREE]
 
     @property
     def source(self) -> str:
@@ -64,25 +65,26 @@ class DataConfig(Section):
 
 
 class EncoderConfig(Section):
-    name: str
-    weights: str | None
+    name: Annotated[str, SHAPES]  # any that models.encoder.FAMILIES know
+    weights: Annotated[str | None, FREE]
     frozen: bool
     stages: list[Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] | None  # some are called 0, 1 …
-    stride_in_1x1: bool
-    image_size: Annotated[int, Field(ge=32, le=1024)] | None
+    stride_in_1x1: Annotated[bool, SHAPES]
+    image_size: Annotated[int | None, Field(ge=32, le=1024), SHAPES]
 
 
 class DecoderConfig(Section):
-    name: str  # of models.model.DECODERS, so that a new decoder is named in one place
-    embed_size: Size
-    hidden_size: Size
-    num_layers: Annotated[int, Field(ge=1, le=64)]
-    num_heads: Annotated[int, Field(ge=1, le=64)]
-    encoder_layers: Annotated[int, Field(ge=0, le=64)]
+    name: Annotated[str, SHAPES]  # one of models.model.DECODERS
+    embed_size: Annotated[Size, SHAPES]
+    hidden_size: Annotated[Size, SHAPES]
+    num_layers: Annotated[int, Field(ge=1, le=64), SHAPES]
+    num_heads: Annotated[int, Field(ge=1, le=64), SHAPES]
+    encoder_layers: Annotated[int, Field(ge=0, le=64), SHAPES]
     dropout: Fraction
 
 
 class TrainConfig(Section):
+    loss: str  # one of training.losses.LOSSES
     start: str | None
     epochs: PositiveInt
     batch_size: PositiveInt
@@ -93,21 +95,34 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat
     label_smoothing: Fraction
     doubly_stochastic: NonNegativeFloat
-    self_critical_epochs: NonNegativeInt
     self_critical_samples: PositiveInt
     self_critical_beam: bool
     self_critical_consensus: Annotated[float, Field(ge=0, le=1000)]
-    self_critical_lr: PositiveFloat
     mirror: bool
     corners: Annotated[int, Field(ge=0, le=4)]
+    augment: list[str]  # some of data.transforms.AUGMENTATIONS
     ema: Fraction
     patience: PositiveInt | None
     seed: NonNegativeInt
     precision: Literal["auto", "fp32", "bf16"]
-    num_workers: NonNegativeInt
-    log_every: PositiveInt
-    checkpoint_every: PositiveInt
-    tensorboard: bool
+    num_workers: Annotated[NonNegativeInt, FREE]
+    log_every: Annotated[PositiveInt, FREE]
+    checkpoint_every: Annotated[PositiveInt, FREE]
+    tensorboard: Annotated[bool, FREE]
+
+    @model_validator(mode="after")
+    def check_self_critical(self) -> Self:
+        if self.loss == "self_critical" and not self.start:
+            raise ValueError(
+                "train.loss=self_critical improves a captioner that can write already; name it with "
+                "train.start=runs/NAME/checkpoints.pth"
+            )
+        if self.self_critical_beam and self.self_critical_samples == 1:
+            raise ValueError(
+                "train.self_critical_beam compares the captions of a beam, and train.self_critical_samples=1 is a "
+                "single one; raise it"
+            )
+        return self
 
 
 class SearchConfig(Section):
@@ -123,7 +138,7 @@ class SearchConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)]
 
     def by_consensus(self, num_captions: int = 1) -> bool:
-        """Whether there are several captions of a beam to rank, and `consensus` is to count."""
+        """Whether a beam gives several captions, and consensus is to rank them."""
         return self.consensus > 0 and self.temperature == 0 and max(self.beam, num_captions) > 1
 
     def greedy(self) -> "SearchConfig":
@@ -140,6 +155,48 @@ class Config(Section):
     decoder: DecoderConfig
     train: TrainConfig
     search: SearchConfig
+
+    @model_validator(mode="after")
+    def check_encoder(self) -> Self:
+        if self.train.self_critical_consensus and not self.encoder.frozen:
+            raise ValueError(
+                "train.self_critical_consensus compares pictures by the features of a frozen backbone; leave "
+                "encoder.frozen=true, or train without it"
+            )
+        if self.data.shards and not self.encoder.frozen:
+            raise ValueError(
+                "data.shards goes with encoder.frozen=true: a trained backbone reads single pictures, in an order of "
+                "its own"
+            )
+        if self.train.augment and self.encoder.frozen:
+            raise ValueError(
+                "train.augment changes pictures at random each time they are read, and a frozen backbone reads each "
+                "once; set encoder.frozen=false, or take train.mirror and train.corners"
+            )
+        return self
+
+
+def marked(mark: str) -> set[str]:
+    """Return the dotted names of the settings whose field has this mark, FREE or SHAPES."""
+    return {
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for name, inner in field.annotation.model_fields.items()
+        if mark in inner.metadata
+    }
+
+
+def pick(table: Mapping[str, Member], name: str, setting: str) -> Member:
+    """Return the member of a table, such as that of all decoders, that a setting names.
+
+    Raises UserError for an unknown name, with the nearest one.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"take one of: {', '.join(table)}"
+    raise UserError(f"{setting} = {shorten(name)} is unknown; {hint}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,7 +242,7 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     for name in layer:
         if name not in values:
             raise UserError(unknown_setting(name, "the command line", values))
-        fixed = name not in FREE_AFTER_TRAINING and not name.startswith("search.")
+        fixed = name not in marked(FREE) and not name.startswith("search.")
         if fixed and layer[name] != values[name]:
             raise UserError(
                 f"{name} is fixed in the checkpoint, as {reprlib.repr(values[name])}; train a new run to change it, "
@@ -268,35 +325,17 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
             branch = branch.setdefault(section, {})
         branch[key] = value
     try:
-        config = Config.model_validate(tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name, places = ".".join(map(str, first["loc"][:2])), "".join(f"[{place}]" for place in first["loc"][2:])
-        expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
-        raise UserError(
-            f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
-            f"{expected}; config.yaml says what it means"
-        ) from None
-    if config.train.self_critical_epochs > config.train.epochs:
-        raise UserError("train.self_critical_epochs is more than train.epochs, of which it is a part; raise the latter")
-    if config.train.self_critical_epochs and config.train.patience:
-        raise UserError(
-            "train.patience may stop a run before its train.self_critical_epochs; set patience to null, or train those "
-            "in a run of their own with train.start=FILE and train.epochs as many"
-        )
-    if config.train.self_critical_beam and config.train.self_critical_samples == 1:
-        raise UserError("train.self_critical_beam compares captions, of which self_critical_samples=1 is one; raise it")
-    if config.train.self_critical_consensus and not config.encoder.frozen:
-        raise UserError(
-            "train.self_critical_consensus compares pictures by the features of a frozen backbone; leave "
-            "encoder.frozen=true, or train without it"
-        )
-    if config.data.shards and (config.train.self_critical_epochs or not config.encoder.frozen):
-        raise UserError(
-            "data.shards goes with encoder.frozen=true and train.self_critical_epochs=0: a trained backbone reads "
-            "single pictures, and self-critical training all captions at once"
-        )
-    return config
+    if first["type"] == "value_error":  # of a validator above, which says it all
+        raise UserError(str(first["ctx"]["error"]))
+    name, places = ".".join(map(str, first["loc"][:2])), "".join(f"[{place}]" for place in first["loc"][2:])
+    expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
+    raise UserError(
+        f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
+        f"{expected}; config.yaml says what it means"
+    )
 
 
 def setting_names() -> list[str]:

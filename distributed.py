@@ -12,10 +12,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -68,8 +70,10 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def parallel(module: nn.Module, precision: torch.dtype) -> DistributedDataParallel:
-    """Return `module`, whose gradients are means over all processes; in bfloat16 where they are computed in it."""
+def parallel(module: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Return `module` with gradients that are means over all processes; in bfloat16 where that is the precision."""
+    if size() == 1:
+        return module
     whole = DistributedDataParallel(module, forward_sync_buffers=False, gradient_as_bucket_view=True)
     if precision == torch.bfloat16:
         whole.register_comm_hook(None, bf16_compress_hook)
@@ -126,6 +130,29 @@ def on_first_rank(function: Callable[..., Result], *args: object) -> Result:
     if box[1]:
         raise box[1] if rank() == 0 else SystemExit(2)  # said once
     return box[0]
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting_for: str) -> Iterator[None]:
+    """Hold the lock file `path`, in the first process for all of this job, until the block ends or the process does.
+
+    Where another job holds it, `waiting_for` is printed, and its end is awaited.
+    """
+    lock = FileLock(path)
+
+    def acquire() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{waiting_for}: waiting for its end", flush=True)
+            lock.acquire()
+
+    on_first_rank(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def wait() -> None:

@@ -17,9 +17,9 @@ import torch
 
 import distributed
 import metrics
+from captioning import caption_dataset, encode_dataset
 from config import Config, load_config, setting_names
-from data import annotations, tars
-from data.features import FeatureCache, encode_pictures
+from data import annotations, splits, tars
 from data.vocab import TOKENISERS
 from models.ensemble import load_ensemble, refuse_homeless_ensemble
 from utils import RUNS, as_json, find_run, pick_device, write_atomically
@@ -112,23 +112,19 @@ def score_run(args: argparse.Namespace) -> None:
     paths = list(map(Path, args.checkpoint or [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]))
     refuse_homeless_ensemble(paths, args.out)
     model = load_ensemble(paths, args.overrides)
-    model.asked_consensus(model.config.search)  # so that what is missing is said before pictures are encoded
     path = paths[0]
     device = pick_device()
     model.to(device)
-    table = annotations.load(model.config.data, annotations.read_splits(path.parent))
+    table = annotations.load(model.config.data, splits.read_splits(path.parent))
     references = choose_references(table, model.config, args)
     print(f"captioning {len(references.captions):,} {references.split} pictures with {', '.join(map(str, paths))}")
 
     folder = annotations.image_folder(model.config.data)
     names = list(references.captions)
-    features = None
-    if model.config.encoder.frozen:
-        features = FeatureCache(model, sorted(table["image"].unique()), folder, device).find()
-    features = features or encode_pictures(model, names, folder, device)
+    features = encode_dataset(model, names, folder)
     torch.manual_seed(model.config.train.seed)  # where captions are drawn
     began = time.perf_counter()
-    captions = model.caption_all(features, names)
+    captions = caption_dataset(model, features, names)
     rate = len(captions) / (time.perf_counter() - began)
     if distributed.rank():
         return
@@ -184,7 +180,7 @@ def search_of(predictions: Path, references: References) -> str:
 
 
 def choose_references(table: pd.DataFrame, config: Config, args: argparse.Namespace) -> References:
-    split, rows = annotations.choose_split(table, args.split, config.data.source)
+    split, rows = splits.choose_split(table, args.split, config.data.source)
     tokeniser, tokenise = metrics.pick_tokeniser(args.tokeniser, config.data.language)
     return References(
         split=split,
@@ -208,7 +204,7 @@ def read_references(predictions: Path, args: argparse.Namespace) -> References:
     if args.run:
         run = find_run("config.yaml", args.run)
     config = load_config(run / "config.yaml" if run else None, args.overrides)
-    table = annotations.load(config.data, annotations.read_splits(run) if run else None)
+    table = annotations.load(config.data, splits.read_splits(run) if run else None)
     return choose_references(table, config, args)
 
 
@@ -250,7 +246,7 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
         raise UserError(f"{path} is not in COCO's results form; it should read {form}") from None
     refuse_twice([name for name, _ in found], f"{path} has more than one caption for")
     captions = dict(found)
-    pictures = annotations.pictures(references.rows)
+    pictures = references.rows.drop_duplicates("image")
     ids = pictures["image_id"].astype(str)
     refuse_twice(ids.tolist(), "the references have more than one picture with the id")
     missing = [name for name in ids if name not in captions]
@@ -320,7 +316,7 @@ def describe_search(config: Config) -> str:
 
 
 def write_predictions(path: Path, captions: dict[str, str], references: References) -> None:
-    pictures = annotations.pictures(references.rows)
+    pictures = references.rows.drop_duplicates("image")
     rows = [
         {"image_id": image_id, "caption": captions[image]}
         for image, image_id in pictures[["image", "image_id"]].to_numpy().tolist()

@@ -21,7 +21,7 @@ import torch
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
-CHECKPOINT_FORMAT = "image-captioning/1"
+CHECKPOINT_FORMAT = "image-captioning/2"
 # What torch and zipfile raise for damaged files.
 DAMAGED = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),

@@ -2,14 +2,13 @@
 
     python -m data.annotations archive
 
-prints what a folder of captions and pictures holds. `image` is the picture's path below the image folder, `split` is
-train, val or test, always decided per picture. Nothing after this module knows which format (see `data.formats`)
-captions came in, and nothing here needs torch.
+prints what a folder of captions and pictures holds. `image` is the picture's path below the image folder; `split` is
+train, val or test. No module after this one knows which format the captions came in (see `data.formats`), and this one
+needs no torch.
 """
 
 from cli import Parser, UserError, run_script
 
-import json
 import os
 import re
 import sys
@@ -18,21 +17,15 @@ from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from config import DataConfig, load_config, setting_names
-from data import formats, sample
+from config import DataConfig, load_config, pick, setting_names
+from data import formats, sample, splits
+from data.formats import PICTURE_SUFFIXES
+from data.splits import SPLITS
 from data.vocab import TOKENISERS
 
-SPLITS = ("train", "val", "test")
-# The official lists of Flickr8k and Flickr30k: one picture name a line.
-SPLIT_LISTS = {
-    "train": "*[tT]rain[iI]mages.txt",
-    "val": "*[dD]ev[iI]mages.txt",
-    "test": "*[tT]est[iI]mages.txt",
-}
-# Where captions and pictures lie when nobody says so: the first pattern that matches.
+# Where captions and pictures lie unless a setting says otherwise: the first pattern that matches.
 CAPTION_FILES = (
     *("captions.csv", "captions.txt", "captions.jsonl"),
     *("Flickr*.token.txt", "Flickr8k_text/Flickr8k.token.txt", "results.csv", "results_20130124.token"),
@@ -40,22 +33,17 @@ CAPTION_FILES = (
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
 )
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of pictures
-SAVED_SPLITS = "splits.json"
-SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
-    """Read the captions named by `config`, decide each picture's split, and find the pictures.
+    """Read the captions that `config` names, decide each picture's split, and find the pictures.
 
-    Official lists next to the captions decide alone where there are any: pictures on no list are left out. Otherwise
-    the splits in the files decide; else `saved_splits` (of the run, see `splits_of`) or a seeded split by picture,
-    80/10/10.
-
-    Of `data.shards` these are the pictures held out, unpacked: see `data.tars`.
+    Official lists beside the captions decide alone where there are any, and pictures on no list are left out.
+    Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded split. With
+    `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
 
     Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder,
-    pictures that are missing, a picture in several splits, and splits named for only some captions.
+    missing pictures, a picture in several splits, and splits named for only some captions.
     """
     table, source = read_captions(config)
     folder = image_folder(config)
@@ -66,16 +54,24 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
             f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in {folder} ({names}); "
             "add them or remove their rows"
         )
-    check_splits(table, source)
+    splits.check_splits(table, source)
     if table["split"].isna().all():
-        table["split"] = table["image"].map(saved_or_seeded(table, saved_splits))
+        table["split"] = table["image"].map(splits.saved_or_seeded(table, saved_splits))
     return table[table["split"].notna()].reset_index(drop=True)
 
 
+def references(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return each picture's raw captions, pictures in the table's order."""
+    return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
+
+
 def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
-    """Return the table as the files have it, with the splits that they or lists next to them name, and their names."""
+    """Return the table as the files have it, with the splits they name, and the files' names for messages."""
+    pick(TOKENISERS, config.language, "data.language")
     if config.shards:
-        table, source = tars_held_out(config), config.shards
+        from data import tars  # which needs torch
+
+        table, source = tars.held_out(config), config.shards
         refuse_chinese_as_english(table, config, source)
         return table, source
     if config.format == "sample":
@@ -84,26 +80,20 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     tables = [formats.read(path, config.format) for path in paths]
     if len(paths) > 1:
         tables = [
-            each.assign(split=each["split"].where(each["split"].notna(), split_named(path)))
+            each.assign(split=each["split"].where(each["split"].notna(), split_in_name(path)))
             for path, each in zip(paths, tables, strict=True)
         ]
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
     refuse_chinese_as_english(table, config, source)
-    official = official_splits(paths[0].parent)
+    official = splits.official_splits(paths[0].parent)
     if official is not None:
         table["split"] = table["image"].map(official)
         table = table[table["split"].notna()].reset_index(drop=True)
     if table.empty:
         raise UserError(f"the split lists in {paths[0].parent} name none of the pictures in {source}; check the lists")
     return table, source
-
-
-def tars_held_out(config: DataConfig) -> pd.DataFrame:
-    from data import tars  # it needs torch
-
-    return tars.held_out(config)
 
 
 def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig, source: str) -> None:
@@ -123,27 +113,26 @@ def caption_files(config: DataConfig) -> list[Path]:
             f"there is no {wanted} in {config.root}/; put it there (python -m data.download tells how), "
             "or set its place: data.root=FOLDER data.captions=FILE"
         )
-    splits = [split_named(path) for path in paths]
-    if len(paths) > 1 and (None in splits or len(set(splits)) < len(splits)):
+    named = [split_in_name(path) for path in paths]
+    if len(paths) > 1 and (None in named or len(set(named)) < len(named)):
         names = ", ".join(path.name for path in paths)
         raise UserError(f"{config.root} has several captions files ({names}); choose with data.captions=FILE")
     return paths
 
 
 def find_captions(config: DataConfig) -> list[Path]:
-    """Return the captions files there are: those `data.captions` names or matches, here or in `data.root`."""
+    """Return the captions files that exist: those `data.captions` names or matches, here or in `data.root`."""
     root = Path(config.root)
     if config.captions is None:
         return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
-    places = (Path(config.captions), root / config.captions)
-    return next(filter(None, ([place] if place.is_file() else matching(place) for place in places)), [])
+    for place in (Path(config.captions), root / config.captions):
+        paths = [place] if place.is_file() else sorted(path for path in map(Path, glob(str(place))) if path.is_file())
+        if paths:
+            return paths
+    return []
 
 
-def matching(pattern: Path) -> list[Path]:
-    return sorted(path for path in map(Path, glob(str(pattern))) if path.is_file())
-
-
-def split_named(path: Path) -> str | None:
+def split_in_name(path: Path) -> str | None:
     """Return the split in a file's name: train for captions_train2014.json."""
     named = re.search(r"(?<![a-z])(train|val|test)", path.name.lower())
     return named[1] if named else None
@@ -158,7 +147,7 @@ def image_folder(config: DataConfig) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    if not config.images and root.is_dir() and any(path.lower().endswith(SUFFIXES) for path in files_below(root)):
+    if not config.images and root.is_dir() and any(p.lower().endswith(PICTURE_SUFFIXES) for p in files_below(root)):
         return root
     raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
 
@@ -166,17 +155,17 @@ def image_folder(config: DataConfig) -> Path:
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
     """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
 
-    A picture is where its name says, or the only file there is whose path ends with its name, or is its end.
-    Raises UserError where several are.
+    A picture lies where its name says; else it is the only file there whose path ends with its name, or with which its
+    name ends. Raises UserError where several files do.
     """
     paths = list(files_below(folder))
-    places: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for path in paths:
-        places.setdefault(path.rpartition("/")[2], []).append(path)
+        by_name.setdefault(path.rpartition("/")[2], []).append(path)
     found, missing = {path: path for path in paths}, []
     for image in table["image"].unique():
         if image not in found:
-            near = [path for path in places.get(image.rpartition("/")[2], []) if is_end(path, image)]
+            near = [path for path in by_name.get(image.rpartition("/")[2], []) if is_end(path, image)]
             if len(near) > 1:
                 raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
             found[image] = near[0] if near else image
@@ -190,7 +179,7 @@ def is_end(path: str, other: str) -> bool:
 
 
 def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
-    """Yield the files in `folder` and `depth` levels below, by their paths with forward slashes."""
+    """Yield the paths, with forward slashes, of the files in `folder` and `depth` levels below."""
     for entry in os.scandir(folder):
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # is_dir() raises on link loops
         if not is_folder:
@@ -199,98 +188,18 @@ def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]
             yield from files_below(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
 
 
-def official_splits(folder: Path) -> dict[str, str] | None:
-    """Return each picture's split by the official lists in `folder`; None where there are no lists.
-
-    Raises UserError for a list that cannot be read and for a picture on two of them.
-    """
-    paths = [(split, path) for split, pattern in SPLIT_LISTS.items() for path in sorted(folder.glob(pattern))]
-    split_of: dict[str, str] = {}
-    for split, path in paths:
-        try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
-        for name in filter(None, names):
-            if split_of.setdefault(name, split) != split:
-                raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
-    return split_of if paths else None
+# ---- python -m data.annotations --------------------------------------------------------------------------------------
 
 
-def check_splits(table: pd.DataFrame, source: str) -> None:
-    """Raise UserError where only some captions have a split, and for a picture that is in several."""
-    without = table.loc[table["split"].isna(), "image"].unique()
-    if len(without) and table["split"].notna().any():
-        raise UserError(
-            f"{source} names the split of some pictures, but not that of {without[0]} (without one: {len(without):,}); "
-            "name it for all of them, or for none"
-        )
-    splits = table.drop_duplicates(["image", "split"])
-    for image in splits.loc[splits.duplicated("image"), "image"][:1]:
-        several = " and ".join(splits.loc[splits["image"] == image, "split"])
-        raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
-
-
-def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
-    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
-
-    Raises UserError, naming the `source` of the table, for a split without pictures.
-    """
-    if split is None:
-        split = "test" if (table["split"] == "test").any() else "val"
-    split = "val" if split == "dev" else split
-    rows = table[table["split"] == split]
-    if rows.empty:
-        raise UserError(f"{source} has no {split} pictures; take another --split")
-    return split, rows
-
-
-def references(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return each picture's raw captions, pictures in the table's order."""
-    return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
-
-
-def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:
-    if saved is not None:
-        return {image: split for split, images in saved.items() for image in images}
-    images = np.array(sorted(table["image"].unique()), dtype=object)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
-    of_rank = np.repeat(np.array(SPLITS)[[1, 2, 0]], [held_out, held_out, len(images) - 2 * held_out])
-    return dict(zip(images[order], of_rank, strict=True))
-
-
-def read_splits(run: Path) -> dict[str, list[str]] | None:
-    """Return the splits saved in a run's folder, None where there are none."""
-    path = run / SAVED_SPLITS
-    if not path.is_file():
-        return None
-    try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-        return {split: list(map(str, splits[split])) for split in SPLITS}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run") from None
-
-
-def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
-    """Return the picture names of each split, to be saved with a run."""
-    return {split: pictures(table[table["split"] == split])["image"].tolist() for split in SPLITS}
-
-
-def pictures(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per picture, in the table's order."""
-    return table.drop_duplicates("image")
-
-
-def describe(config: DataConfig) -> Iterator[str]:
-    """Yield lines on a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
+def report(config: DataConfig) -> Iterator[str]:
+    """Yield lines about a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
     table, source = read_captions(config)
     folder = image_folder(config)
     table, missing = find_pictures(table, folder, source)
-    check_splits(table, source)
+    splits.check_splits(table, source)
     drawn = table["split"].isna().all()
     if drawn:
-        table["split"] = table["image"].map(saved_or_seeded(table, None))
+        table["split"] = table["image"].map(splits.saved_or_seeded(table, None))
     kind = formats.recognise(caption_files(config)[0]) if config.format == "auto" else config.format
     yield f"captions:   {source} ({kind})"
     yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {folder}"
@@ -301,9 +210,8 @@ def describe(config: DataConfig) -> Iterator[str]:
         rows = table[table["split"] == split]
         note = ", drawn by a seed" if drawn else ""
         yield f"{split + ':':<11} {rows['image'].nunique():,} pictures, {len(rows):,} captions{note}"
-    tokenise = TOKENISERS[config.language]()
-    words = table["caption"].map(tokenise)
-    yield from describe_lengths(words.str.len())
+    words = table["caption"].map(TOKENISERS[config.language]())
+    yield from draw_lengths(words.str.len())
     counts = Counter(word for each in words[table["split"] == "train"] for word in each)
     known = {word for word, count in counts.items() if count >= config.min_count}
     yield f"vocabulary: {len(known):,} of {len(counts):,} train words occur at least {config.min_count} times"
@@ -313,16 +221,15 @@ def describe(config: DataConfig) -> Iterator[str]:
             yield f"            they are {100 * sum(found) / len(found):.1f} % of the words in {split}"
 
 
-def describe_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
-    """Yield a histogram of caption lengths, the last line for all that are longer."""
+def draw_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
+    """Yield a histogram of caption lengths; the last line is for all that are longer."""
     width = max(1, round(lengths.quantile(0.99) / bins))
-    places = (lengths // width).clip(upper=bins)
-    counts = places.value_counts().sort_index()
+    counts = (lengths // width).clip(upper=bins).value_counts().sort_index()
     yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}"
-    for place, count in counts.items():
-        last = "" if place == bins else f"{(place + 1) * width - 1}"
+    for number, count in counts.items():
+        last = "" if number == bins else f"{(number + 1) * width - 1}"
         bar = "#" * round(40 * count / counts.max())
-        yield f"{place * width:>8}-{last:<3} {bar} {100 * count / len(lengths):.1f} %"
+        yield f"{number * width:>8}-{last:<3} {bar} {100 * count / len(lengths):.1f} %"
 
 
 def main() -> None:
@@ -332,10 +239,10 @@ def main() -> None:
     if not args.path.exists():
         raise UserError(f"there is no folder or captions file {args.path}; check the path")
     root, captions = args.path, list[str]()
-    if args.path.is_file():  # COCO has its captions in a folder next to those of the pictures
+    if args.path.is_file():  # COCO has its captions in a folder beside those of the pictures
         root = args.path.parent.parent if args.path.parent.name == "annotations" else args.path.parent
         captions = [f"data.captions={args.path}"]
-    for line in describe(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):
+    for line in report(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):
         print(line)
 
 

@@ -1,69 +1,132 @@
-"""Frozen-encoder features, computed once per picture and kept on disk.
+"""Features of a frozen encoder: computed once per picture, and kept on disk.
 
-`cache/<encoder>-<key>/00000/`, the first shard, holds features.npy (fp16 rows, in the order of the picture names) and
-manifest.json: what made the rows, each picture's name, size and mtime, and `rows_done`. Rows count only once the
-manifest says so: after a kill, encoding goes on from there.
+`cache/<encoder>-<key>/` holds all that one encoder has made: the key names its weights, transform, precision and view.
+Inside, each image folder (or tar) has a folder of its own with files of fp16 rows, 00000.npy …, and beside each a
+00000.json that says whose rows they are (name, size and mtime of each picture) and how many are done. A picture that is
+new or has changed is encoded into a new file, and no other picture is. A file is never written again once it can be
+read, so that a training that has it mapped keeps its rows.
 """
 
 from cli import UserError
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 import distributed
-from data.dataset import Features
-from data.transforms import WHOLE, View, open_picture, other_views
-from utils import pick_precision, write_atomically
-
-if TYPE_CHECKING:  # it imports this file
-    from models.model import CaptionModel
+from data.transforms import WHOLE, Transform, View, open_picture
+from utils import write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Opener = Callable[[], Image.Image]  # opens a picture, wherever it lies
+Stamp = list[Any]  # name, size and mtime (ns) of a picture, or of the tar it lies in
 
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
-SAVE_EVERY = 256  # pictures between two manifests: the most a kill can cost
+SAVE_EVERY = 256  # pictures between two writes of `rows_done`: the most that a kill can cost
+
+
+class Features:
+    """Encoded pictures: the features of `names[i]` are row `rows[i]` of all files, one after the other.
+
+    Args:
+        files: fp16 rows (rows, D) or (rows, L, D), usually mapped from disk.
+        names: P pictures; rows: (P,), by default 0 … P - 1.
+    """
+
+    def __init__(self, files: Sequence[torch.Tensor], names: Sequence[str], rows: np.ndarray | None = None) -> None:
+        self.files, self.names = list(files), names
+        self.rows = np.arange(len(names)) if rows is None else rows  # (P,)
+        self.ends = np.cumsum([len(file) for file in self.files])  # (files,)
+
+    @cached_property
+    def _place_of(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.names)}
+
+    def index(self, names: Sequence[str]) -> np.ndarray:
+        """Return where these pictures stand among `names` (B,)."""
+        return np.array([self._place_of[name] for name in names], dtype=np.int64)
+
+    def take(self, places: np.ndarray | Sequence[str]) -> torch.Tensor:
+        """Return the features (B, D) or (B, L, D) of pictures, given by place (see `index`) or by name."""
+        places = places if isinstance(places, np.ndarray) else self.index(places)
+        rows = self.rows[places]  # (B,)
+        file_of = np.searchsorted(self.ends, rows, side="right").tolist()  # (B,)
+        taken = [self.files[file][row - self.ends[file]] for row, file in zip(rows, file_of, strict=True)]
+        return torch.stack(taken)  # much faster than indexing, for rows as large as grids
+
+    def move(self, device: torch.device) -> None:
+        """Keep all features on a GPU from now on, if they take no more than half of what is free there."""
+        size = sum(file.nbytes for file in self.files)
+        if device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]:
+            self.files = [file.to(device) for file in self.files]
+
+
+def concatenate(parts: Sequence[Features]) -> Features:
+    """Return the features of all parts' pictures."""
+    before = np.cumsum([0] + [int(part.ends[-1]) if len(part.ends) else 0 for part in parts])
+    rows = [part.rows + first for part, first in zip(parts, before[:-1].tolist(), strict=True)]
+    names = [name for part in parts for name in part.names]
+    return Features([file for part in parts for file in part.files], names, np.concatenate(rows))
+
+
+# ---- from pictures to features ---------------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """What this module needs of `models.encoder.EncoderCNN`."""
+
+    identity: dict[str, Any]
+    spatial: bool
+    feature_shape: tuple[int, ...]
+
+    def for_inference(self, dtype: torch.dtype) -> nn.Module: ...
 
 
 class Extractor:
-    """Encodes pictures at full speed with a frozen copy of the model's encoder: the one way from pixels to features."""
+    """The one way from pictures to features, at full speed, by a frozen copy of the encoder."""
 
-    def __init__(self, model: "CaptionModel", device: torch.device) -> None:
-        self.transform, self.device = model.transform, device
-        self.dtype = pick_precision(model.config.train.precision, device)
-        self.batch = BATCH[device.type]
-        self._encoder = model.encoder.for_inference(self.dtype).to(device)
+    def __init__(self, encoder: Encoder, transform: Transform, precision: torch.dtype, device: torch.device) -> None:
+        self.transform, self.precision, self.device = transform, precision, device
+        self.network = encoder.for_inference(precision).to(device)
+
+    def encode(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[list[torch.Tensor | UserError]]:
+        """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, on the CPU.
+
+        Threads read a batch ahead. For a picture that cannot be read, its UserError is yielded.
+        """
+
+        def read(opener: Opener) -> torch.Tensor | UserError:
+            try:
+                return self.transform.resize(opener(), view)  # uint8 (3, S, S)
+            except UserError as error:
+                return error
+
+        for batch in read_ahead(read, openers, BATCH[self.device.type]):
+            good = [pixels for pixels in batch if not isinstance(pixels, UserError)]
+            encoded: Iterator[torch.Tensor] = iter(self(torch.stack(good)) if good else [])
+            yield [item if isinstance(item, UserError) else next(encoded) for item in batch]
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode uint8 pictures (B, 3, S, S), however many, as fp16 rows (B, D) or (B, L, D), on the CPU."""
-        rows = []
-        for part in pixels.split(self.batch):
-            images = self.transform.normalise(part.to(self.device, non_blocking=True))
-            encoded = self._encoder(images.to(self.dtype, memory_format=torch.channels_last))
-            rows.append(encoded.to(torch.float16).cpu())
-        return torch.cat(rows)
-
-    def read(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[torch.Tensor]:
-        """Yield a view of each picture as uint8 batches (b, 3, S, S)."""
-        for pictures in read_ahead(lambda opener: self.transform.resize(opener(), view), openers, self.batch):
-            yield torch.stack(pictures)
+        """Encode uint8 pixels (B, 3, S, S) as fp16 rows (B, D) or (B, L, D), on the CPU."""
+        images = self.transform.normalise(pixels.to(self.device, non_blocking=True))
+        encoded = self.network(images.to(self.precision, memory_format=torch.channels_last))
+        return encoded.to(torch.float16).cpu()
 
 
 def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch: int) -> Iterator[list[Result]]:
@@ -78,226 +141,214 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch:
                 return
 
 
-def encode_pictures(
-    model: "CaptionModel", names: Sequence[str], folder: Path, device: torch.device, view: View = WHOLE
-) -> Features:
-    """Return the features of these pictures in `folder`: from the cache, filled, where the encoder is frozen."""
-    if model.config.encoder.frozen:
-        return FeatureCache(model, sorted(names), folder, device, view).fill()
-    extractor = Extractor(model, device)
-    rows = torch.cat([extractor(pixels) for pixels in extractor.read(Files(list(names), folder).openers())])
-    return Features([rows], names)
+def encode_files(extractor: Extractor, names: Sequence[str], folder: Path) -> Features:
+    """Encode pictures into memory, as for a backbone that is being trained; raises UserError for a broken one."""
+    rows = []
+    for batch in extractor.encode(Files(list(names), folder).openers(range(len(names)))):
+        rows += [raise_errors(item) for item in batch]
+    return Features([torch.stack(rows)], names)
+
+
+def raise_errors(item: torch.Tensor | UserError) -> torch.Tensor:
+    if isinstance(item, UserError):
+        raise item
+    return item
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
-    """Pictures in a fixed order, of which the features make a shard."""
+    """Pictures that lie together, in a folder or in a tar (`data.tars.Tar`)."""
 
-    def __len__(self) -> int: ...
-
-    def stamps(self) -> list[list[Any]]:
-        """Return name, size and mtime of what the pictures lie in: of each, or of one file for all."""
+    @property
+    def key(self) -> str:
+        """A name for their folder in the cache, unlike that of any other source."""
         ...
 
-    def openers(self, first: int = 0) -> Iterable[Opener]:
-        """Return what opens each picture from this place on."""
+    @property
+    def names(self) -> list[str]: ...
+
+    def stamps(self) -> list[Stamp]:
+        """Return name, size and mtime (ns) of each picture."""
+        ...
+
+    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
+        """Return what opens each of the pictures with these numbers, which ascend."""
         ...
 
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures that are files in a folder."""
+    """The pictures `names` in a folder."""
 
     names: list[str]
     folder: Path
 
-    def __len__(self) -> int:
-        return len(self.names)
+    @property
+    def key(self) -> str:
+        path = self.folder.resolve()
+        return f"{path.name}-{hashlib.sha256(str(path).encode(errors='surrogateescape')).hexdigest()[:8]}"
 
-    def stamps(self) -> list[list[Any]]:
+    def stamps(self) -> list[Stamp]:
         try:
             stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
         except OSError as error:
             raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
 
-    def openers(self, first: int = 0) -> Iterable[Opener]:
-        return (partial(open_picture, self.folder / name) for name in self.names[first:])
+    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
+        return (partial(open_picture, self.folder / self.names[number]) for number in numbers)
 
 
-class Shards:
-    """The features of pictures from several sources, a shard for each, in the folder `place`."""
+class FeatureCache:
+    """The features that one frozen encoder has made of one view of pictures.
+
+    Args:
+        folder: `data.cache`; rows_per_file: `data.shard_rows`, the share that processes take turns at.
+    """
 
     def __init__(
-        self, model: "CaptionModel", device: torch.device, view: View, place: Path, shards: list["Shard"]
+        self,
+        folder: Path,
+        encoder: Encoder,
+        transform: Transform,
+        precision: torch.dtype,
+        device: torch.device,
+        rows_per_file: int,
+        view: View = WHOLE,
     ) -> None:
-        self.model, self.device, self.view, self.place, self.shards = model, device, view, place, shards
+        self.encoder, self.transform, self.precision, self.device = encoder, transform, precision, device
+        self.rows_per_file, self.view = rows_per_file, view
+        identity = {
+            "encoder": {name: value for name, value in encoder.identity.items() if name != "source"},
+            "spatial": encoder.spatial,
+            "transform": asdict(transform),
+            "precision": str(precision).removeprefix("torch."),
+            "view": asdict(view),
+        }
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.place = folder / f"{encoder.identity['name'].replace('/', '_')}-{key}"
 
-    def complete(self) -> None:
-        """Encode what is missing; several processes share the shards.
+    def find(self, source: Source) -> Features | None:
+        """Return the features of a source's pictures if all are in the cache, else None."""
+        features, missing = self.look_up(source)
+        return None if missing else features
 
-        Raises UserError for a picture that cannot be read and for a disk that cannot take the rows.
+    def fill(self, *sources: Source, note: str = "") -> list[Features]:
+        """Return the features of each source's pictures, after encoding what is missing.
+
+        Several processes share the work. Raises UserError for a picture that cannot be read, and for a disk that cannot
+        take the rows.
         """
+        found = [self.look_up(source) for source in sources]
+        if distributed.any_of(any(missing for _, missing in found)):
+            try:
+                with distributed.locked(self.place / "lock", f"another process encodes into {self.place}/"):
+                    self.encode_missing(sources, note)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command goes on with encoding where it stopped") from None
+            except OSError as error:
+                raise UserError(
+                    f"cannot keep encoded pictures in {self.place}: {error.strerror or error}; make room or set "
+                    "data.cache=FOLDER"
+                ) from None
+            found = [self.look_up(source) for source in sources]
+        return [features for features, _ in found]
+
+    def look_up(self, source: Source) -> tuple[Features, list[int]]:
+        """Return the features that are there, and the numbers of the pictures that are missing or have changed."""
+        stamps = source.stamps()
+        row_of: dict[str, tuple[Stamp, int]] = {}  # by name; a later file counts more than an earlier one
+        files, first = [], 0
+        for path in sorted((self.place / source.key).glob("*.json")):
+            manifest, rows = self.open(path)
+            if rows is not None:
+                done = manifest["pictures"][: manifest["rows_done"]]
+                row_of |= {stamp[0]: (stamp, first + row) for row, stamp in enumerate(done)}
+                files.append(rows)
+                first += len(rows)
+        places = np.full(len(stamps), -1)  # (P,)
+        for number, stamp in enumerate(stamps):
+            saved, row = row_of.get(stamp[0], (None, -1))
+            if saved == stamp:
+                places[number] = row
+        return Features(files, source.names, places), np.flatnonzero(places < 0).tolist()
+
+    def open(self, path: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Return what a manifest says, and the rows beside it as they lie on disk; no rows if either is damaged."""
         try:
-            missing = [shard for shard in distributed.share(self.shards) if not shard.is_whole()]
-            if missing:
-                self.encode(missing)
-            distributed.wait()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("the same command goes on with encoding where it stopped") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"cannot keep encoded pictures in {self.place}: {reason}; make room or set data.cache=FOLDER"
-            ) from None
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            rows = np.load(path.with_suffix(".npy"), mmap_mode="c")
+            done, pictures = manifest["rows_done"], manifest["pictures"]
+            whole = rows.dtype == np.float16 and rows.shape == (len(pictures), *self.encoder.feature_shape)
+            if whole and 0 <= done <= len(pictures) and all(len(stamp) == 3 for stamp in pictures):
+                return manifest, torch.from_numpy(rows)
+        except (OSError, ValueError, EOFError, KeyError, TypeError):
+            pass
+        return {}, None
 
-    def encode(self, shards: list["Shard"]) -> None:
-        total = sum(len(shard.source) for shard in shards)
-        extractor = Extractor(self.model, self.device)
-        views = [WHOLE, *other_views(self.model.config.train.mirror, self.model.config.train.corners)]
-        which = "" if self.view == WHOLE else f", view {views.index(self.view) + 1} of {len(views)}"
-        print(f"encoding {total:,} pictures{which}, once, into {self.place}/")
+    def encode_missing(self, sources: Sequence[Source], note: str) -> None:
+        """Encode what is missing into new files, each process its share of them; only one job does so at a time."""
+        chunks: list[tuple[Source, list[int], Path]] = []
+        for source in sources:
+            _, missing = self.look_up(source)
+            folder = self.place / source.key
+            taken = [int(path.stem) for path in folder.glob("*.npy") if path.stem.isdecimal()]
+            parts = [missing[i : i + self.rows_per_file] for i in range(0, len(missing), self.rows_per_file)]
+            chunks += [
+                (source, part, folder / f"{number:05}.npy")
+                for number, part in enumerate(parts, start=max(taken, default=-1) + 1)
+            ]
+        distributed.wait()  # until all processes have looked, before any writes
+        mine, total, done = distributed.share(chunks), sum(len(part) for _, part, _ in chunks), 0
+        print(f"encoding {total:,} pictures{note}, once, into {self.place}/")
+        extractor = Extractor(self.encoder, self.transform, self.precision, self.device)
+        own = sum(len(part) for _, part, _ in mine)
+        with tqdm(total=own, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
+            for source, part, path in mine:
+                for rows in self.write(path, source, part, extractor):
+                    bar.update(rows)
+                    done += rows
+                    if bar.disable and (done % SAVE_EVERY < rows or done == own):
+                        print(f"encoded {done:,} of {own:,}", flush=True)
+        distributed.wait()
+        distributed.on_first_rank(self.remove_superseded, [self.place / source.key for source in sources])
+
+    def write(self, path: Path, source: Source, numbers: list[int], extractor: Extractor) -> Iterator[int]:
+        """Encode these pictures of a source into a new file; yields how many rows were added.
+
+        Rows count once the manifest says so. They are plain writes, not stores to a map, so that a full disk is an
+        error.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stamps = source.stamps()
+        manifest: dict[str, Any] = {"pictures": [stamps[number] for number in numbers], "rows_done": 0}
+        shape = (len(numbers), *self.encoder.feature_shape)
+        begin = np.lib.format.open_memmap(path, "w+", np.float16, shape).offset
         done = 0
-        with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
-            for rows in (rows for shard in shards for rows in shard.fill(extractor, self.view)):
-                bar.update(rows)
-                done += rows
-                if bar.disable and (done % SAVE_EVERY < rows or done == total):
-                    print(f"encoded {done:,} of {total:,}", flush=True)
+        with open(path, "r+b") as file:
+            file.seek(begin)
+            for batch in extractor.encode(source.openers(numbers), self.view):
+                rows = torch.stack([raise_errors(item) for item in batch])  # (b, D) or (b, L, D)
+                file.write(rows.numpy().tobytes())
+                done += len(rows)
+                if done - manifest["rows_done"] >= SAVE_EVERY or done == len(numbers):
+                    file.flush()
+                    os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
+                    manifest["rows_done"] = done
+                    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
+                yield len(rows)
 
-
-class FeatureCache(Shards):
-    """The features of the pictures `names` in `folder`, kept below `data.cache` in shards of `data.shard_rows`."""
-
-    def __init__(
-        self, model: "CaptionModel", names: list[str], folder: Path, device: torch.device, view: View = WHOLE
-    ) -> None:
-        self.names, self.folder = names, folder
-        made_by = identity(model, device, view) | {"folder": str(folder.resolve())}
-        place = cache_place(model, made_by, names)
-        rows, shape = model.config.data.shard_rows, model.encoder.feature_shape
-        shards = [
-            Shard(place / f"{first // rows:05}", Files(names[first : first + rows], folder), shape, made_by)
-            for first in range(0, len(names), rows)
-        ]
-        super().__init__(model, device, view, place, shards)
-
-    def find(self) -> Features | None:
-        """Return the features when all of them are there, else None."""
-        return self.open() if all(shard.is_whole() for shard in self.shards) else None
-
-    def open(self) -> Features:
-        return Features([shard.open() for shard in self.shards], self.names)
-
-    def fill(self) -> Features:
-        """Return the features, after encoding those that are missing."""
-        self.complete()
-        return self.open()
-
-
-def identity(model: "CaptionModel", device: torch.device, view: View) -> dict[str, Any]:
-    """Return what features depend on besides the pictures.
-
-    The weights are known by their hash: where their file lies may differ from one environment to the next.
-    """
-    made_by = {
-        "encoder": {name: value for name, value in model.encoder.identity.items() if name != "source"},
-        "grid": model.encoder.grid,
-        "transform": asdict(model.transform),
-        "computed_in": str(pick_precision(model.config.train.precision, device)).removeprefix("torch."),
-    }
-    return made_by | {name: value for name, value in asdict(view).items() if value != getattr(WHOLE, name)}
-
-
-def cache_place(model: "CaptionModel", *made_by: Any) -> Path:
-    """Return the folder below `data.cache` for features that were made by this."""
-    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(model.config.data.cache) / f"{model.config.encoder.name}-{key}"
-
-
-class Shard:
-    """The features of the pictures of one source in a folder of their own, made by one process at a time.
-
-    Rows count when encoder, transform, precision and names are the same and the sizes and mtimes of files are too.
-    """
-
-    def __init__(self, place: Path, source: Source, shape: tuple[int, ...], identity: dict[str, Any]) -> None:
-        self.place, self.source, self.identity = place, source, identity
-        self.shape = [len(source), *shape]
-
-    def is_whole(self) -> bool:
-        return self.manifest()[0]["rows_done"] == len(self.source)
-
-    def open(self) -> torch.Tensor:
-        """Return the rows as they lie on disk: what is read of them takes memory that the system can have back."""
-        return torch.from_numpy(np.load(self.place / "features.npy", mmap_mode="c"))
-
-    def fill(self, extractor: Extractor, view: View) -> Iterator[int]:
-        """Encode the rows that are missing; yields how many are there, then how many more.
-
-        Plain writes, not stores to a map, so that a full disk is an error.
-        """
-        self.place.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.place / "lock"):
-            manifest, reason = self.manifest()
-            if reason:
-                print(f"{self.place}: rows from {manifest['rows_done']:,} on are not used: {reason}")
-            done = manifest["rows_done"]
-            yield done
-            if done == len(self.source):
-                return
-            path = self.place / "features.npy"
-            mode = "r+" if done else "w+"
-            start = np.lib.format.open_memmap(path, mode, np.float16, tuple(self.shape)).offset
-            with open(path, "r+b") as file:
-                file.seek(start + done * 2 * math.prod(self.shape[1:]))
-                for pixels in extractor.read(self.source.openers(done), view):
-                    file.write(extractor(pixels).numpy().tobytes())
-                    done += len(pixels)
-                    if done - manifest["rows_done"] >= SAVE_EVERY or done == len(self.source):
-                        file.flush()
-                        os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
-                        manifest["rows_done"] = done
-                        write_atomically(self.place / "manifest.json", json.dumps(manifest).encode())
-                    yield len(pixels)
-
-    def manifest(self) -> tuple[dict[str, Any], str | None]:
-        """Return the expected manifest, with `rows_done` set to the rows on disk that still match, and the reason if
-        some do not.
-        """
-        pictures = self.source.stamps()
-        wanted: dict[str, Any] = {"identity": self.identity, "shape": self.shape, "rows_done": 0, "pictures": pictures}
-        found = read_manifest(self.place)
-        if found is None:
-            return wanted, None
-        reason = None
-        if found["identity"] != json.loads(json.dumps(self.identity)) or found["shape"] != self.shape:
-            reason = "another encoder made them"
-        elif not has_rows(self.place / "features.npy", self.shape):
-            reason = "features.npy is missing or cut short"
-        else:
-            old = found["pictures"][: found["rows_done"]]
-            changed = [row for row, (was, now) in enumerate(zip(old, pictures, strict=False)) if was != now]
-            whole = len(found["pictures"]) == len(pictures) and 0 <= found["rows_done"] <= len(self.source)
-            wanted["rows_done"] = changed[0] if changed else found["rows_done"] * whole
-            if changed:
-                reason = f"{pictures[changed[0]][0]} has changed since"
-        return wanted, reason
-
-
-def read_manifest(place: Path) -> dict[str, Any] | None:
-    """Return the manifest in `place`, or None when there is none that can be read."""
-    try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    kinds = {"identity": dict, "shape": list, "rows_done": int, "pictures": list}
-    whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), kind) for key, kind in kinds.items())
-    return manifest if whole else None
-
-
-def has_rows(path: Path, shape: list[int]) -> bool:
-    try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return rows.dtype == np.float16 and list(rows.shape) == shape
+    def remove_superseded(self, folders: list[Path]) -> None:
+        """Delete the files none of whose rows count any more; a training that has one mapped keeps it on POSIX."""
+        for folder in folders:
+            latest: dict[str, Path] = {}
+            for path in sorted(folder.glob("*.npy")):
+                manifest, _ = self.open(path.with_suffix(".json"))
+                names = [stamp[0] for stamp in manifest["pictures"][: manifest["rows_done"]]] if manifest else []
+                latest |= dict.fromkeys(names, path)
+            for path in set(folder.glob("*.npy")) - set(latest.values()):
+                with contextlib.suppress(OSError):  # Windows deletes no file that is mapped
+                    path.unlink()
+                    path.with_suffix(".json").unlink(missing_ok=True)

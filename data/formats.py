@@ -16,10 +16,13 @@ from typing import Any
 
 import pandas as pd
 
+from config import pick
+
 Row = tuple[str, str | int, str, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
 WORD = re.compile(r"\w")
 PLAIN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a path below a folder
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SAMPLED = 1 << 16  # characters at the start of a file that tell its format
 SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
@@ -32,8 +35,9 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     Raises UserError for a file that cannot be read, naming the line or the entry at fault.
     """
     name = recognise(path) if name == "auto" else name
+    reader = pick(READERS, name, "data.format")
     try:
-        rows = [(image, not_halved(key), tidy(caption), split) for image, key, caption, split in READERS[name](path)]
+        rows = [(image, not_halved(key), tidy(caption), split) for image, key, caption, split in reader(path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
@@ -127,7 +131,7 @@ def read_karpathy(path: Path) -> list[Row]:
     found: list[Row] = []
     for place, picture in enumerate(load_json(path)["images"]):
         where = f"{path} images[{place}]"
-        split = split_called(picture["split"], where)
+        split = as_split(picture["split"], where)
         image = inside("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
         for sentence in picture["sentences"]:
             found.append((image, picture.get("cocoid", image), sentence["raw"], split))
@@ -155,7 +159,7 @@ def read_ai_challenger(path: Path) -> list[Row]:
 def read_jsonl(path: Path) -> list[Row]:
     """Read one JSON object a line: `image`, `caption` or `captions`, and optionally `image_id` and `split`."""
     lines = enumerate(read_lines(path), start=1)
-    return several(path, (as_json(line, path, number) for number, line in lines if line.strip()), "image")
+    return several(path, (parse_json(line, path, number) for number, line in lines if line.strip()), "image")
 
 
 def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
@@ -164,18 +168,18 @@ def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row
     for place, entry in enumerate(entries):
         where = f"{path} entry {place + 1}"
         image = inside(entry[key], where)
-        captions, split = told_of(entry, where)
+        captions, split = captions_of(entry, where)
         found += [(image, entry.get("image_id", image), caption, split) for caption in captions]
     return found
 
 
-def told_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
+def captions_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
     """Return the captions of a picture's entry, one or a list, and its split, where it names one."""
     captions = entry["captions"] if "captions" in entry else entry["caption"]
-    return [captions] if isinstance(captions, str) else captions, split_called(entry.get("split"), where)
+    return [captions] if isinstance(captions, str) else captions, as_split(entry.get("split"), where)
 
 
-def split_called(name: str | None, where: str) -> str | None:
+def as_split(name: str | None, where: str) -> str | None:
     """Return the split of that name, None for none; raises UserError for a name that no split has."""
     if name is not None and name not in SPLIT_NAMES:
         raise UserError(f"{where} has the split {name!r}; make it train, val or test")
@@ -197,7 +201,7 @@ def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def as_json(line: str, path: Path, number: int) -> Any:
+def parse_json(line: str, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -214,7 +218,7 @@ def written(image: str, caption: str, where: str, split: str | None = None) -> R
     if not WORD.search(caption):
         raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
     image = inside(image, where)
-    return image, image, caption, split_called(split, where)
+    return image, image, caption, as_split(split, where)
 
 
 def inside(image: str, where: str) -> str:

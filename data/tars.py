@@ -1,26 +1,23 @@
-"""WebDataset tar shards, for datasets that are too large for one machine's memory or disk: written, and read.
+"""WebDataset tar shards as a source of pictures and captions, for datasets too large for single files.
 
-    python -m data.tars tars data.root=archive
+`python train.py "data.shards=tars/{00000..00001}.tar"` trains on them. A sample is a picture (`key.jpg`) and its
+captions (`key.json`: {"captions": ["A dog runs."], "split": "train"}, where no split means train), as img2dataset and
+others write them, and `data.write_tars` from any dataset.
 
-writes any dataset as tars/00000.tar …, and `python train.py "data.shards=tars/{00000..00001}.tar"` trains on them. A
-sample is a picture (`key.jpg`) and its captions (`key.json`: {"captions": ["A dog runs."], "split": "train"}, where
-no split means train); so img2dataset and others write them.
-
-Each tar is first taken apart, into `data.cache`/tars/: the captions of train become words in captions.npz, of which
-training holds some at a time (`data.stream`), and what is held out becomes files, a small dataset like any other.
-Train pictures stay in the tar until they are encoded (`data.features`); after that it may be removed.
+Each tar is read once into `data.cache`/tars/: the tokens of its training captions become captions.npz, and the
+pictures of val and test become files, a small dataset like any other. Training pictures stay in the tar until they are
+encoded (`data.features`); after that the tar may be removed.
 """
 
-from cli import Parser, UserError, run_script
+from cli import UserError
 
 import hashlib
 import json
 import os
 import re
-import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +29,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import distributed
-from config import DataConfig, load_config, setting_names
-from data import annotations, formats, words
+from config import DataConfig
+from data import formats, tokens
+from data.features import Opener, Stamp
+from data.formats import PICTURE_SUFFIXES
+from data.tokens import Tokens
 from data.transforms import open_picture
 from utils import write_atomically
 
@@ -42,89 +42,110 @@ INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 
 @dataclass
 class Tar:
-    """One tar: a `data.features.Source` of its train pictures.
+    """One tar, as a `data.features.Source` of its training pictures.
 
     Attributes:
-        place: the folder of what it was taken apart into.
-        cut_by: what its words depend on besides the captions; see `data.words.cut_by`.
-        stamp: name, size and mtime (ns) of the tar that was.
-        pictures, captions: how many of train are in it; held_out: pictures of other splits.
+        place: the folder that it was read into.
+        tokeniser: what its tokens depend on besides the captions; see `data.tokens.tokeniser_version`.
+        stamp: name, size and mtime (ns) that the tar had then.
+        pictures, captions: how many there are for training; held_out: how many pictures of val and test.
     """
 
     path: Path
     place: Path
-    cut_by: list[Any]
-    stamp: list[Any] = field(default_factory=list)
+    tokeniser: list[Any]
+    stamp: Stamp = field(default_factory=list)
     pictures: int = 0
     captions: int = 0
     held_out: int = 0
 
-    def __len__(self) -> int:
-        return self.pictures
+    @property
+    def key(self) -> str:
+        return self.place.name
 
-    def stamps(self) -> list[list[Any]]:
-        return [self.stamp]
+    @property
+    def names(self) -> list[str]:
+        """The names of the training pictures, in order."""
+        with np.load(self.place / INDEX) as saved:
+            return [f"{self.key}/{name}" for name in json.loads(saved["names"].tobytes())]
 
-    def is_known(self) -> bool:
-        """Whether it has been taken apart and is as it was then, or gone: it may be, once it is encoded."""
+    def captions_per_image(self) -> np.ndarray:
+        """Return how many captions each training picture has (pictures,)."""
+        with np.load(self.place / INDEX) as saved:
+            return saved["captions_per_image"]
+
+    def tokens(self) -> Tokens:
+        """Return the training captions, those of a picture together, pictures in order."""
+        with np.load(self.place / INDEX) as saved:
+            return tokens.unpack(saved)
+
+    def is_read(self) -> bool:
+        """Whether the tar has been read and is as it was then, or gone: once it is encoded, it may be."""
         try:
             with np.load(self.place / INDEX) as saved:
                 size, mtime, self.pictures, self.captions, self.held_out = saved["numbers"].tolist()
-                cut_by = json.loads(saved["cut_by"].tobytes())
-        except words.DAMAGED:
+                tokeniser = json.loads(saved["tokeniser"].tobytes())
+        except tokens.DAMAGED:
             return False
         self.stamp = [self.path.name, size, mtime]
-        return cut_by == self.cut_by and (not self.path.exists() or self.stamp == stamp_of(self.path))
+        return tokeniser == self.tokeniser and (not self.path.exists() or self.stamp == stamp_of(self.path))
 
-    def names(self) -> list[str]:
-        """Return the keys of the train pictures, in order."""
-        with np.load(self.place / INDEX) as saved:
-            return json.loads(saved["names"].tobytes())
+    def stamps(self) -> list[Stamp]:
+        _, size, mtime = self.stamp
+        return [[name, size, mtime] for name in self.names]
 
-    def repeats(self) -> np.ndarray:
-        """Return how many captions each train picture has (pictures,)."""
-        with np.load(self.place / INDEX) as saved:
-            return saved["repeats"]
-
-    def read_words(self) -> words.Words:
-        """Return the words of the train captions, pictures in order."""
-        with np.load(self.place / INDEX) as saved:
-            return words.unpack(saved)
-
-    def openers(self, first: int = 0) -> Iterator[partial]:
-        """Yield what opens each train picture from this place on."""
+    def openers(self, numbers: Sequence[int]) -> Iterator[Opener]:
         if not self.path.is_file():
             raise UserError(f"{self.path} is gone, and its pictures are not all encoded yet; put it back")
-        wanted = set(self.names()[first:])
+        names = self.names
+        wanted = {names[number] for number in numbers}
         for sample in samples(self.path):
-            if sample["__key__"] in wanted:
+            key = sample["__key__"]
+            if f"{self.key}/{key}" in wanted:
                 ending = picture_ending(sample, self.path)
-                yield partial(open_picture, f"{self.path}/{sample['__key__']}.{ending}", sample[ending])
+                yield partial(open_picture, f"{self.path}/{key}.{ending}", sample[ending])
 
 
 def find(config: DataConfig) -> list[Tar]:
-    """Return the tars that `data.shards` names, taken apart by several processes in turn; none without the setting."""
-    tars = named(config)
-    new = [tar for tar in tars if not tar.is_known()]
-    distributed.wait()  # until all processes have seen the same ones, before any is taken apart
+    """Return the tars that `data.shards` names, after reading those that are new; none without the setting."""
+    tokeniser, tars = tokens.tokeniser_version(config.language), []
+    for path in expand(config.shards) if config.shards else []:
+        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
+        tars.append(Tar(path, Path(config.cache) / "tars" / f"{path.stem}-{key}", tokeniser))
+    new = [tar for tar in tars if not tar.is_read()]
+    distributed.wait()  # until all processes have seen the same ones, before any is read
     if new:
         print(f"reading the captions of {count(len(new))}, once, into {config.cache}/tars/")
     for tar in tqdm(distributed.share(new), unit="tar", disable=distributed.bar_hidden() or not new):
-        take_apart(tar, config.language)
+        read(tar, config.language)
     distributed.wait()
     for tar in new:
-        if not tar.is_known():
+        if not tar.is_read():
             raise UserError(f"{tar.path} changed while it was read; start again")
     return tars
 
 
-def named(config: DataConfig) -> list[Tar]:
-    """Return the tars that `data.shards` names, whether there or not."""
-    cut_by, tars = words.cut_by(config.language), []
-    for path in expand(config.shards) if config.shards else []:
-        key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
-        tars.append(Tar(path, Path(config.cache) / "tars" / f"{path.stem}-{key}", cut_by))
-    return tars
+def count_words(tars: list[Tar]) -> Counter[str]:
+    """Return how often each word occurs in the training captions."""
+    counts = Counter[str]()
+    for tar in tars:
+        counts.update(tar.tokens().count())
+    return counts
+
+
+def held_out(config: DataConfig) -> pd.DataFrame:
+    """Return the table of the pictures that are not for training."""
+    tables = [formats.read(tar.place / HELD_OUT, "jsonl") for tar in find(config) if tar.held_out]
+    columns = ["image", "image_id", "caption", "split"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def train_captions(config: DataConfig) -> Iterator[str]:
+    """Yield every training caption as its words, joined by blanks."""
+    for tar in find(config):
+        captions = tar.tokens()
+        for number in range(len(captions)):
+            yield " ".join(captions.types[i] for i in captions[number])
 
 
 def expand(pattern: str) -> list[Path]:
@@ -146,7 +167,7 @@ def count(tars: int) -> str:
     return f"{tars:,} tar{'' if tars == 1 else 's'}"
 
 
-def stamp_of(path: Path) -> list[Any]:
+def stamp_of(path: Path) -> Stamp:
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -156,10 +177,55 @@ def stamp_of(path: Path) -> list[Any]:
     return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
+# ---- reading a tar ---------------------------------------------------------------------------------------------------
+
+
+def read(tar: Tar, language: str) -> None:
+    """Write the tokens of a tar's training captions, and the pictures of val and test, into its place."""
+    stamp = stamp_of(tar.path)
+    tar.place.mkdir(parents=True, exist_ok=True)
+    with FileLock(tar.place / "lock"):
+        if tar.is_read():
+            return
+        for old in tar.place.iterdir():
+            if old.name != "lock":
+                old.unlink()
+        names, captions_per_image, captions, held_out, keys = [], [], list[str](), [], set[str]()
+        for number, sample in enumerate(samples(tar.path)):
+            key = sample["__key__"]
+            if key in keys:
+                raise UserError(f"{tar.path} has {key} twice, in two places; keep its files together, once")
+            keys.add(key)
+            texts, split, image_id = read_sample(sample, tar.path)
+            if split == "train":
+                names.append(key)
+                captions_per_image.append(len(texts))
+                captions += texts
+            else:
+                ending = picture_ending(sample, tar.path)
+                file = tar.place / f"{number:06}.{ending}"  # a key could lead out of the folder
+                file.write_bytes(sample[ending])
+                row = {"image": f"{tar.key}/{file.name}", "image_id": image_id, "captions": texts, "split": split}
+                held_out.append(json.dumps(row))
+        write_atomically(tar.place / HELD_OUT, "\n".join(held_out).encode())
+        tokens.write(  # last of all: the tar counts as read from then on
+            tar.place / INDEX,
+            tokens.tokenise(captions, language),
+            names=as_array(names),
+            captions_per_image=np.array(captions_per_image, dtype=np.int64),
+            numbers=np.array([*stamp[1:], len(names), len(captions), len(held_out)], dtype=np.int64),
+            tokeniser=as_array(tar.tokeniser),
+        )
+
+
+def as_array(value: list[Any]) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
 def samples(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the samples of a tar: `__key__` and, by ending, what each of its files holds.
 
-    Raises UserError for a tar that is damaged, naming the last sample that could be read.
+    Raises UserError for a tar that is cut short or damaged.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -173,152 +239,29 @@ def samples(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path} is damaged after {last} ({error.args[0]}); take a whole copy of it") from None
 
 
-def take_apart(tar: Tar, language: str) -> None:
-    """Write the words of its train captions, and what is held out as files, into the tar's place."""
-    stamp = stamp_of(tar.path)
-    tar.place.mkdir(parents=True, exist_ok=True)
-    with FileLock(tar.place / "lock"):
-        if tar.is_known():
-            return
-        for old in tar.place.iterdir():
-            if old.name != "lock":
-                old.unlink()
-        names, repeats, captions, held_out = list[str](), list[int](), list[str](), list[str]()
-        for number, sample in enumerate(unlike(samples(tar.path), tar.path)):
-            told, split, row = read_sample(sample, tar.path)
-            if split == "train":
-                names.append(sample["__key__"])
-                repeats.append(len(told))
-                captions += told
-            else:
-                ending = picture_ending(sample, tar.path)
-                file = tar.place / f"{number:06}.{ending}"  # a key could lead out of the folder
-                file.write_bytes(sample[ending])
-                held_out.append(json.dumps({"image": f"{tar.place.name}/{file.name}", **row}))
-        write_atomically(tar.place / HELD_OUT, "\n".join(held_out).encode())
-        tar.stamp, tar.held_out = stamp, len(held_out)
-        write_index(tar, names, repeats, words.cut_afresh(captions, language))
-
-
-def write_index(tar: Tar, names: list[str], repeats: list[int], cut: words.Words) -> None:
-    """Write what is known of a tar, last of all: it has been taken apart from then on."""
-    numbers = [*tar.stamp[1:], len(names), sum(repeats), tar.held_out]
-    words.write(
-        tar.place / INDEX,
-        cut,
-        names=as_json(names),
-        repeats=np.array(repeats, dtype=np.int64),
-        numbers=np.array(numbers, dtype=np.int64),
-        cut_by=as_json(tar.cut_by),
-    )
-
-
-def as_json(value: list[Any]) -> np.ndarray:
-    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-
-
-def unlike(found: Iterator[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the samples; raises UserError for a key that comes twice in a tar."""
-    keys = set()
-    for sample in found:
-        if sample["__key__"] in keys:
-            raise UserError(f"{path} has {sample['__key__']} twice, in two places; keep its files together, once")
-        keys.add(sample["__key__"])
-        yield sample
-
-
-def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, dict[str, Any]]:
-    """Return a sample's captions, its split, and its row in captions.jsonl, but for the picture's name."""
+def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str | int]:
+    """Return a sample's captions, its split and its image id."""
     where = f"{path}/{sample['__key__']}.json"
     picture_ending(sample, path)
     if "json" not in sample:
         raise UserError(f"there is no {where}, which should hold the captions of a picture; add it")
     try:
         entry = json.loads(sample["json"])
-        found, split = formats.told_of(entry, where)
+        found, split = formats.captions_of(entry, where)
         captions = [text for text in map(formats.tidy, found) if formats.WORD.search(text)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         form = '{"captions": ["A dog runs."], "split": "train"}'
         raise UserError(f"{where} cannot be used ({error!r}); it should read {form}") from None
     if not captions:
         raise UserError(f"{where} holds no caption with a word; fill it, or remove the picture")
-    image_id = entry.get("image_id", f"{path.stem}/{sample['__key__']}")
-    return captions, split or "train", {"image_id": image_id, "captions": captions, "split": split}
+    return captions, split or "train", entry.get("image_id", f"{path.stem}/{sample['__key__']}")
 
 
 def picture_ending(sample: dict[str, Any], path: Path) -> str:
-    endings = [ending for ending in sample if f".{ending}" in annotations.SUFFIXES]
+    endings = [ending for ending in sample if f".{ending}" in PICTURE_SUFFIXES]
     if len(endings) != 1:
         what = f"is {len(endings)} pictures ({', '.join(endings)})" if endings else "has no picture"
         raise UserError(
             f"{sample['__key__']} in {path} {what}; it should be one picture, such as a .jpg, and one .json"
         )
     return endings[0]
-
-
-def count_words(tars: list[Tar]) -> Counter[str]:
-    """Return how often each word occurs in the train captions."""
-    counts = Counter[str]()
-    for tar in tars:
-        counts.update(tar.read_words().count())
-    return counts
-
-
-def held_out(config: DataConfig) -> pd.DataFrame:
-    """Return the table of the pictures that are not for training."""
-    tables = [formats.read(tar.place / HELD_OUT, "jsonl") for tar in find(config) if tar.held_out]
-    columns = ["image", "image_id", "caption", "split"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
-
-
-def train_captions(config: DataConfig) -> Iterator[str]:
-    """Yield the words of every train caption as a text."""
-    return (" ".join(caption) for tar in find(config) if tar.captions for caption in tar.read_words())
-
-
-def export(config: DataConfig, folder: Path, each: int) -> int:
-    """Write a dataset as tars of `each` pictures, in an order drawn once; returns how many tars.
-
-    Raises UserError where there are tars already, and for a picture that could not be found again by its ending.
-    """
-    from webdataset import TarWriter
-
-    table, images = annotations.load(config), annotations.image_folder(config)
-    rows = list(table.groupby(["image", "image_id", "split"], sort=False)["caption"])
-    order = np.random.default_rng(annotations.SPLIT_SEED).permutation(len(rows))
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise UserError(f"{folder} has tars already; name another folder")
-    for image in table["image"][~table["image"].str.lower().str.endswith(annotations.SUFFIXES)][:1]:
-        raise UserError(f"{image} ends in none of {', '.join(annotations.SUFFIXES)}; rename it, in the captions too")
-    paths = [folder / f"{number:05}.tar" for number in range(-(-len(rows) // each))]
-    for path, first in zip(tqdm(paths, unit="tar", disable=None), range(0, len(rows), each), strict=True):
-        unfinished = path.with_suffix(".unfinished")
-        with open(unfinished, "wb") as stream, TarWriter(stream, mtime=0) as tar:
-            for number in range(first, min(first + each, len(rows))):
-                (image, image_id, split), captions = rows[order[number]]
-                told = {"image_id": image_id, "image": image, "captions": captions.tolist(), "split": split}
-                ending = Path(image).suffix.lower().removeprefix(".")
-                content = (images / image).read_bytes()
-                tar.write({"__key__": f"{number:09}", ending: content, "json": json.dumps(told).encode()})
-        unfinished.replace(path)
-    return len(paths)
-
-
-def main() -> None:
-    parser = Parser(
-        description="Write a dataset as WebDataset tar shards.",
-        epilog="Example: python -m data.tars tars data.root=archive",
-    )
-    parser.add_argument("out", type=Path, help="the folder for them")
-    parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
-    args = parser.parse_options_and_settings(setting_names())
-    config = load_config(overrides=args.overrides).data
-    expand("")  # says what to install, before any work
-    written = export(config, args.out, max(1, args.pictures))
-    pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
-    print(f'wrote {count(written)}; train on them with: python train.py "data.shards={pattern}"')
-
-
-if __name__ == "__main__":
-    sys.exit(run_script(main))

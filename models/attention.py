@@ -22,7 +22,7 @@ class AttentionRNN(Decoder):
     L cells of size D, H hidden size, E embedding size, N = B K captions, K of each picture.
     """
 
-    grid: ClassVar[bool] = True
+    spatial: ClassVar[bool] = True
     heads = 1
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
@@ -49,12 +49,12 @@ class AttentionRNN(Decoder):
         with torch.no_grad():
             self.from_word.bias.split(self.input_sizes)[1].view(4, -1)[1] += 1
 
-    def hidden(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    def forward(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
         keys, to_gates, to_output, _ = memory
-        rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
+        rows, slot = by_picture(tokens, image_index, len(features))  # (B K, T), (N,)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
         words, place = rows.T.unique(return_inverse=True)  # (W,), (T, B K): each word is read once
         read: list[torch.Tensor] = []  # the state that each word is read with (B K, H)

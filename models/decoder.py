@@ -25,23 +25,12 @@ class Decoder(nn.Module):
     hidden states (..., H).
     """
 
-    grid: ClassVar[bool] = False
+    spatial: ClassVar[bool] = False
     heads: int = 0
     output: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: read `tokens` (N, T), which start with `<sos>`, and predict each next word.
-
-        `owner` (N,) names each caption's row in `features`. Returns logits (N, T, V), whose place t scores the word
-        after tokens[:, t], and attention (N, T, A, L), a map on the cells for each of A heads, or None.
-        """
-        hidden, attention = self.hidden(features, tokens, owner)
-        return self.output(hidden), attention
-
-    def hidden(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Do as `forward` does, up to the states (N, T, H) before `output`: padding needs no logits.
 
@@ -67,20 +56,22 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
-def by_picture(tokens: torch.Tensor, owner: torch.Tensor, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
+def by_picture(tokens: torch.Tensor, image_index: torch.Tensor, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring the captions of a picture together, so that they can share what was computed of it.
 
     Args:
-        tokens: (N, T) captions; owner: the picture of each (N,).
+        tokens: (N, T) captions; image_index: the picture of each (N,).
 
     Returns captions (pictures K, T), where the K rows of a picture stand together and those it has no caption for are
     zeros, and the row of each caption (N,). K is the number of captions of the picture that has most.
     """
-    counts = owner.bincount(minlength=pictures)  # (B,)
+    counts = image_index.bincount(minlength=pictures)  # (B,)
     captions = int(counts.max())
-    order = owner.argsort(stable=True)  # (N,)
-    rank = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]  # (N,)
-    slot = torch.empty_like(owner).scatter_(0, order, owner[order] * captions + rank)
+    order = image_index.argsort(stable=True)  # (N,)
+    rank = (
+        torch.arange(len(image_index), device=image_index.device) - (counts.cumsum(0) - counts)[image_index[order]]
+    )  # (N,)
+    slot = torch.empty_like(image_index).scatter_(0, order, image_index[order] * captions + rank)
     return tokens.new_zeros(pictures * captions, tokens.shape[1]).index_copy_(0, slot, tokens), slot
 
 
@@ -138,10 +129,10 @@ class DecoderRNN(Decoder):
             if name.startswith("bias_ih"):
                 nn.init.ones_(bias.data[self.lstm.hidden_size : 2 * self.lstm.hidden_size])
 
-    def hidden(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    def forward(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        picture = self.project(features)[owner].unsqueeze(1)  # (N, 1, E)
+        picture = self.project(features)[image_index].unsqueeze(1)  # (N, 1, E)
         inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
         hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
         return self.dropout(hidden[:, 1:]), None  # (N, T, H)

@@ -1,4 +1,4 @@
-"""EncoderCNN: an ImageNet backbone cut before its classifier, giving a vector or a grid of features per picture."""
+"""EncoderCNN: an ImageNet backbone cut before its classifier, giving a vector or a spatial of features per picture."""
 
 from cli import UserError
 
@@ -34,7 +34,7 @@ class EncoderCNN(nn.Module):
 
     Args:
         config: which backbone, which weights.
-        grid: True gives one feature per cell (B, L, D), False their mean (B, D).
+        spatial: True gives one feature per cell (B, L, D), False their mean (B, D).
         load: False leaves the weights random, for a caller that has them at hand.
 
     Attributes:
@@ -44,9 +44,9 @@ class EncoderCNN(nn.Module):
     Raises UserError when the weights cannot be had or do not fit.
     """
 
-    def __init__(self, config: EncoderConfig, grid: bool = False, load: bool = True) -> None:
+    def __init__(self, config: EncoderConfig, spatial: bool = False, load: bool = True) -> None:
         super().__init__()
-        self.config, self.grid = config, grid
+        self.config, self.spatial = config, spatial
         size = transform_for(config).image_size
         try:
             network = build_network(config, size)
@@ -78,7 +78,7 @@ class EncoderCNN(nn.Module):
         if isinstance(cells, dict):  # of create_feature_extractor
             (cells,) = cells.values()
         cells = cells[:, 1:] if cells.ndim == 3 else cells.flatten(2).transpose(1, 2)  # (B, L, D), no class token
-        return cells if self.grid else cells.mean(1)
+        return cells if self.spatial else cells.mean(1)
 
     def train(self, mode: bool = True) -> "EncoderCNN":
         """Leave the backbone in eval mode, frozen or not: BatchNorm statistics are never learned from captions."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.checkpoint import load_model
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 
@@ -22,7 +23,7 @@ class Ensemble(Decoder):
 
     def __init__(self, models: Sequence[CaptionModel]) -> None:
         super().__init__()
-        self.grid = models[0].decoder.grid  # type: ignore[misc]
+        self.spatial = models[0].decoder.spatial  # type: ignore[misc]
         heads = {model.decoder.heads for model in models}
         self.heads = heads.pop() if len(heads) == 1 else 0
         self.models = nn.ModuleList(models)
@@ -70,7 +71,7 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
 
     Raises UserError for models that read other features than the first, or know other words.
     """
-    first, *others = models = [CaptionModel.from_checkpoint(path, overrides) for path in paths]
+    first, *others = models = [load_model(path, overrides) for path in paths]
     if not others:
         return first
     for path, model in zip(paths[1:], others, strict=True):
@@ -92,4 +93,4 @@ def refuse_homeless_ensemble(paths: Sequence[Path], out: str | None) -> None:
 
 
 def features_of(model: CaptionModel) -> tuple[object, ...]:
-    return model.encoder.identity["sha256"], model.encoder.grid, model.encoder.config.stride_in_1x1, model.transform
+    return model.encoder.identity["sha256"], model.encoder.spatial, model.encoder.config.stride_in_1x1, model.transform

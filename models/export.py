@@ -25,8 +25,7 @@ from torch import nn
 from config import setting_names
 from data import sample
 from data.vocab import SOS
-from models.consensus import forget
-from models.contents import check
+from models.checkpoint import check_parts, model_from_state, model_state
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 from models.search import search
@@ -43,12 +42,11 @@ def main() -> None:
     out = Path(args.out) if args.out else path.parent / "export"
     require("safetensors", "onnx", "onnxscript", "onnxruntime")
     saved = load_checkpoint(path)
-    check(saved, str(path))
-    saved = forget(saved)  # the graphs' callers search, and rank, by themselves
-    model = CaptionModel.from_state(saved, str(path), args.overrides).eval()
+    check_parts(saved, str(path))
+    model = model_from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 
-    kept = {name: saved[name] for name in (*model.state(), "scores") if name in saved}
+    kept = {name: saved[name] for name in (*model_state(model), "scores") if name in saved}
     files = separate(kept | {"config": model.config.model_dump()})
     graphs = trace(model)
     difference = compare(model, OnnxDecoder(*graphs))
@@ -102,7 +100,7 @@ def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:
 
 
 def load(folder: str | Path) -> dict[str, Any]:
-    """Return the checkpoint in a folder's model.safetensors and config.json, for `CaptionModel.from_state`."""
+    """Return the checkpoint in a folder's model.safetensors and config.json, for `model_from_state`."""
     import safetensors.torch
 
     folder = Path(folder)

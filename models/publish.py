@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, load_config
-from models.consensus import forget
+from config import FREE, load_config, marked
+from models.checkpoint import load_model
 from models.encoder import file_sha256
-from models.model import CaptionModel
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -26,7 +25,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
     parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
     args = parser.parse_options()
-    CaptionModel.from_checkpoint(args.checkpoint)  # which refuses what is damaged
+    load_model(args.checkpoint)  # which refuses what is damaged
     save_checkpoint(args.out, publishable(load_checkpoint(args.checkpoint)))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
 
@@ -36,12 +35,12 @@ def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
     The training captions that `search.consensus` needs stay behind: they are not this project's to give away.
     """
-    checkpoint = forget(checkpoint)
     config, usual = copy.deepcopy(checkpoint["config"]), load_config().model_dump()
-    for name in FREE_AFTER_TRAINING:
+    for name in marked(FREE):
         section, key = name.split(".")
         config[section][key] = usual[section][key]
     config["train"]["start"] = None  # a path, too
+    config["search"]["consensus"] = 0.0
     source = checkpoint["encoder"]["source"]
     encoder = checkpoint["encoder"] | {"source": source and Path(source).name}
     return halved(checkpoint) | {"config": config, "encoder": encoder}

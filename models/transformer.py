@@ -25,7 +25,7 @@ class TransformerDecoder(Decoder):
     words so far (N, t, 2 E), so that a step computes one word only. The maps returned are those of the last layer.
     """
 
-    grid: ClassVar[bool] = True
+    spatial: ClassVar[bool] = True
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class TransformerDecoder(Decoder):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.embedding.weight, std=0.5 * width**-0.5)
 
-    def hidden(
-        self, features: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor
+    def forward(
+        self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
-        rows, slot = by_picture(tokens, owner, len(features))  # (B K, T), (N,)
+        rows, slot = by_picture(tokens, image_index, len(features))  # (B K, T), (N,)
         nothing = tuple(part.new_empty(len(rows), 0, part.shape[2]) for part in memory)
         hidden, _, maps = self.read(rows, nothing, memory, Places(rows != PAD))
         return hidden[slot], maps[slot]  # (N, T, E), (N, T, A, L)

@@ -70,7 +70,7 @@ class WeightAverage:
 
     @contextmanager
     @torch.no_grad()
-    def lent(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Give the model the average for a while."""
         own = [parameter.clone() for parameter in self.trained]
         copy_all(self.weights or own, self.trained)

@@ -1,4 +1,4 @@
-"""A run's folder, `runs/<name>/`: begun, kept, gone on with, and its loss log."""
+"""A run's folder, `runs/<name>/`: begun, locked, gone on with, and its loss log."""
 
 from cli import UserError
 
@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,113 +17,163 @@ import pandas as pd
 import yaml
 from filelock import FileLock, Timeout
 
-from config import Config, restore_config
-from data import annotations
-from training import tensorboard
+import distributed
+from config import Config, load_config, restore_config
+from data import annotations, splits
+from models import consensus
+from training.state import RESUMED
 from utils import RUNS, find_run, load_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
-BY_TRAINING = ("last.pth", "checkpoints.pth", "loss_log.txt", "config.yaml", annotations.SAVED_SPLITS)
+BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)
 WRITTEN = (
     *BY_TRAINING,
     *("captions_result.html", "predictions.json", "loss_curve.png"),
-    *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in annotations.SPLITS),
+    *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in splits.SPLITS),
 )
-FOLDERS = ("outputs", "export", tensorboard.FOLDER)
-RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
+TENSORBOARD = "tensorboard"
+FOLDERS = ("outputs", "export", TENSORBOARD)
 
 LOCK, HOLDER = ".lock", ".holder"  # the lock, and who has it: on Windows a locked file cannot be read
-PATIENCE = 10  # seconds; the picture readers of a trainer that was killed outlive it by some 5, and keep its lock
+PATIENCE = 10  # seconds: the picture readers of a trainer that was killed outlive it by some 5, and keep its lock
+
+
+@dataclass
+class Run:
+    """A run that is open for training; `saved` is what last.pth holds, where it goes on."""
+
+    config: Config
+    saved: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.config.run
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.config.run
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pth"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoints.pth"
+
+    def saved_splits(self) -> dict[str, list[str]] | None:
+        return splits.read_splits(self.folder) if self.saved else None
+
+    def begin(self, table: pd.DataFrame) -> None:
+        """Clear the folder of what an earlier run wrote; write the resolved config and every picture's split."""
+        if distributed.rank() == 0:
+            for name in WRITTEN:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in FOLDERS:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            config = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
+            write_atomically(self.folder / "config.yaml", config.encode())
+            write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(splits.splits_of(table)).encode())
+
+    def log(self, history: list[dict[str, float]]) -> None:
+        """Write loss_log.txt whole: tab-separated, a header, one row per epoch."""
+        if distributed.rank() == 0:
+            rows = [[str(row[column]) for column in LOG_COLUMNS] for row in history]
+            text = "".join("\t".join(cells) + "\n" for cells in [LOG_COLUMNS, *rows])
+            write_atomically(self.folder / "loss_log.txt", text.encode())
 
 
 @contextlib.contextmanager
-def claimed(run: Path) -> Iterator[None]:
-    """Keep a run's folder for this process until the block ends, or the process does, in whatever way.
+def open_run(args: argparse.Namespace) -> Iterator[Run]:
+    """Open the run that the command line asks for, a new one or one to go on with, and lock its folder for the block.
 
-    Raises UserError, naming it, when another process trains there.
+    Raises UserError rather than write over a run, and where another process trains in the folder.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / LOCK)
-    try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise UserError(
-            f"{run} is being trained by {read_holder(run)}; wait for its end, stop it, or train another: run=NAME"
-        ) from None
-    try:
-        write_atomically(run / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for name in (*BY_TRAINING, HOLDER):  # what a write that was killed has left
-            for path in run.glob(f".{name}.*"):
-                path.unlink()
-        yield
-    finally:
-        (run / HOLDER).unlink(missing_ok=True)
-        lock.release()
-        remove_empty(run)
+    if distributed.restarted() and not args.resume:  # by torchrun, in the place of a process that died
+        name = choose_config(args).run
+        args.resume, args.overwrite = (RUNS / name / "last.pth").is_file(), True
+        if args.resume:
+            args.run, args.config, args.overrides = name, None, []
+    run = resume(args) if args.resume else Run(choose_config(args))
+    with contextlib.ExitStack() as stack:
+        distributed.on_first_rank(stack.enter_context, locked(run.folder))
+        if not args.resume and not args.overwrite:
+            distributed.on_first_rank(refuse_existing, run)
+        yield run
 
 
-def read_holder(run: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (run / HOLDER).read_text(encoding="utf-8")
-    return "another process"
+def choose_config(args: argparse.Namespace) -> Config:
+    """Return the recipe asked for; with nothing asked for and no dataset at hand, that of the built-in sample."""
+    if args.run:
+        raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
+    config = load_config(args.config, args.overrides)
+    asked = args.config or any(word.startswith("data.") for word in args.overrides)
+    if asked or annotations.find_captions(config.data):
+        return config
+    print(f"There is no dataset at {config.data.root}/: training on the built-in sample (see README, Flickr8k).")
+    return load_config(Path(__file__).parents[1] / "configs" / "sample.yaml", args.overrides)
 
 
-def is_begun(run: Path) -> bool:
-    """Whether a folder holds more than training leaves when it is killed before its first checkpoint."""
-    return any(path.name not in ("config.yaml", annotations.SAVED_SPLITS, LOCK, HOLDER) for path in run.iterdir())
-
-
-def remove_empty(run: Path) -> None:
-    """Leave no folders where training could not begin."""
-    with contextlib.suppress(OSError):
-        if {path.name for path in run.iterdir()} == {LOCK}:
-            (run / LOCK).unlink()
-            run.rmdir()
-            run.parent.rmdir()
-
-
-def resume(args: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
-    """Return config and last.pth of the run to go on with; `args.overrides` keeps what is not its name."""
+def resume(args: argparse.Namespace) -> Run:
+    """Return the run to go on with, from its last.pth; `args.overrides` keeps what is not its name."""
     if args.config:
         raise UserError("--resume goes on with a run's own settings; leave --config out and name the run: --run NAME")
     names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
     args.overrides = [word for word in args.overrides if not word.startswith("run=")]
-    run = find_run("last.pth", args.run or next(iter(names), None))
-    if run.resolve().parent != RUNS.resolve():
-        raise UserError(f"{run} is not below {RUNS}/; move it there to go on with it")
-    saved = load_checkpoint(run / "last.pth")
+    folder = find_run("last.pth", args.run or next(iter(names), None))
+    if folder.resolve().parent != RUNS.resolve():
+        raise UserError(f"{folder} is not below {RUNS}/; move it there to go on with it")
+    saved = load_checkpoint(folder / "last.pth")
     missing = {"config", *RESUMED} - saved.keys()
     if missing:
         raise UserError(
-            f"{run / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; start the run again"
+            f"{folder / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; start the run again"
         )
-    return restore_config(saved["config"] | {"run": run.name}, args.overrides), saved
+    return Run(restore_config(saved["config"] | {"run": folder.name}, args.overrides), saved)
 
 
-def refuse_existing(run: Path, args: argparse.Namespace, config: Config) -> None:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process until the block ends, or the process does, in whatever way.
+
+    Raises UserError, naming it, when another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError):
+            holder = (folder / HOLDER).read_text(encoding="utf-8")
+        raise UserError(
+            f"{folder} is being trained by {holder}; wait for its end, stop it, or train another: run=NAME"
+        ) from None
+    try:
+        write_atomically(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        for name in (*BY_TRAINING, HOLDER):  # what a write that was killed has left
+            for path in folder.glob(f".{name}.*"):
+                path.unlink()
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+        with contextlib.suppress(OSError):  # leave no folders where training could not begin
+            if {path.name for path in folder.iterdir()} == {LOCK}:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+                folder.parent.rmdir()
+
+
+def refuse_existing(run: Run) -> None:
     """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
-    if args.resume or args.overwrite or not is_begun(run):
+    before_training = ("config.yaml", splits.SAVED_SPLITS, LOCK, HOLDER)  # of a run killed before its first checkpoint
+    if all(path.name in before_training for path in run.folder.iterdir()):
         return
-    if config.run == "sample" and config.data.format == "sample":
-        print(f"{run} is started again (name another run with run=NAME to keep it)")
+    if run.name == "sample" and run.config.data.format == "sample":
+        print(f"{run.folder} is started again (name another run with run=NAME to keep it)")
         return
     raise UserError(
-        f"{run} exists already; go on with it: --resume --run {run.name}, "
+        f"{run.folder} exists already; go on with it: --resume --run {run.name}, "
         "keep it and start another: run=NAME, or lose it: --overwrite"
     )
-
-
-def start_run(run: Path, config: Config, table: pd.DataFrame) -> None:
-    """Clear the run's folder of what an earlier run wrote; write the resolved config and every picture's split."""
-    for name in WRITTEN:
-        (run / name).unlink(missing_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(run / name, ignore_errors=True)
-    write_atomically(run / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-    write_atomically(run / annotations.SAVED_SPLITS, json.dumps(annotations.splits_of(table)).encode())
-
-
-def write_log(path: Path, history: list[dict[str, float]]) -> None:
-    """Write the loss log whole: tab-separated, a header, one row per epoch."""
-    rows = [[str(row[column]) for column in LOG_COLUMNS] for row in history]
-    write_atomically(path, "".join("\t".join(cells) + "\n" for cells in [LOG_COLUMNS, *rows]).encode())

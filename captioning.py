@@ -1,0 +1,219 @@
+"""From pictures to features to captions: the one way there, for scripts, the demo, validation and your own code.
+
+captioner = Captioner.load("pretrained/captioner.pth")
+captioner.caption(["photo.jpg", "other.jpg"], beam=3)
+"""
+
+from cli import UserError
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import distributed
+from config import SearchConfig, change_search
+from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead
+from data.transforms import WHOLE, View, open_picture, upright
+from models.ensemble import load_ensemble
+from models.model import Caption, CaptionModel
+from utils import pick_device
+
+SEARCH_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
+LONGEST_SIDE = 800  # pixels of a picture kept to be drawn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to caption: a file, or what a file holds.
+
+    Attributes:
+        image_id: names it in predictions.json; references: captions by people, where they are known.
+        content: the bytes of the file, where it lies on no disk.
+    """
+
+    path: Path
+    name: str
+    image_id: str | int
+    references: tuple[str, ...] = ()
+    content: bytes | None = None
+
+    def open(self) -> Image.Image:
+        return open_picture(self.path, self.content)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture that was read: `shown` is it, upright and small enough to keep; features (D,) or (L, D)."""
+
+    picture: Picture
+    shown: Image.Image
+    features: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A picture with its captions, the best first."""
+
+    picture: Picture
+    shown: Image.Image
+    captions: list[Caption]
+
+
+class Captioner:
+    """A trained model, and a fast copy of its encoder, made when the first picture is encoded."""
+
+    def __init__(self, model: CaptionModel) -> None:
+        self.model = model
+
+    @classmethod
+    def load(cls, paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> "Captioner":
+        """Return the captioner in a checkpoint, or of several that write together, on the best device there is.
+
+        `overrides` are settings such as "search.beam=3". Raises UserError for files that cannot be used.
+        """
+        several = [paths] if isinstance(paths, str | Path) else paths
+        return cls(load_ensemble([Path(path) for path in several], overrides).to(pick_device()))
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        model = self.model
+        return Extractor(model.encoder, model.transform, model.precision, model.device)
+
+    def caption(self, images: str | os.PathLike | Image.Image | Iterable, **settings: Any) -> list[str]:
+        """Return a caption of each of these pictures, files or PIL images, or of the one.
+
+        `settings` are those of `search` in config.yaml, such as beam=3 or length_penalty=1, in place of the model's
+        own. Raises UserError for an unknown setting, and for a file that cannot be read.
+        """
+        options = change_search(self.model.config, settings).search
+        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else images
+        openers = (
+            partial(upright, each) if isinstance(each, Image.Image) else partial(open_picture, Path(each))
+            for each in several
+        )
+        captions = []
+        for features in batched(self.encode(openers)):
+            for item in features:
+                if isinstance(item, UserError):
+                    raise item
+            captions += [best.text for best, *_ in self.model.generate(torch.stack(features), options)]
+        return captions
+
+    def encode(self, openers: Iterable[Opener]) -> Iterator[torch.Tensor | UserError]:
+        """Yield the features (D,) or (L, D) of each picture, or the error of one that cannot be read."""
+        for batch in self.extractor.encode(openers):
+            yield from batch
+
+    def read(self, pictures: Sequence[Picture], known: Features | None = None) -> Iterator[Encoded | UserError]:
+        """Yield each picture with its features, taken from `known`, by name, or else encoded; or its error."""
+        shown: dict[int, Image.Image] = {}  # of the pictures that were opened but not yet yielded
+
+        def open_and_show(number: int) -> Image.Image:
+            picture = pictures[number].open()
+            shown[number] = shrink(picture)
+            return picture
+
+        def look_up(number: int) -> torch.Tensor | UserError:
+            try:
+                open_and_show(number)
+            except UserError as error:
+                return error
+            assert known is not None
+            return known.take([pictures[number].name])[0]
+
+        numbers = range(len(pictures))
+        if known is None:
+            found = self.encode(partial(open_and_show, number) for number in numbers)
+        else:
+            found = (each for batch in read_ahead(look_up, numbers, SEARCH_BATCH) for each in batch)
+        for number, features in enumerate(found):
+            if isinstance(features, UserError):
+                yield features
+            else:
+                yield Encoded(pictures[number], shown.pop(number), features)
+
+    def caption_pictures(
+        self,
+        pictures: Sequence[Picture],
+        known: Features | None = None,
+        num_captions: int = 1,
+        keep_attention: bool = False,
+    ) -> Iterator[list[Captioned | UserError]]:
+        """Yield, in batches, each picture with its captions, or its error; no picture is kept."""
+        for batch in batched(self.read(pictures, known)):
+            good = [item for item in batch if isinstance(item, Encoded)]
+            found: Iterator[list[Caption]] = iter([])
+            if good:
+                features = torch.stack([item.features for item in good])  # (B, D) or (B, L, D)
+                options = self.model.config.search
+                found = iter(self.model.generate(features, options, num_captions, keep_attention))
+            yield [
+                item if isinstance(item, UserError) else Captioned(item.picture, item.shown, next(found))
+                for item in batch
+            ]
+
+
+def batched(items: Iterable[Any]) -> Iterator[list[Any]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == SEARCH_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def shrink(picture: Image.Image) -> Image.Image:
+    """Return a picture whose longer side has at most LONGEST_SIDE pixels."""
+    factor = LONGEST_SIDE / max(picture.size)
+    if factor >= 1:
+        return picture
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+# ---- whole datasets --------------------------------------------------------------------------------------------------
+
+
+def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
+    """Return the cache of what the model's frozen encoder makes of pictures."""
+    data = model.config.data
+    return FeatureCache(
+        Path(data.cache), model.encoder, model.transform, model.precision, model.device, data.shard_rows, view
+    )
+
+
+def encode_dataset(
+    model: CaptionModel, names: Sequence[str], folder: Path, view: View = WHOLE, note: str = ""
+) -> Features:
+    """Return the features of pictures in a folder: from the cache, filled, or anew where the backbone is trained.
+
+    Raises UserError for a picture that cannot be read.
+    """
+    if model.config.encoder.frozen:
+        [features] = feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
+        return features
+    return encode_files(Extractor(model.encoder, model.transform, model.precision, model.device), names, folder)
+
+
+def caption_dataset(
+    model: CaptionModel, features: Features, names: Sequence[str], options: SearchConfig | None = None
+) -> dict[str, str]:
+    """Return a caption for each of the pictures `names` among `features`; several processes share the work."""
+    mine, captions = distributed.share(names), dict[str, str]()
+    with tqdm(total=len(mine), desc="captioning", unit="img", disable=distributed.bar_hidden()) as bar:
+        for first in range(0, len(mine), SEARCH_BATCH):
+            batch = mine[first : first + SEARCH_BATCH]
+            best = model.generate(features.take(batch), options)
+            captions |= {name: each[0].text for name, each in zip(batch, best, strict=True)}
+            bar.update(len(batch))
+    found = dict(distributed.gather(list(captions.items())))
+    return {name: found[name] for name in names}

@@ -1,0 +1,96 @@
+"""Which pictures are for training, which for choosing (val, also called dev) and which for the final score (test).
+
+Splits are by picture, so that no caption of a held-out picture is trained on. Official lists beside the captions
+decide; else the captions file does; else 10 % each are drawn for val and test, and saved with the run.
+"""
+
+from cli import UserError
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+SPLITS = ("train", "val", "test")
+# The official lists of Flickr8k and Flickr30k: one picture name a line.
+SPLIT_LISTS = {
+    "train": "*[tT]rain[iI]mages.txt",
+    "val": "*[dD]ev[iI]mages.txt",
+    "test": "*[tT]est[iI]mages.txt",
+}
+SAVED_SPLITS = "splits.json"
+SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
+
+
+def official_splits(folder: Path) -> dict[str, str] | None:
+    """Return each picture's split by the official lists in `folder`; None where there are no lists.
+
+    Raises UserError for a list that cannot be read and for a picture on two of them.
+    """
+    paths = [(split, path) for split, pattern in SPLIT_LISTS.items() for path in sorted(folder.glob(pattern))]
+    split_of: dict[str, str] = {}
+    for split, path in paths:
+        try:
+            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
+        for name in filter(None, names):
+            if split_of.setdefault(name, split) != split:
+                raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
+    return split_of if paths else None
+
+
+def check_splits(table: pd.DataFrame, source: str) -> None:
+    """Raise UserError where only some captions have a split, and for a picture that is in several."""
+    without = table.loc[table["split"].isna(), "image"].unique()
+    if len(without) and table["split"].notna().any():
+        raise UserError(
+            f"{source} names the split of some pictures, but not that of {without[0]} (without one: {len(without):,}); "
+            "name it for all of them, or for none"
+        )
+    splits = table.drop_duplicates(["image", "split"])
+    for image in splits.loc[splits.duplicated("image"), "image"][:1]:
+        several = " and ".join(splits.loc[splits["image"] == image, "split"])
+        raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
+
+
+def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:
+    if saved is not None:
+        return {image: split for split, images in saved.items() for image in images}
+    images = np.array(sorted(table["image"].unique()), dtype=object)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+    held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
+    of_rank = np.repeat(np.array(SPLITS)[[1, 2, 0]], [held_out, held_out, len(images) - 2 * held_out])
+    return dict(zip(images[order], of_rank, strict=True))
+
+
+def read_splits(run: Path) -> dict[str, list[str]] | None:
+    """Return the splits saved in a run's folder, None where there are none."""
+    path = run / SAVED_SPLITS
+    if not path.is_file():
+        return None
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))
+        return {split: list(map(str, splits[split])) for split in SPLITS}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run") from None
+
+
+def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the picture names of each split, to be saved with a run."""
+    return {split: table.loc[table["split"] == split, "image"].drop_duplicates().tolist() for split in SPLITS}
+
+
+def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
+    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
+
+    Raises UserError, naming the `source` of the table, for a split without pictures.
+    """
+    if split is None:
+        split = "test" if (table["split"] == "test").any() else "val"
+    split = "val" if split == "dev" else split
+    rows = table[table["split"] == split]
+    if rows.empty:
+        raise UserError(f"{source} has no {split} pictures; take another --split")
+    return split, rows

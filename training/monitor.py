@@ -1,0 +1,186 @@
+"""What a run shows while it trains (bar, lines, TensorBoard), and where it stops at a loss that is not finite."""
+
+from cli import UserError, printable
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distributed
+from data.dataset import Batch, Flickr8kDataset, Share
+from data.transforms import open_picture
+from models.model import CaptionModel
+from training.runs import TENSORBOARD, Run
+from training.state import TrainState
+
+NEVER = 2**31 - 1  # the first bad step, while there is none
+SHOWN_NAMES = 10  # pictures in a message
+SHOWN_CAPTIONS = 5  # validation captions printed after each epoch
+
+
+class Monitor:
+    """Watches a run: shows its steps and epochs, and refuses to write weights that are not finite."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        self.run, self.state, self.config = run, state, run.config.train
+        self.first_bad = torch.tensor(NEVER, dtype=torch.int32, device=state.model.device)
+        shown = self.config.tensorboard and distributed.rank() == 0
+        self.board = Board(run.folder / TENSORBOARD if shown else None, state.progress.step + 1)
+
+    # ---- steps ----
+
+    def watch(
+        self, batches: Iterable[tuple[Share, Batch]], dataset: Flickr8kDataset, order: Sequence[np.ndarray]
+    ) -> Iterator[tuple[Share, Batch]]:
+        """Yield this process's part of each batch behind a progress bar; `order` are the epoch's whole batches."""
+        progress = self.state.progress
+        self.dataset, self.order = dataset, order
+        steps = self.config.epochs * len(order)
+        if progress.step == 0 and self.config.warmup_steps > steps:
+            print(
+                f"warning: train.lr is never reached: train.warmup_steps={self.config.warmup_steps}, of {steps} steps "
+                "in all"
+            )
+        done = sum(map(len, order[: progress.batch]))
+        with tqdm(total=len(dataset), initial=done, unit="caption", disable=distributed.bar_hidden()) as self.bar:
+            self.bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}")
+            yield from batches
+
+    def step(self, nll: torch.Tensor, norm: torch.Tensor) -> None:
+        """Look at the step that was just made: this process's part of the loss per word, and the gradient's norm."""
+        progress, config = self.state.progress, self.config
+        healthy = torch.stack([nll.detach().float().isfinite(), norm.detach().isfinite()]).all()
+        self.first_bad = torch.where(healthy, self.first_bad, self.first_bad.clamp(max=progress.step - 1))
+        self.bar.update(len(self.order[progress.batch - 1]))
+        if progress.batch % config.log_every == 0 or progress.batch == len(self.order):
+            self.check()
+            [loss] = distributed.total(nll.item())
+            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": self.learning_rate})
+            if self.bar.disable:
+                place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.order)}]"
+                print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)
+            else:
+                self.bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity(loss):.1f}")
+        if progress.step % config.checkpoint_every == 0:
+            self.save()
+
+    @property
+    def learning_rate(self) -> float:
+        return self.state.optimiser.param_groups[0]["lr"]
+
+    # ---- NaN ----
+
+    def save(self) -> None:
+        """Write last.pth, unless a weight is not finite."""
+        self.check(all(bool(p.isfinite().all()) for p in self.state.model.parameters() if p.requires_grad))
+        self.board.flush()
+        self.state.save(self.run.last)
+
+    def check(self, healthy: bool = True) -> None:
+        """Raise UserError if the loss or gradient of a step was not finite, or what the caller looked at is not.
+
+        The step is remembered on the device, so that a GPU need not wait at every step; to be called in all processes.
+        """
+        progress = self.state.progress
+        step = min(distributed.gather([int(self.first_bad)]))
+        if step == NEVER and healthy:
+            return
+        step = progress.step - 1 if step == NEVER else step
+        batch = self.order[progress.batch + step - progress.step] if hasattr(self, "order") else ()
+        names = list(dict.fromkeys(self.dataset.images[self.dataset.image_of[caption]] for caption in batch))
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
+        raise UserError(
+            f"the loss became NaN or infinite in step {step + 1} of {self.run.folder}, on {shown}; the last good "
+            f"checkpoint is of step {self.state.saved_step}: look at these pictures and their captions, or train a new "
+            "run with a lower train.lr"
+        )
+
+    # ---- epochs ----
+
+    def end_epoch(self, row: dict[str, float], captions: dict[str, str], val_set: Flickr8kDataset) -> None:
+        """Show a row of loss_log.txt, and some of the captions that it scores."""
+        shown = list(captions)[:: max(1, len(captions) // SHOWN_CAPTIONS)][:SHOWN_CAPTIONS]
+        print(
+            f"Epoch [{row['epoch']}/{self.config.epochs}] train loss {row['train_loss']:.3f} | "
+            f"teacher-forced val: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.1f} | "
+            f"greedy val captions: BLEU-4 {row['val_bleu4']:.1f}, CIDEr {row['val_cider']:.1f}"
+        )
+        for image in shown:
+            print(printable(f"    {image}: {captions[image]}"))
+        scores = {f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step", "lr"}}
+        self.board.scalars(self.state.progress.step, scores)
+        self.board.pictures(self.state.progress.step, self.state.model, val_set, shown)
+
+    def end(self) -> None:
+        """Say how the run has ended, what it wrote, and what to do with it."""
+        progress, name = self.state.progress, self.run.name
+        if progress.epoch < self.config.epochs:
+            print(f"no better CIDEr for {self.config.patience} epochs: stopped early")
+        best = progress.best
+        print(
+            f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
+        )
+        files = "checkpoints.pth (the best epoch), last.pth (to resume), loss_log.txt, config.yaml"
+        print(f"wrote {self.run.folder}/: {files}")
+        scripts = ("inference_visualize.py", "evaluate.py --split val", "visualize_loss.py")
+        print(f"next: {', '.join(f'python {script} --run {name}' for script in scripts)}")
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))
+
+
+# ---- TensorBoard, optional -------------------------------------------------------------------------------------------
+
+
+class Board:
+    """Curves and captioned pictures for TensorBoard, in runs/<name>/tensorboard/; without a folder, nothing.
+
+    Args:
+        first_step: the first one still to be made: what the folder holds of it and later ones is hidden.
+    """
+
+    def __init__(self, folder: Path | None, first_step: int) -> None:
+        self.writer: Any = find_writer()(folder, purge_step=first_step) if folder else None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items() if self.writer else []:
+            self.writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, model: CaptionModel, dataset: Flickr8kDataset, images: Sequence[str]) -> None:
+        """Show some pictures of a dataset with features, each with its greedy caption and attention."""
+        if not self.writer or dataset.features is None:
+            return
+        from render.attention import AttentionMaps, draw_attention
+        from render.caption import draw_caption
+
+        captions = model.generate(dataset.features.take(images), model.config.search.greedy(), keep_attention=True)
+        for image, [caption] in zip(images, captions, strict=True):
+            picture, attention = open_picture(dataset.folder / image), AttentionMaps.of(caption)
+            sheets = {"captions": draw_caption(picture, caption.text)}
+            if attention:
+                sheets["attention"] = draw_attention(picture, attention)
+            for kind, sheet in sheets.items():
+                self.writer.add_image(f"{kind}/{image}", np.asarray(sheet), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Have everything on the disk before a checkpoint says that training may go on from there."""
+        if self.writer:
+            self.writer.flush()
+
+
+def find_writer() -> Any:
+    """Return TensorBoard's SummaryWriter; raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "train.tensorboard=true needs the package tensorboard; run: pip install -r requirements-extras.txt, "
+            "or train without it: train.tensorboard=false"
+        ) from None
+    return SummaryWriter

@@ -1,0 +1,163 @@
+"""What training begins with: the captions, the model, and the datasets."""
+
+from cli import UserError
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from captioning import encode_dataset, feature_cache
+from config import Config, pick
+from data import annotations, tars
+from data.dataset import Flickr8kDataset
+from data.features import Features, concatenate
+from data.splits import SPLITS
+from data.tars import Tar
+from data.tokens import Tokens, join, tokenise_once
+from data.transforms import WHOLE, View, other_views
+from data.vocab import build_vocab
+from models.checkpoint import model_from_start, model_from_state
+from models.model import CaptionModel, decoder_class_of
+from training.losses import LOSSES
+from training.monitor import find_writer
+from training.runs import Run
+from utils import pick_device
+
+STATISTICS = 2000  # training pictures whose features say how to standardise all
+
+
+class Captions:
+    """All captions of a run: of val, and of train unless that lies in tar shards.
+
+    Attributes:
+        table: rows (image, image_id, caption, split), see `data.annotations`; tokens: of the same captions.
+    """
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        check_names(config)
+        self.config = config.data
+        self.table = annotations.load(config.data, run.saved_splits())
+        self.shards = tars.find(config.data)
+        self.report()
+        self.tokens = tokenise_once(self.table["caption"].tolist(), config.data.language, Path(config.data.cache))
+
+    def of(self, split: str) -> tuple[pd.DataFrame, Tokens]:
+        chosen = (self.table["split"] == split).to_numpy()  # (N,)
+        return self.table[chosen], self.tokens.select(chosen)
+
+    def count_training_words(self) -> Counter[str]:
+        return tars.count_words(self.shards) if self.shards else self.of("train")[1].count()
+
+    def report(self) -> None:
+        """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
+        parts = []
+        for split in SPLITS:
+            rows = self.table[self.table["split"] == split]
+            pictures, captions = rows["image"].nunique(), len(rows)
+            if self.shards and split == "train":
+                pictures = sum(tar.pictures for tar in self.shards)
+                captions = sum(tar.captions for tar in self.shards)
+            if not captions and split != "test":
+                remedy = "fix its split lists, or add pictures: it takes three at least"
+                if self.shards:
+                    remedy = f"name {split} in the JSON of some pictures"
+                raise UserError(f"{self.config.source} has no {split} pictures; {remedy}")
+            if captions:
+                parts.append(f"{split} {pictures:,} pictures with {captions:,} captions")
+        files = [self.config.shards] if self.shards else annotations.caption_files(self.config)
+        print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
+
+
+def check_names(config: Config) -> None:
+    """Raise UserError for a decoder or loss that there is not, and a missing package, before any data is read."""
+    decoder_class_of(config)
+    pick(LOSSES, config.train.loss, "train.loss")
+    if config.train.tensorboard:
+        find_writer()
+
+
+def make_model(run: Run, captions: Captions, overrides: list[str]) -> CaptionModel:
+    """Return the model of last.pth, one that goes on from `train.start`, or a new one with a vocabulary of its own."""
+    config = run.config
+    if run.saved:
+        model = model_from_state(run.saved, str(run.last), overrides)
+    elif config.train.start:
+        model = model_from_start(config)
+    else:
+        vocab = build_vocab(captions.count_training_words(), config.data.min_count, config.data.language)
+        model = CaptionModel.build(config, vocab)
+    return model.to(pick_device())
+
+
+def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kDataset, Flickr8kDataset]:
+    """Return the train and val datasets, with cached features where the encoder is frozen."""
+    config, folder = model.config, annotations.image_folder(model.config.data)
+    (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
+    views = [WHOLE, *other_views(config.train.mirror, config.train.corners)]
+    train_views: dict[View, Features | None] = dict.fromkeys(views)
+    val_features: Features | None = None
+    if config.encoder.frozen:
+        val_features = encode_dataset(model, captions.table["image"].unique().tolist(), folder)
+        for number, view in enumerate(views, start=1):
+            note = f", view {number} of {len(views)}" if number > 1 else ""
+            if captions.shards:
+                with_captions = [tar for tar in captions.shards if tar.captions]
+                train_views[view] = concatenate(feature_cache(model, view).fill(*with_captions, note=note))
+            elif number > 1:
+                train_views[view] = encode_dataset(model, train["image"].unique().tolist(), folder, view, note)
+            else:
+                train_views[view] = val_features
+        for features in (val_features, *train_views.values()):
+            if features:
+                features.move(model.device)
+    if captions.shards:
+        images, image_of, train_tokens = tar_captions(captions.shards)
+    else:
+        images, image_of = index_images(train)
+    train_set = Flickr8kDataset(
+        images,
+        image_of,
+        train_tokens.numericalize(model.vocab),
+        model.vocab,
+        folder,
+        model.transform,
+        train_views.pop(WHOLE),
+        train_views,
+        config.train.augment,
+    )
+    images, image_of = index_images(val)
+    val_set = Flickr8kDataset(
+        images, image_of, val_tokens.numericalize(model.vocab), model.vocab, folder, model.transform, val_features
+    )
+    return train_set, val_set
+
+
+def index_images(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
+    """Return the pictures of a table, and each caption's place among them (N,)."""
+    images = table["image"].drop_duplicates().tolist()
+    place = {image: number for number, image in enumerate(images)}
+    return images, table["image"].map(place).to_numpy(dtype=np.int32)
+
+
+def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
+    """Return the training pictures of tars, each caption's place among them (N,), and the captions' tokens."""
+    shards = [tar for tar in shards if tar.captions]
+    images = [name for tar in shards for name in tar.names]
+    captions_per_image = np.concatenate([tar.captions_per_image() for tar in shards])  # (P,)
+    image_of = np.repeat(np.arange(len(images), dtype=np.int32), captions_per_image)
+    return images, image_of, join([tar.tokens() for tar in shards])
+
+
+def fit_statistics(model: CaptionModel, train_set: Flickr8kDataset) -> None:
+    """Let the model standardise features by those of some training pictures."""
+    model.fit_statistics(features_of(model, train_set, train_set.sample_images(STATISTICS)))
+
+
+def features_of(model: CaptionModel, dataset: Flickr8kDataset, images: list[str]) -> torch.Tensor:
+    """Return raw features (b, D) or (b, L, D) of some of a dataset's pictures."""
+    features = dataset.features or encode_dataset(model, images, dataset.folder)
+    return features.take(images)

@@ -1,0 +1,111 @@
+"""The state of a training: all that last.pth holds, so that a resumed run goes on digit for digit."""
+
+from cli import UserError
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+from config import TrainConfig
+from models.checkpoint import model_state
+from models.model import CaptionModel
+from training.optim import WeightAverage, make_optimiser
+from utils import DAMAGED, save_checkpoint
+
+RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
+
+
+@dataclass
+class Progress:
+    """How far a run has come, as plain values.
+
+    Attributes:
+        step: optimiser steps made; epoch: epochs finished.
+        batch, words: batches and real words read in the epoch under way.
+        history: a row of loss_log.txt for each finished epoch.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    words: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The row of the epoch with the best captions, or of equals the lowest loss; needs a finished epoch."""
+        return max(self.history, key=lambda row: (row["val_cider"], -row["val_loss"]))
+
+    def is_finished(self, config: TrainConfig) -> bool:
+        """Whether all epochs are over, or the last `train.patience` ones brought no better captions."""
+        stalled = config.patience and self.history and self.epoch - self.best["epoch"] >= config.patience
+        return self.epoch >= config.epochs or bool(stalled)
+
+
+class TrainState:
+    """Model, optimiser, averaged weights and progress.
+
+    Attributes:
+        nll: the summed negative log-likelihood of the words read in the epoch under way, of this process.
+        saved_step: the step of last.pth.
+    """
+
+    def __init__(self, model: CaptionModel) -> None:
+        self.model, self.optimiser, self.progress = model, make_optimiser(model), Progress()
+        self.ema = WeightAverage(model, model.config.train.ema)
+        kind = torch.float32 if model.device.type == "mps" else torch.float64
+        self.nll = torch.zeros((), dtype=kind, device=model.device)
+        self.saved_step = 0
+
+    def count(self, words: int, nll: torch.Tensor) -> None:
+        """Note that a step was made, on so many words; `nll` is this process's part of their mean."""
+        self.ema.update(self.progress.step)
+        self.progress.step += 1
+        self.progress.batch += 1
+        self.progress.words += words
+        self.nll += nll * words
+
+    def train_loss(self) -> float:
+        """Return the mean negative log-likelihood per word in the epoch under way, over all processes."""
+        return distributed.total(float(self.nll))[0] / self.progress.words
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Note that the epoch is over; `row` is that of loss_log.txt."""
+        progress = self.progress
+        progress.history.append(row)
+        progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
+        self.nll.zero_()
+
+    def save(self, path: Path) -> None:
+        """Write last.pth; to be called in all processes, of which the first one writes."""
+        [nll] = distributed.total(float(self.nll))
+        if distributed.rank() == 0:
+            training = {
+                "optimiser": self.optimiser.state_dict(),
+                "progress": asdict(self.progress),
+                "nll": nll,
+                "averaged": self.ema.weights,
+            }
+            save_checkpoint(path, model_state(self.model) | training)
+        self.saved_step = self.progress.step
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        """Go on from what `save` wrote to `path`; the model is built from it by `models.checkpoint`."""
+        try:
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.progress = Progress(**saved["progress"])
+            self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
+            self.ema.restore(saved["averaged"])
+        except DAMAGED:
+            raise UserError(f"{path} is damaged, so training cannot go on; start the run again") from None
+        self.saved_step = self.progress.step
+        if self.progress.is_finished(self.model.config.train):
+            again = (
+                f"python train.py --config {path.parent}/config.yaml run=NAME train.start={path.parent}/checkpoints.pth"
+            )
+            print(f"{path.parent} is finished; to train on: {again}")
+        else:
+            print(f"going on with {path.parent} from step {self.saved_step}")
