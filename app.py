@@ -1,6 +1,6 @@
 """The web demo: drop pictures, read captions, see where the model looked. Start it with: streamlit run app.py
 
-A page over inference_visualize.py. What models write and what files are called is shown by `show`, as plain text:
+What models write and what files are called is shown by `show`, as plain text:
 Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
 """
 
@@ -9,7 +9,7 @@ from cli import UserError
 import argparse
 import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,15 @@ import streamlit as st
 import torch
 from PIL import Image
 
-import inference_visualize as inference
+from captioning import Captioner, Encoded, Picture, prediction, probability_per_word
 from config import SearchConfig
+from data.formats import PICTURE_SUFFIXES
 from data.vocab import SPECIALS
-from models.model import Caption, CaptionModel
-from render import WordMaps, light, plain, scale, split_before
-from utils import PRETRAINED, RUNS, as_json, pick_device
+from models.model import Caption
+from render.attention import AttentionMaps, heat_map, split_before
+from render.caption import display_size
+from render.fonts import plain_text
+from utils import PRETRAINED, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
 STYLE = """<style>
@@ -40,13 +43,12 @@ p.refusal { padding-left: .75rem; border-left: 3px solid #d1242f; }
 
 
 @dataclass(frozen=True)
-class Captioner:
-    """A trained model and what encodes pictures for it; `key` is its file, and when that was written."""
+class Choice:
+    """A captioner that was chosen; `key` is its file, and when that was written."""
 
     name: str
     key: tuple[str, int]
-    model: CaptionModel
-    encode: Callable[[list[inference.Opened]], torch.Tensor]
+    captioner: Captioner
 
 
 def main() -> None:
@@ -54,12 +56,12 @@ def main() -> None:
     st.html(STYLE)
     st.title(TITLE)
     with refusals():
-        captioners = choose_captioners(find_checkpoints(named_checkpoints()))
-        options, num_captions = choose_search(captioners[0].model.config.search)
-        rows = caption_uploads(captioners, options, num_captions)
-        for captioner, own in zip(captioners, rows, strict=True):
+        choices = choose_captioners(find_checkpoints(named_checkpoints()))
+        options, num_captions = choose_search(choices[0].captioner.model.config.search)
+        rows = caption_uploads(choices, options, num_captions)
+        for choice, own in zip(choices, rows, strict=True):
             if own:
-                of = f" of {captioner.name}" if len(captioners) > 1 else ""
+                of = f" of {choice.name}" if len(choices) > 1 else ""
                 st.download_button(f"Download captions{of}", as_json(own), "predictions.json", "application/json")
 
 
@@ -74,7 +76,7 @@ def refusals() -> Iterator[None]:
 
 def show(kind: str, text: str) -> None:
     """Write a paragraph of plain text, whatever is in it; `kind` is its look in STYLE."""
-    st.html(f'<p class="{kind}">{html.escape(plain(text))}</p>')
+    st.html(f'<p class="{kind}">{html.escape(plain_text(text))}</p>')
 
 
 # ---- which model, which search ---------------------------------------------------------------------------------------
@@ -94,43 +96,43 @@ def find_checkpoints(named: list[Path]) -> list[Path]:
     """Return those named, those of runs, the newest first, and the pretrained; models of drawn shapes come last."""
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     given = [PRETRAINED] if PRETRAINED.is_file() else []
-    found = sorted([*runs, *given], key=lambda path: not inference.knows_photographs(path.parent))
+    found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
     if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
     return list(dict.fromkeys([*named, *found]))
 
 
-def choose_captioners(found: list[Path]) -> list[Captioner]:
+def choose_captioners(found: list[Path]) -> list[Choice]:
     """Return the model chosen, and the one that it is to be compared with, where there is one."""
     with st.sidebar:
         first = st.selectbox("Model", found, format_func=name_of)
-        captioners = [introduce(first)]
+        choices = [introduce(first)]
         others = [path for path in found if path != first]
         other = st.selectbox("Compare with", others, None, name_of, placeholder="no other") if others else None
         if other:
-            captioners.append(introduce(other))
-    return captioners
+            choices.append(introduce(other))
+    return choices
 
 
-def introduce(path: Path) -> Captioner:
-    captioner = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    config, words = captioner.model.config, len(captioner.model.vocab) - len(SPECIALS)
+def introduce(path: Path) -> Choice:
+    choice = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    model = choice.captioner.model
+    config, words = model.config, len(model.vocab) - len(SPECIALS)
     show("quiet", f"{config.decoder.name} on {config.encoder.name}, {words:,} words")
     if config.data.format == "sample":
         show("quiet", "It learned from drawn shapes and knows no photographs.")
-    return captioner
+    return choice
 
 
 def name_of(path: Path) -> str:
     if path == PRETRAINED:
         return "pretrained"
-    return plain((path.parent if path.name == "checkpoints.pth" else path).as_posix())
+    return plain_text((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 
 @st.cache_resource(max_entries=3, show_spinner="Reading the model …")
-def load(path: Path, changed: int) -> Captioner:
-    model = CaptionModel.from_checkpoint(path).to(pick_device())
-    return Captioner(name_of(path), (str(path), changed), model, inference.encoding(model, None, pick_device()))
+def load(path: Path, changed: int) -> Choice:
+    return Choice(name_of(path), (str(path), changed), Captioner.load(path))
 
 
 def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
@@ -156,76 +158,80 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
 # ---- pictures and their captions -------------------------------------------------------------------------------------
 
 
-def caption_uploads(captioners: list[Captioner], options: SearchConfig, num_captions: int) -> list[list[dict]]:
+def caption_uploads(choices: list[Choice], options: SearchConfig, num_captions: int) -> list[list[dict]]:
     """Show the pictures dropped, each with its captions; return the rows of predictions.json of each captioner."""
-    endings = [ending.removeprefix(".") for ending in sorted(inference.PICTURE_ENDINGS)]
+    endings = [ending.removeprefix(".") for ending in sorted(PICTURE_SUFFIXES)]
     files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
-    rows: list[list[dict]] = [[] for _ in captioners]
+    rows: list[list[dict]] = [[] for _ in choices]
     taken: set[str] = set()
     for file in files:
-        name = inference.unique_name(file.name, taken)
-        picture = inference.Picture(Path(file.name), name, name, content=file.getvalue())
+        name = unique_name(file.name, taken)
+        picture = Picture(Path(file.name), name, name, content=file.getvalue())
         with st.container(border=True), refusals():
-            for column, captioner, own in zip(st.columns(len(captioners)), captioners, rows, strict=True):
+            for column, choice, own in zip(st.columns(len(choices)), choices, rows, strict=True):
                 with column:
-                    shown, features = look(captioner, picture)
-                    torch.manual_seed(captioner.model.config.train.seed)  # drawn captions are the same each time
-                    own_options = options.model_copy(update={"consensus": captioner.model.config.search.consensus})
-                    (captions,) = captioner.model.describe(features, own_options, num_captions, keep_attention=True)
-                    own.append(inference.prediction(picture, captions, num_captions))
-                    title = f"{captioner.name}: {name}" if len(captioners) > 1 else name
-                    panel(f"{file.file_id} {captioner.name}", title, shown, captions, options.max_length, len(rows))
+                    encoded, model = encode(choice, picture), choice.captioner.model
+                    torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
+                    own_options = options.model_copy(update={"consensus": model.config.search.consensus})
+                    features = encoded.features.unsqueeze(0)  # (1, D) or (1, L, D)
+                    (captions,) = model.generate(features, own_options, num_captions, keep_attention=True)
+                    own.append(prediction(picture.image_id, captions, num_captions))
+                    title, key = f"{choice.name}: {name}" if len(choices) > 1 else name, f"{file.file_id} {choice.name}"
+                    panel(key, title, encoded.shown, captions, options.max_length, len(rows))
     return rows
 
 
 @st.cache_data(
     max_entries=100,
     show_spinner=False,
-    hash_funcs={Captioner: lambda captioner: captioner.key, inference.Picture: lambda picture: picture.content},
+    hash_funcs={Choice: lambda choice: choice.key, Picture: lambda picture: picture.content},
 )
-def look(captioner: Captioner, picture: inference.Picture) -> tuple[Image.Image, torch.Tensor]:
-    """Return the picture as it is shown, and its features (1, D) or (1, L, D); raises UserError for a broken one."""
-    opened = inference.read(picture, captioner.model.transform)
-    if isinstance(opened, UserError):
-        raise opened
-    return opened[1], captioner.encode([opened])
+def encode(choice: Choice, picture: Picture) -> Encoded:
+    """Return the picture as it is shown, and its features; raises UserError for a broken one."""
+    [encoded] = choice.captioner.read([picture])
+    if isinstance(encoded, UserError):
+        raise encoded
+    return encoded
 
 
 @st.fragment
 def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], max_length: int, columns: int) -> None:
     """Show a picture with its captions: beside it, or below it where there are several columns of pictures."""
     best, *others = captions
-    looks = WordMaps.of(best)
+    attention = AttentionMaps.of(best)
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
         show(
             "quiet",
-            f"Probability per word: {percent(inference.per_word(best, max_length))}",
+            f"Probability per word: {percent(probability_per_word(best, max_length))}",
         )
         word = 0
-        if looks and looks.words:
-            word = st.slider("Where it looked, word by word", 0, len(looks.words), key=str(hash((key, best.words))))
+        if attention and attention.words:
+            word = st.slider("Attention, word by word", 0, len(attention.words), key=str(hash((key, best.words))))
         text.html(f'<p class="caption">{marked(best, word)}</p>')
         if others:
-            st.html("".join(row(caption.text, percent(inference.per_word(caption, max_length))) for caption in others))
+            st.html(
+                "".join(row(caption.text, percent(probability_per_word(caption, max_length))) for caption in others)
+            )
     with left:
-        enlarged = picture.resize(scale(picture.size), Image.Resampling.LANCZOS)
-        st.image(light(enlarged, looks.levels()[word - 1]) if looks and word else enlarged, output_format="JPEG")
+        enlarged = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS)
+        lit = heat_map(enlarged, attention.levels()[word - 1]) if attention and word else enlarged
+        st.image(lit, output_format="JPEG")
         show("quiet", title)
 
 
 def marked(caption: Caption, word: int) -> str:
     """Return a caption as HTML, with this word marked, counted from 1."""
     if not word:
-        return html.escape(plain(caption.text))
+        return html.escape(plain_text(caption.text))
     pieces = [html.escape(piece) for piece in split_before(caption.text, caption.words)]
     pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
     return "".join(pieces)
 
 
 def row(text: str, sure: str) -> str:
-    return f'<p class="other"><span>{html.escape(plain(text))}</span><span>{sure}</span></p>'
+    return f'<p class="other"><span>{html.escape(plain_text(text))}</span><span>{sure}</span></p>'
 
 
 def percent(probability: float) -> str:

@@ -6,6 +6,7 @@ captioner.caption(["photo.jpg", "other.jpg"], beam=3)
 
 from cli import UserError
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,19 +121,19 @@ class Captioner:
             shown[number] = shrink(picture)
             return picture
 
-        def look_up(number: int) -> torch.Tensor | UserError:
+        def look_up(number: int, features: Features) -> torch.Tensor | UserError:
             try:
                 open_and_show(number)
             except UserError as error:
                 return error
-            assert known is not None
-            return known.take([pictures[number].name])[0]
+            return features.take([pictures[number].name])[0]
 
         numbers = range(len(pictures))
         if known is None:
             found = self.encode(partial(open_and_show, number) for number in numbers)
         else:
-            found = (each for batch in read_ahead(look_up, numbers, SEARCH_BATCH) for each in batch)
+            batches = read_ahead(partial(look_up, features=known), numbers, SEARCH_BATCH)
+            found = (each for batch in batches for each in batch)
         for number, features in enumerate(found):
             if isinstance(features, UserError):
                 yield features
@@ -158,6 +159,19 @@ class Captioner:
                 item if isinstance(item, UserError) else Captioned(item.picture, item.shown, next(found))
                 for item in batch
             ]
+
+
+def probability_per_word(caption: Caption, max_length: int) -> float:
+    """Return the geometric mean of the probabilities of a caption's words and of its end, where it has one."""
+    return math.exp(caption.log_prob / min(len(caption.words) + 1, max_length))
+
+
+def prediction(image_id: str | int, captions: list[Caption], num_captions: int) -> dict[str, Any]:
+    """Return a row of COCO's results form, with all captions where more than one was asked for."""
+    row: dict[str, Any] = {"image_id": image_id, "caption": captions[0].text}
+    if num_captions > 1:
+        row["captions"] = [{"caption": each.text, "log_prob": round(each.log_prob, 4)} for each in captions]
+    return row
 
 
 def batched(items: Iterable[Any]) -> Iterator[list[Any]]:

@@ -112,11 +112,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def check_self_critical(self) -> Self:
-        if self.loss == "self_critical" and not self.start:
-            raise ValueError(
-                "train.loss=self_critical improves a captioner that can write already; name it with "
-                "train.start=runs/NAME/checkpoints.pth"
-            )
         if self.self_critical_beam and self.self_critical_samples == 1:
             raise ValueError(
                 "train.self_critical_beam compares the captions of a beam, and train.self_critical_samples=1 is a "

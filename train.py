@@ -142,9 +142,8 @@ def validate(
 ) -> dict[str, float]:
     """Score the val captions, by teacher forcing and by greedy search; returns a row of loss_log.txt."""
     model = state.model.eval()
-    if not model.config.encoder.frozen:  # the backbone has changed, and its features with it
-        val_set = val_set.with_features(encode_dataset(model, val_set.images, val_set.folder))
-
+    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # anew if it is trained
+    val_set = val_set.with_features(features)
     total, words = 0.0, 0
     for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, reads_whole_images(model), None)):
         batch = batch.to(model.device)
@@ -156,9 +155,10 @@ def validate(
     loss = distributed.total(total)[0] / words
     monitor.check(math.isfinite(loss))
 
-    captions = caption_dataset(model, val_set.features, val_set.images, model.config.search.greedy())
-    tokenise = partial(metrics.by_words, model.vocab.tokenise)
-    scores = distributed.on_first_rank(metrics.score, captions, val_references, tokenise).corpus
+    captions = caption_dataset(model, features, val_set.images, model.config.search.greedy())
+    tokenise, language = metrics.batched(model.vocab.tokenise), model.config.data.language
+    score = partial(metrics.evaluate, captions, val_references, tokenise, language, ["bleu4", "cider"])
+    scores = distributed.on_first_rank(score).corpus
     row = {
         "epoch": state.progress.epoch + 1,
         "step": state.progress.step,

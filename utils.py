@@ -5,6 +5,7 @@ from cli import UserError
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from config import flatten, read_yaml
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
@@ -60,6 +63,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 def as_json(content: Any) -> bytes:
     """Return JSON in UTF-8; halves of characters, which file names and JSON may hold, are escaped."""
     return json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
+
+
+def unique_name(stem: str, taken: set[str]) -> str:
+    """Return `stem`, numbered when a file from another folder has it; file systems may not tell cases apart."""
+    numbered = (f"{stem}-{number}" for number in itertools.count(2))
+    name = next(name for name in itertools.chain([stem], numbered) if name.lower() not in taken)
+    taken.add(name.lower())
+    return name
 
 
 def _umask() -> int:
@@ -130,6 +141,12 @@ def find_run(needs: str, name: str | None = None, accept: Callable[[Path], bool]
     if not found:
         raise UserError(f"no run under {RUNS}/ holds a {needs}; make one with: python train.py")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def knows_photographs(run: Path) -> bool:
+    """Whether a run learned from photographs, and not from the drawn shapes of the sample."""
+    config = run / "config.yaml"
+    return not config.is_file() or flatten(read_yaml(config)).get("data.format") != "sample"
 
 
 def how_to_make(run: str) -> str:

@@ -38,7 +38,7 @@ class Captions:
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        check_names(config)
+        check_config(config)
         self.config = config.data
         self.table = annotations.load(config.data, run.saved_splits())
         self.shards = tars.find(config.data)
@@ -72,10 +72,15 @@ class Captions:
         print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
 
 
-def check_names(config: Config) -> None:
-    """Raise UserError for a decoder or loss that there is not, and a missing package, before any data is read."""
+def check_config(config: Config) -> None:
+    """Raise UserError, before any data is read, for what this config cannot be trained with."""
     decoder_class_of(config)
     pick(LOSSES, config.train.loss, "train.loss")
+    if config.train.loss == "self_critical" and not config.train.start:
+        raise UserError(
+            "train.loss=self_critical improves a captioner that can write already; name it with "
+            "train.start=runs/NAME/checkpoints.pth"
+        )
     if config.train.tensorboard:
         find_writer()
 

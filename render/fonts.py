@@ -1,0 +1,64 @@
+"""The fonts of captions and titles, which characters they have, and text made safe to draw."""
+
+import contextlib
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib import ft2font
+from PIL import ImageFont
+
+# Tried in this order: DejaVu Sans, which comes with matplotlib, then fonts with Chinese characters where installed.
+FONTS = (
+    str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
+    *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),  # Linux
+    *("PingFang.ttc", "Hiragino Sans GB.ttc"),  # macOS
+    *("msyh.ttc", "simsun.ttc"),  # Windows
+)
+JOINERS = frozenset("\u200d\ufe0f")  # invisible characters that combine emoji; no loss if a font lacks them
+# Control characters, marks that change the direction of writing, and surrogates.
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def plain_text(text: str) -> str:
+    """Return `text` on one line, with a space in place of control characters and direction marks."""
+    return " ".join(UNPRINTABLE.sub(" ", text).split())
+
+
+def choose_font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return the font with the most characters of `text`, `size` pixels high, and `text` without those it lacks."""
+    path, characters = best_font(text)
+    return "".join(character for character in text if character in characters), load_font(path, size)
+
+
+def undrawable(text: str) -> set[str]:
+    """Return the characters of `text` that are left out when it is drawn, because its font lacks them."""
+    return set(text) - best_font(text)[1] - JOINERS
+
+
+def best_font(text: str) -> tuple[str, frozenset[str]]:
+    return min(installed_fonts(), key=lambda font: len(set(text) - font[1]))
+
+
+@functools.cache
+def installed_fonts() -> list[tuple[str, frozenset[str]]]:
+    """Return the path and the characters of each of FONTS that is installed, and of the one in the package zhplot."""
+    names = list(FONTS)
+    package = importlib.util.find_spec("zhplot")  # of requirements-extras.txt
+    if package and package.origin:
+        names.append(str(Path(package.origin).with_name("fonts") / "NotoSansSC-Regular.ttf"))
+    found = []
+    for name in names:
+        with contextlib.suppress(OSError):  # not installed
+            path = str(load_font(name, 16).path)
+            found.append((path, frozenset(map(chr, ft2font.FT2Font(path).get_charmap()))))
+    return found
+
+
+@functools.cache
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(name, size)
