@@ -1,38 +1,41 @@
-"""From a picture file to the tensor a backbone expects. One transform for training, validation and inference."""
+"""From a picture file to the tensor that a backbone expects; one transform for training, validation and inference."""
 
 from cli import UserError
 
 import io
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # of others, Pillow hands EPS to Ghostscript
-# A small file may hold a huge picture: beyond Pillow's limit, 89 million pixels, it is refused, not only warned of.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
+# A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-# What Pillow raises for damaged files, by format.
+# What Pillow raises for damaged files, depending on their format.
 UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, *BOMBS)
-PART = 0.8  # of the sides, in a view of a corner
+CROP = 0.8  # of each side is left in a corner view, or at least in a random crop
+JITTER = 0.4  # the most by which brightness, contrast and saturation change
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is shown: mirrored or not, whole or one of its corners (0 to 3), 80 % of each side."""
+    """How a picture is shown: mirrored or not, whole or one of its corners (0 to 3, with 80 % of each side)."""
 
     mirrored: bool = False
     corner: int | None = None
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         if self.corner is not None:
-            width, height = (round(PART * side) for side in picture.size)
+            width, height = (round(CROP * side) for side in picture.size)
             left = (picture.width - width) * (self.corner % 2)
             top = (picture.height - height) * (self.corner // 2)
             picture = picture.crop((left, top, left + width, top + height))
@@ -43,18 +46,57 @@ WHOLE = View()
 
 
 def other_views(mirror: bool, corners: int) -> list[View]:
-    """Return the views that training has besides the whole picture: its mirror image, and this many corners."""
+    """Return the views that training adds to the whole picture: its mirror image, and this many corners."""
     views = [View(mirrored=True)] if mirror else []
     return views + [View(mirror and corner % 2 == 1, corner) for corner in range(corners)]
 
 
+def color_jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation by up to 40 % each. Hue stays, since captions name colours."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        picture = enhance(picture).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
+    return picture
+
+
+def random_crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Keep 80 to 100 % of each side, anywhere in the picture. More would cut off what captions speak of."""
+    width, height = (round(side * rng.uniform(CROP, 1)) for side in picture.size)
+    left, top = int(rng.integers(picture.width - width + 1)), int(rng.integers(picture.height - height + 1))
+    return picture.crop((left, top, left + width, top + height))
+
+
+# By the names that `train.augment` can have. None of them flips a picture: views do that, and swap left and right in
+# its captions too.
+AUGMENTATIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
+    "color_jitter": color_jitter,
+    "random_crop": random_crop,
+}
+
+
+def check_augmentations(names: Sequence[str]) -> None:
+    """Raise UserError for a name in `train.augment` that is not in AUGMENTATIONS."""
+    for unknown in (name for name in names if name not in AUGMENTATIONS):
+        raise UserError(f"train.augment has {unknown:.60}, which is unknown; take some of {', '.join(AUGMENTATIONS)}")
+
+
+def augment(picture: Image.Image, names: Sequence[str], rng: np.random.Generator) -> Image.Image:
+    """Return an RGB picture after these augmentations, in this order, with random numbers from `rng` alone."""
+    for name in names:
+        picture = AUGMENTATIONS[name](picture, rng)
+    return picture
+
+
 @dataclass(frozen=True)
 class Transform:
-    """Resizes the whole picture to `image_size` squared (no crop) and normalises it; plain values, for checkpoints."""
+    """Resizes the whole picture to `image_size` squared, without a crop, and normalises it.
+
+    Plain values, kept in checkpoints; `interpolation` is bilinear, as in checkpoints that do not name one, or bicubic.
+    """
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bilinear"
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
@@ -62,39 +104,40 @@ class Transform:
 
     def resize(self, picture: Image.Image, view: View = WHOLE) -> torch.Tensor:
         """Return a view of the picture as a uint8 tensor (3, image_size, image_size)."""
-        pixels = F.pil_to_tensor(view(picture))
-        return F.resize(pixels, [self.image_size, self.image_size], antialias=True)
+        pixels = F.pil_to_tensor(view(picture))  # (3, H, W)
+        size = [self.image_size, self.image_size]
+        return F.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 pixels (…, 3, H, W) into the floats the backbone was trained on."""
+        """Turn uint8 pixels (…, 3, H, W) into the floats that the backbone was trained on."""
         return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
 
 
 def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
-    """Open any picture file as it is meant to be seen: upright, 8-bit RGB, transparent parts white.
+    """Open any picture file as it is meant to be seen: upright, in 8-bit RGB, with transparent parts white.
 
-    Greyscale, palette, CMYK, 16-bit, RGBA and EXIF-rotated files are all welcome; of an animation the first frame.
-    `content` is what the file holds, where it lies in an archive. Raises UserError, naming the file, when it cannot be
-    decoded in full, or has more than Pillow's limit of pixels.
+    It can be greyscale, palette, CMYK, 16-bit, RGBA or rotated by EXIF; an animation gives its first frame. `content`
+    holds the file's bytes when it lies in an archive. Raises UserError, naming the file, when it cannot be decoded in
+    full or has more pixels than Pillow's limit.
     """
-    if content is None and not os.path.isfile(path):  # a pipe of that name would be waited for
+    if content is None and not os.path.isfile(path):  # nor a pipe, which would block
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
             ImageOps.exif_transpose(file, in_place=True)
             return to_rgb(file)
     except UNREADABLE as error:
-        reason = "of no format known here" if isinstance(error, UnidentifiedImageError) else error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Return a picture that is open already as `open_picture` would; it stays as it is."""
+    """Return a copy of an open picture as `open_picture` would read its file."""
     return to_rgb(ImageOps.exif_transpose(picture))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I") or picture.mode == "F":  # PIL's own conversion would clip to white, or to black
+    if picture.mode.startswith("I") or picture.mode == "F":  # PIL's own conversion would clip them
         values = np.asarray(picture, dtype=np.float32)
         white = 65535 if values.max() > 255 else 1 if picture.mode == "F" and values.max() <= 1 else 255
         picture = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
@@ -102,9 +145,4 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture.load()
-    return picture if picture.mode == "RGB" else picture.convert("RGB")  # a copy of a large one costs memory
-
-
-def augment(picture: Image.Image, names: object, rng: object) -> Image.Image:
-    """Stand-in until the encoder branch is merged."""
-    return picture
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # no needless copy

@@ -17,9 +17,10 @@ from data.features import Features, concatenate
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
-from data.transforms import WHOLE, View, other_views
+from data.transforms import WHOLE, View, check_augmentations, other_views
 from data.vocab import build_vocab
 from models.checkpoint import model_from_start, model_from_state
+from models.encoder import transform_for
 from models.model import CaptionModel, decoder_class_of
 from training.losses import LOSSES
 from training.monitor import find_writer
@@ -76,6 +77,8 @@ def check_config(config: Config) -> None:
     """Raise UserError, before any data is read, for what this config cannot be trained with."""
     decoder_class_of(config)
     pick(LOSSES, config.train.loss, "train.loss")
+    transform_for(config.encoder)
+    check_augmentations(config.train.augment)
     if config.train.loss == "self_critical" and not config.train.start:
         raise UserError(
             "train.loss=self_critical improves a captioner that can write already; name it with "
