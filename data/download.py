@@ -25,10 +25,10 @@ from tqdm import tqdm
 from data.formats import leaves_folder
 
 CHUNK = 1 << 20  # bytes
-PATIENCE = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without a byte
 ATTEMPTS = 5  # in a row without a byte
-MOST_TIMES = 50  # as large as the archive; captions, which shrink most, are unpacked to some 10 times
-FINISHED = ".downloaded"  # names of the files that are unpacked, one a line
+MAX_RATIO = 50  # unpacked size / archive size; captions, which compress best, reach some 10
+FINISHED = ".downloaded"  # lists the files that were unpacked, one a line
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> None:
-    """Download, check and unpack `sources` into `folder`, all but those that are there already."""
+    """Download, check and unpack `sources` into `folder`, except those that are there already."""
     folder.mkdir(parents=True, exist_ok=True)
     marks = folder / FINISHED
     finished = marks.read_text().splitlines() if marks.is_file() else []
@@ -182,7 +182,7 @@ def receive(url: str, part: Path) -> Iterator[int]:
     """Append what the file at `url` has beyond `part`; yields the number of bytes of each piece."""
     begun = size_of(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
-    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         resumed = begun and answer.status == 206
         with open(part, "ab" if resumed else "wb") as file:
             missing = int(answer.headers["Content-Length"] or 0)
@@ -219,7 +219,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 if leaves_folder(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{archive.stem} holds {member.filename!r}, which leaves the folder; do not use it")
             unpacked = sum(member.file_size for member in members)
-            if unpacked > MOST_TIMES * archive.stat().st_size or unpacked > shutil.disk_usage(folder).free:
+            if unpacked > MAX_RATIO * archive.stat().st_size or unpacked > shutil.disk_usage(folder).free:
                 raise UserError(
                     f"{archive.stem} would unpack to {unpacked / 1e9:,.1f} GB, too much for the disk, or for an honest "
                     "archive of its size; make room, or name another --source"

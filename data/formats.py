@@ -23,7 +23,7 @@ NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, o
 WORD = re.compile(r"\w")
 PLAIN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a path below a folder
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-SAMPLED = 1 << 16  # characters at the start of a file that tell its format
+HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
 SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
 
@@ -37,7 +37,7 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     name = recognise(path) if name == "auto" else name
     reader = pick(READERS, name, "data.format")
     try:
-        rows = [(image, not_halved(key), tidy(caption), split) for image, key, caption, split in reader(path)]
+        rows = [(image, whole_characters(key), tidy(caption), split) for image, key, caption, split in reader(path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except json.JSONDecodeError as error:
@@ -51,18 +51,18 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
 
 def tidy(caption: str) -> str:
     """Return a caption with single blanks and whole characters."""
-    return " ".join(not_halved(caption).split())
+    return " ".join(whole_characters(caption).split())
 
 
-def not_halved(value: Any) -> Any:
-    """Return a text with `?` for halves of characters, which JSON may hold; other values as they are."""
+def whole_characters(value: Any) -> Any:
+    """Return a text with `?` for halves of characters, which JSON may hold; return other values as they are."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def recognise(path: Path) -> str:
-    """Return the name in READERS of the format whose marks the file has: `csv` when it has none."""
+    """Return the name in READERS of the file's format: `csv` when it shows the marks of no other."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        head = file.read(SAMPLED).lstrip()
+        head = file.read(HEAD_SIZE).lstrip()
     first = head.partition("\n")[0]
     if head.startswith("["):
         return "ai_challenger"
@@ -105,13 +105,13 @@ def split_row(row: list[str], header: list[str], where: str) -> Row:
     image, caption = named["image"].strip(), named["caption"].strip()
     if "\n" in caption or "\r" in caption:
         raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
-    return written(image, caption, where, named.get("split", "").strip() or None)
+    return make_row(image, caption, where, named.get("split", "").strip() or None)
 
 
 def read_token(path: Path) -> list[Row]:
     """Read `name.jpg#0<tab>caption` lines (Flickr8k.token.txt), or Flickr8k-CN's `name.jpg#zhc#0 caption`.
 
-    Flickr8k.token.txt has captions of 2258277193_586949ec62.jpg.1, a picture that was never given away: left out.
+    Left out: the captions of 2258277193_586949ec62.jpg.1 in Flickr8k.token.txt, a picture that was never published.
     """
     found: dict[tuple[str, str, str], Row] = {}
     for number, line in enumerate(read_lines(path), start=1):
@@ -122,7 +122,7 @@ def read_token(path: Path) -> list[Row]:
             raise UserError(f"{path} line {number} has no number and caption; write it as: name.jpg#0<tab>caption")
         image, place, caption = parts[1], parts[2], parts[3]
         if not re.search(r"\.\w+\.\d$", image):
-            found.setdefault((image, place, caption), written(image, caption, f"{path} line {number}"))
+            found.setdefault((image, place, caption), make_row(image, caption, f"{path} line {number}"))
     return list(found.values())
 
 
@@ -132,7 +132,7 @@ def read_karpathy(path: Path) -> list[Row]:
     for place, picture in enumerate(load_json(path)["images"]):
         where = f"{path} images[{place}]"
         split = as_split(picture["split"], where)
-        image = inside("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
+        image = safe_path("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
         for sentence in picture["sentences"]:
             found.append((image, picture.get("cocoid", image), sentence["raw"], split))
     return found
@@ -141,7 +141,7 @@ def read_karpathy(path: Path) -> list[Row]:
 def read_coco(path: Path) -> list[Row]:
     """Read COCO's captions_*.json: pictures and captions are two lists, joined by the picture's id."""
     content = load_json(path)
-    names = {picture["id"]: inside(picture["file_name"], str(path)) for picture in content["images"]}
+    names = {picture["id"]: safe_path(picture["file_name"], str(path)) for picture in content["images"]}
     found: list[Row] = []
     for place, entry in enumerate(content["annotations"]):
         image_id = entry["image_id"]
@@ -153,34 +153,34 @@ def read_coco(path: Path) -> list[Row]:
 
 def read_ai_challenger(path: Path) -> list[Row]:
     """Read caption_*_annotations_*.json of AI Challenger 2017: a list of pictures, each with a list of captions."""
-    return several(path, load_json(path), "image_id")
+    return read_entries(path, load_json(path), "image_id")
 
 
 def read_jsonl(path: Path) -> list[Row]:
     """Read one JSON object a line: `image`, `caption` or `captions`, and optionally `image_id` and `split`."""
     lines = enumerate(read_lines(path), start=1)
-    return several(path, (parse_json(line, path, number) for number, line in lines if line.strip()), "image")
+    return read_entries(path, (parse_json(line, path, number) for number, line in lines if line.strip()), "image")
 
 
-def several(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
-    """Return the rows of entries whose picture is under `key` and whose captions are one or a list."""
+def read_entries(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
+    """Return the rows of JSON entries that name their picture under `key`, and have one caption or a list of them."""
     found: list[Row] = []
     for place, entry in enumerate(entries):
         where = f"{path} entry {place + 1}"
-        image = inside(entry[key], where)
+        image = safe_path(entry[key], where)
         captions, split = captions_of(entry, where)
         found += [(image, entry.get("image_id", image), caption, split) for caption in captions]
     return found
 
 
 def captions_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
-    """Return the captions of a picture's entry, one or a list, and its split, where it names one."""
+    """Return the captions of a picture's JSON entry, and its split, or None where it names none."""
     captions = entry["captions"] if "captions" in entry else entry["caption"]
     return [captions] if isinstance(captions, str) else captions, as_split(entry.get("split"), where)
 
 
 def as_split(name: str | None, where: str) -> str | None:
-    """Return the split of that name, None for none; raises UserError for a name that no split has."""
+    """Return the split that a name means, None for None; raises UserError for an unknown name."""
     if name is not None and name not in SPLIT_NAMES:
         raise UserError(f"{where} has the split {name!r}; make it train, val or test")
     return None if name is None else SPLIT_NAMES[name]
@@ -209,25 +209,25 @@ def parse_json(line: str, path: Path, number: int) -> Any:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return lines between line ends alone: `splitlines` would also break at U+2028 and its like in a caption."""
+    """Return the lines of a file; `splitlines` would also break at U+2028 and the like inside a caption."""
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
-def written(image: str, caption: str, where: str, split: str | None = None) -> Row:
-    """Return the row of a line someone wrote: without picture or words it is refused."""
+def make_row(image: str, caption: str, where: str, split: str | None = None) -> Row:
+    """Return the row of a line that a person wrote; raises UserError for one without picture or words."""
     if not WORD.search(caption):
         raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
-    image = inside(image, where)
+    image = safe_path(image, where)
     return image, image, caption, as_split(split, where)
 
 
-def inside(image: str, where: str) -> str:
+def safe_path(image: str, where: str) -> str:
     """Return the path of a picture with forward slashes; raises UserError for one outside its folder."""
     if PLAIN.fullmatch(image):
         return image
     if not image or leaves_folder(image):
         raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; fix or remove it")
-    if not_halved(image) != image:
+    if whole_characters(image) != image:
         raise UserError(f"{where} names the picture {image!r}, which holds half a character; fix or remove it")
     return PurePosixPath(image.replace("\\", "/")).as_posix()
 

@@ -1,8 +1,8 @@
-"""The built-in sample: captioned scenes drawn on the spot, in Flickr8k's own form, so that nothing is downloaded.
+"""The built-in sample: captioned scenes, drawn on the spot in the form of Flickr8k, so that nothing is downloaded.
 
-A scene is one coloured shape at the top or bottom of a background: left and right are not told apart, as ImageNet
-features hardly do. The scenes of dev and test are combinations of shape, colour, size, place and background that never
-occur in train. Every pixel and word is drawn from (SEED, scene number).
+A scene is one coloured shape at the top or bottom of a background; left and right do not matter, since ImageNet
+features hardly distinguish them. The scenes of dev and test are combinations of shape, colour, size, place and
+background that never occur in train. Every pixel and word is drawn from (SEED, scene number).
 """
 
 from cli import UserError

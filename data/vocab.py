@@ -15,7 +15,7 @@ PAD, SOS, EOS, UNK = range(4)
 # What pycocoevalcap's PTBTokenizer drops, and brackets.
 PUNCTUATION = frozenset("'' ' `` ` ( ) [ ] { } . ? ! , : - -- ... ;".split())  # noqa: SIM905
 
-# Most captions: words with single blanks or commas between them, and a full stop; but for what NLTK takes apart.
+# Most captions: words with single blanks or commas between them, and a full stop; but see CONTRACTED.
 SIMPLE_WORD = re.compile("[a-z]+(?:-[a-z]+)*")
 SIMPLE = re.compile(f" *(?:{SIMPLE_WORD.pattern}(?: ?,)? +)*{SIMPLE_WORD.pattern} *\\.? *")
 CONTRACTED = re.compile("cannot|gimme|gonna|gotta|lemme|wanna")
@@ -31,7 +31,7 @@ PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
 
 
 class Tokeniser(Protocol):
-    """Cuts a caption into words, and joins words again."""
+    """Splits a caption into words, and joins words into a sentence."""
 
     def __call__(self, text: str) -> list[str]: ...
 
@@ -47,7 +47,7 @@ class EnglishTokeniser:
     def __call__(self, text: str) -> list[str]:
         text = text.lower()
         if SIMPLE.fullmatch(text) and not CONTRACTED.search(text):
-            return SIMPLE_WORD.findall(text)  # what NLTK says too, ten times as fast
+            return SIMPLE_WORD.findall(text)  # the same as NLTK's, ten times as fast
         return [word for word in self._words.tokenize(text) if word not in PUNCTUATION]
 
     def join(self, words: Iterable[str]) -> str:
@@ -63,12 +63,12 @@ class CharacterTokeniser:
 
     def __call__(self, text: str) -> list[str]:
         pieces = PIECE.findall(text.translate(NARROWED).lower())
-        words = [word for han, other in pieces for word in (self.cut(han) if han else [other])]
+        words = [word for han, other in pieces for word in (self.split_han(han) if han else [other])]
         while words and words[-1] in ENDS:
             words.pop()
         return words
 
-    def cut(self, characters: str) -> list[str]:
+    def split_han(self, characters: str) -> list[str]:
         return list(characters)
 
     def join(self, words: Iterable[str]) -> str:
@@ -77,7 +77,7 @@ class CharacterTokeniser:
 
 
 class ChineseTokeniser(CharacterTokeniser):
-    """Chinese words, as jieba cuts them; else as `CharacterTokeniser`."""
+    """Chinese words, as jieba segments them; all else as in `CharacterTokeniser`."""
 
     def __init__(self) -> None:
         try:
@@ -89,7 +89,7 @@ class ChineseTokeniser(CharacterTokeniser):
             ) from None
         self.jieba = rjieba
 
-    def cut(self, characters: str) -> list[str]:
+    def split_han(self, characters: str) -> list[str]:
         return self.jieba.cut(characters)
 
 
@@ -128,12 +128,8 @@ class Vocabulary:
     def look_up(self, words: Iterable[str]) -> list[int]:
         return [self._id_of.get(word, UNK) for word in words]
 
-    def encode(self, caption: str) -> list[int]:
-        """Return `<sos> w1 … wn <eos>` as ids."""
-        return [SOS, *self.numericalize(caption), EOS]
-
     def mirrored(self) -> list[int]:
-        """Return, by id, the word that says of a mirrored picture what this one says of the picture: left for right."""
+        """Return, for each id, the id of the word for a mirrored picture: right for left, and most words themselves."""
         swapped = (SIDE.sub(lambda side: OTHER_SIDE[side[0]], word) for word in self.words)
         return [self._id_of.get(word, i) for i, word in enumerate(swapped)]
 
@@ -154,7 +150,7 @@ class Vocabulary:
 def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:
     """Return the vocabulary of the words seen at least `min_count` times in `captions`: give training captions only.
 
-    Their words may be given instead, counted. Raises UserError when no word is that frequent.
+    A Counter of their words may be given instead. Raises UserError when no word is that frequent.
     """
     if isinstance(captions, Counter):
         counts = captions
