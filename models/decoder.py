@@ -1,10 +1,9 @@
-"""The decoder interface, which search and training are written against, and the classic decoder behind it.
+"""The decoder interface, against which search and training are written, and the decoder of Show and Tell.
 
-A new decoder is one file with one class of this shape, and one line in DECODERS of model.py.
+A new decoder is one file with one such class, and one entry in DECODERS of models/model.py.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,65 +17,72 @@ ROWS = 64  # words that are computed come in multiples of so many
 
 
 class Decoder(nn.Module):
-    """Writes captions for encoded pictures. B pictures, N captions or hypotheses, T steps, V words.
+    """Writes captions of encoded images. B images, N captions or hypotheses, T time steps, H hidden size, V words.
 
-    `grid` says which features it reads: a vector per picture (B, D), or one per cell (B, L, D);
-    they come standardised. `heads` is A, the number of attention maps for each word. `output` makes logits (..., V) of
-    hidden states (..., H).
+    Attributes:
+        spatial: whether it reads one feature per region (B, L, D) or one per image (B, D); both come standardised.
+        heads: A, the number of attention maps per word; 0 without attention.
+        output: maps hidden states (..., H) to logits (..., V).
     """
 
-    spatial: ClassVar[bool] = False
+    spatial: bool = False
     heads: int = 0
     output: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Do as `forward` does, up to the states (N, T, H) before `output`: padding needs no logits.
+        """Teacher forcing: read whole captions at once.
 
-        What is returned where a caption is padding means nothing.
+        Args:
+            features: (B, D) or (B, L, D).
+            tokens: `<sos> w1 … wn`, then padding (N, T).
+            image_index: each caption's row in `features` (N,).
+
+        Returns hidden states (N, T, H), whose `output` at t scores the word after tokens[:, t], and the attention
+        weights alphas (N, T, A, L), or None. Values at padding are undefined.
         """
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        """Compute what depends on the pictures alone, one row each: never copied per beam."""
+        """Compute what depends on the image alone: tensors of one row per image, never copied per hypothesis."""
         raise NotImplementedError
 
     def start(self, memory: Memory) -> State:
-        """Return the state before `<sos>`, one hypothesis per picture: tensors with the hypothesis first."""
+        """Return the initial state, before `<sos>`, of one hypothesis per image: the hypothesis is the first axis."""
         raise NotImplementedError
 
     def step(
         self, token: torch.Tensor, state: State, memory: Memory
     ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
-        """Read one word per hypothesis, `token` (N,); the N / B hypotheses of a picture stand together.
+        """Read one word per hypothesis, `token` (N,), where the N / B hypotheses of an image are side by side.
 
-        Returns logits (N, V) of the next word, the new state, and attention (N, A, L) or None.
+        Returns logits (N, V) of the next word, the new state, and alphas (N, A, L), or None.
         """
         raise NotImplementedError
 
 
-def by_picture(tokens: torch.Tensor, image_index: torch.Tensor, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bring the captions of a picture together, so that they can share what was computed of it.
+def group_by_image(tokens: torch.Tensor, image_index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arrange captions in K rows per image, so that they can share what is computed from it.
 
     Args:
-        tokens: (N, T) captions; image_index: the picture of each (N,).
+        tokens: captions (N, T).
+        image_index: the image of each (N,).
+        images: B, how many images there are.
 
-    Returns captions (pictures K, T), where the K rows of a picture stand together and those it has no caption for are
-    zeros, and the row of each caption (N,). K is the number of captions of the picture that has most.
+    Returns the rows (B K, T), those of an image side by side, and the row of each caption (N,). K is the largest number
+    of captions of an image; rows without a caption are zeros.
     """
-    counts = image_index.bincount(minlength=pictures)  # (B,)
-    captions = int(counts.max())
+    counts = image_index.bincount(minlength=images)  # (B,)
+    per_image = int(counts.max())  # K
     order = image_index.argsort(stable=True)  # (N,)
-    rank = (
-        torch.arange(len(image_index), device=image_index.device) - (counts.cumsum(0) - counts)[image_index[order]]
-    )  # (N,)
-    slot = torch.empty_like(image_index).scatter_(0, order, image_index[order] * captions + rank)
-    return tokens.new_zeros(pictures * captions, tokens.shape[1]).index_copy_(0, slot, tokens), slot
+    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image_index[order]]  # (N,)
+    row = torch.empty_like(order).scatter_(0, order, image_index[order] * per_image + rank)  # (N,)
+    return tokens.new_zeros(images * per_image, tokens.shape[1]).index_copy_(0, row, tokens), row
 
 
 def first_rows(real: torch.Tensor) -> torch.Tensor:
-    """Return the places of what is `real` (N, T) in all that there is (N T,), in order, and of some that is not.
+    """Return the indices of what is `real` (N, T) in all of it, flattened, in order, and of some that is not.
 
     There are a multiple of ROWS, or all: oneDNN makes a kernel for each number of rows that it has not met yet.
     """
@@ -85,7 +91,7 @@ def first_rows(real: torch.Tensor) -> torch.Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask is drawn eight places at a time on a CPU, where PyTorch draws each alone, five times as slow.
+    """Dropout whose mask is drawn eight values at a time on a CPU, where PyTorch draws each alone, five times as slow.
 
     The probability is `p` rounded to the next 256th.
     """
@@ -93,17 +99,17 @@ class Dropout(nn.Dropout):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if not (self.training and self.p and values.is_cpu):
             return super().forward(values)
-        fallen = min(255, round(256 * self.p))
+        dropped = min(255, round(256 * self.p))
         draws = torch.randint(-(2**63), 2**63 - 1, (-(-values.numel() // 8),)).view(torch.uint8)[: values.numel()]
-        kept = draws.ge(fallen).view_as(values).to(values.dtype)
-        return values * kept.mul_(256 / (256 - fallen))
+        kept = draws.ge(dropped).view_as(values).to(values.dtype)
+        return values * kept.mul_(256 / (256 - dropped))
 
 
 class DecoderRNN(Decoder):
-    """Show and Tell (Vinyals et al. 2015): an LSTM that reads the picture as its first word.
+    """Show and Tell (Vinyals et al. 2015): an LSTM that reads the image as its first word.
 
-    The LSTM's inputs are `[picture, <sos>, w1 … wn]`; its answer to the picture is not scored, so that no free
-    `<sos>` target flatters the loss.
+    The LSTM's inputs are `[image, <sos>, w1 … wn]`. Its output after the image is not scored: the target there would
+    always be `<sos>`, which costs nothing and would make the loss look better than it is.
     """
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
@@ -119,9 +125,9 @@ class DecoderRNN(Decoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Let the picture, which is read first and only once, be heard to the end of the sentence from the start.
+        """Let the image, which is read first and only once, count until the end of the sentence from the beginning.
 
-        It enters with variance 1, as words do, and a forget bias of 1 (Jozefowicz et al. 2015) keeps it.
+        It enters with variance 1, as words do, and a forget bias of 1 (Jozefowicz et al. 2015) keeps it in memory.
         """
         nn.init.normal_(self.project.weight, std=self.project.in_features**-0.5)
         nn.init.zeros_(self.project.bias)
@@ -131,22 +137,20 @@ class DecoderRNN(Decoder):
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        picture = self.project(features)[image_index].unsqueeze(1)  # (N, 1, E)
-        inputs = torch.cat([picture, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
-        hidden, _ = self.lstm(inputs)  # (N, 1 + T, H)
+    ) -> tuple[torch.Tensor, None]:
+        image = self.project(features)[image_index].unsqueeze(1)  # (N, 1, E)
+        inputs = torch.cat([image, self.embedding(tokens)], dim=1)  # (N, 1 + T, E)
+        hidden, _ = self.lstm(inputs)  # (N, 1 + T, H), from an initial state of zeros
         return self.dropout(hidden[:, 1:]), None  # (N, T, H)
 
     def prepare(self, features: torch.Tensor) -> Memory:
         return (self.project(features),)  # (B, E)
 
     def start(self, memory: Memory) -> State:
-        _, (h, c) = self.lstm(memory[0].unsqueeze(1))  # (layers, B, H) each
-        return h.transpose(0, 1), c.transpose(0, 1)
+        _, (h, c) = self.lstm(memory[0].unsqueeze(1))  # (layers, B, H) each: zeros, then the image
+        return h.transpose(0, 1), c.transpose(0, 1)  # (B, layers, H)
 
-    def step(
-        self, token: torch.Tensor, state: State, memory: Memory
-    ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
+    def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, None]:
         h, c = (part.transpose(0, 1).contiguous() for part in state)  # (layers, N, H)
         hidden, (h, c) = self.lstm(self.embedding(token).unsqueeze(1), (h, c))  # (N, 1, H)
         return self.output(hidden[:, 0]), (h.transpose(0, 1), c.transpose(0, 1)), None

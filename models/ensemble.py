@@ -1,4 +1,4 @@
-"""Several trained models that write one caption together: at each word their probabilities are averaged."""
+"""An ensemble: several trained models write one caption together, from the mean of their probabilities of each word."""
 
 from cli import UserError
 
@@ -15,24 +15,24 @@ from models.model import CaptionModel
 
 
 class Ensemble(Decoder):
-    """A decoder made of those of `models`, which read the same features and know the same words.
+    """A decoder made of those of `models`, which read the same features and have the same vocabulary.
 
-    Memory and state are those of the members, one after the other. Attention is the mean of the members' maps where
-    all have as many.
+    Memory and state are those of the members, one after the other. The alphas are the mean of the members' alphas,
+    where all have the same number of heads.
     """
 
     def __init__(self, models: Sequence[CaptionModel]) -> None:
         super().__init__()
-        self.spatial = models[0].decoder.spatial  # type: ignore[misc]
+        self.spatial = models[0].decoder.spatial
         heads = {model.decoder.heads for model in models}
         self.heads = heads.pop() if len(heads) == 1 else 0
         self.models = nn.ModuleList(models)
         self.members = list(models)
-        self.memory_sizes: list[int] = []  # tensors in each member's memory
-        self.state_sizes: list[int] = []
+        self.memory_sizes: list[int] = []  # how many tensors each member's memory has
+        self.state_sizes: list[int] = []  # and its state
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        """Return the members' memories of features that are not standardised yet."""
+        """Return the members' memories. Each standardises the features by itself: these must be raw."""
         memories = [member.decoder.prepare(member.standardise(features)) for member in self.members]
         self.memory_sizes = list(map(len, memories))
         return join(memories)
@@ -47,14 +47,14 @@ class Ensemble(Decoder):
         self, token: torch.Tensor, state: State, memory: Memory
     ) -> tuple[torch.Tensor, State, torch.Tensor | None]:
         memories, states = split(memory, self.memory_sizes), split(state, self.state_sizes)
-        log_probs, after, maps = [], [], []  # type: tuple[list, list, list]
+        log_probs, new_states, alphas = [], [], []  # type: tuple[list, list, list]
         for member, own_state, own_memory in zip(self.members, states, memories, strict=True):
-            logits, own_state, attention = member.decoder.step(token, own_state, own_memory)
+            logits, own_state, own_alphas = member.decoder.step(token, own_state, own_memory)
             log_probs.append(logits.float().log_softmax(1))
-            after.append(own_state)
-            maps.append(attention)
-        together = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (N, V)
-        return together, join(after), torch.stack(maps).mean(0) if self.heads else None
+            new_states.append(own_state)
+            alphas.append(own_alphas)
+        mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (N, V): log of the mean probability
+        return mean, join(new_states), torch.stack(alphas).mean(0) if self.heads else None
 
 
 def join(parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -67,9 +67,9 @@ def split(tensors: tuple[torch.Tensor, ...], sizes: Sequence[int]) -> list[tuple
 
 
 def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> CaptionModel:
-    """Return the model in the one file, or the ensemble of several, with the first one's encoder, words and search.
+    """Return the model in the file, or the ensemble of several, with the encoder, vocabulary and search of the first.
 
-    Raises UserError for models that read other features than the first, or know other words.
+    Raises UserError for models that read other features than the first, or have another vocabulary.
     """
     first, *others = models = [load_model(path, overrides) for path in paths]
     if not others:
@@ -77,8 +77,8 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
     for path, model in zip(paths[1:], others, strict=True):
         same = (features_of(model) == features_of(first), model.vocab.words == first.vocab.words)
         if not all(same):
-            what = "knows other words" if same[0] else "reads other features"
-            raise UserError(f"{path} {what} than {paths[0]}, so that they cannot write together; leave it out")
+            what = "has another vocabulary" if same[0] else "reads other features"
+            raise UserError(f"{path} {what} than {paths[0]}, so they cannot write a caption together; leave it out")
     if not all(model.config.encoder.frozen for model in models):
         raise UserError(f"a backbone of {paths[0]} or the others is fine-tuned; an ensemble needs one frozen backbone")
     ensemble = CaptionModel(first.config, first.vocab, first.transform, first.encoder, Ensemble(models))
@@ -87,10 +87,10 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
 
 
 def refuse_homeless_ensemble(paths: Sequence[Path], out: str | None) -> None:
-    """Raise UserError where the results of several models would land among those of the first."""
+    """Raise UserError where the captions of an ensemble would be written among those of the first model's run."""
     if len(paths) > 1 and not out:
-        raise UserError(f"{len(paths)} checkpoints write together, so the captions are no run's; add --out FOLDER")
+        raise UserError(f"the captions of {len(paths)} checkpoints together belong to no run; add --out FOLDER")
 
 
 def features_of(model: CaptionModel) -> tuple[object, ...]:
-    return model.encoder.identity["sha256"], model.encoder.spatial, model.encoder.config.stride_in_1x1, model.transform
+    return model.encoder.identity["sha256"], model.decoder.spatial, model.encoder.config.stride_in_1x1, model.transform

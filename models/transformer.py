@@ -1,13 +1,12 @@
-"""A Transformer (Vaswani et al. 2017) that reads the words so far and the cells of the picture.
+"""A Transformer (Vaswani et al. 2017) that attends to the words so far and to the regions of the image.
 
-E width (`decoder.embed_size`), A heads, N = B K captions, K of each picture, S places of any sequence, W words or cells
-in all of them: layers compute these (W, E), and no padding.
+E width (`decoder.embed_size`), A heads, N = B K captions, K of each image, L regions, S positions of any sequence, W
+words or regions in all of them: layers compute these (W, E), and no padding.
 """
 
 from cli import UserError
 
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +14,17 @@ from torch import nn
 
 from config import DecoderConfig
 from data.vocab import PAD
-from models.decoder import Decoder, Dropout, Memory, State, by_picture, first_rows
+from models.decoder import Decoder, Dropout, Memory, State, first_rows, group_by_image
 
 
 class TransformerDecoder(Decoder):
     """Pre-norm layers with a feed-forward network of size `decoder.hidden_size`; output weights are the embeddings.
 
-    `decoder.encoder_layers` let the cells attend to each other first. The state is each layer's keys and values of the
-    words so far (N, t, 2 E), so that a step computes one word only. The maps returned are those of the last layer.
+    With `decoder.encoder_layers` the regions attend to each other first. The state is each layer's keys and values of
+    the words so far (N, t, 2 E), so that a step computes one word only. The alphas are those of the last layer.
     """
 
-    spatial: ClassVar[bool] = True
+    spatial = True
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -50,15 +49,15 @@ class TransformerDecoder(Decoder):
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.prepare(features)
-        rows, slot = by_picture(tokens, image_index, len(features))  # (B K, T), (N,)
-        nothing = tuple(part.new_empty(len(rows), 0, part.shape[2]) for part in memory)
-        hidden, _, maps = self.read(rows, nothing, memory, Places(rows != PAD))
-        return hidden[slot], maps[slot]  # (N, T, E), (N, T, A, L)
+        rows, row = group_by_image(tokens, image_index, len(features))  # (B K, T), (N,)
+        no_words = tuple(part.new_empty(len(rows), 0, part.shape[2]) for part in memory)
+        hidden, _, alphas = self.read(rows, no_words, memory, Places(rows != PAD))
+        return hidden[row], alphas[row]  # (N, T, E), (N, T, A, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        cells = self.dropout(self.project(features))  # (B, L, E)
-        places = EveryPlace(len(cells))
-        hidden = places.gather(cells + positions(0, cells))  # (B L, E)
+        regions = self.dropout(self.project(features))  # (B, L, E)
+        places = EveryPlace(len(regions))
+        hidden = places.gather(regions + positions(0, regions))  # (B L, E)
         for layer in self.encoder:
             hidden, _, _ = layer(hidden, places)
         keys_values = places.spread(self.key_value(hidden))  # (B, L, layers 2 E)
@@ -68,30 +67,30 @@ class TransformerDecoder(Decoder):
         return tuple(part[:, :0] for part in memory)
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, torch.Tensor]:
-        hidden, state, maps = self.read(token.unsqueeze(1), state, memory, EveryPlace(len(token)))
-        return self.output(hidden[:, 0]), state, maps[:, 0]  # (N, V), (N, t + 1, 2 E) each, (N, A, L)
+        hidden, state, alphas = self.read(token.unsqueeze(1), state, memory, EveryPlace(len(token)))
+        return self.output(hidden[:, 0]), state, alphas[:, 0]  # (N, V), (N, t + 1, 2 E) each, (N, A, L)
 
     def read(
         self, tokens: torch.Tensor, state: State, memory: Memory, places: "EveryPlace"
     ) -> tuple[torch.Tensor, State, torch.Tensor]:
-        """Read `tokens` (N, T), the first ones or a single one after those in the state.
+        """Read `tokens` (N, T): whole captions, or the one word that follows those in the state.
 
-        Returns (N, T, E), zeros where there is no word, the new state and maps (N, T, A, L).
+        Returns hidden states (N, T, E), zeros at padding, the new state, and alphas (N, T, A, L).
         """
         words = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)  # (N, T, E)
         hidden = self.dropout(places.gather(words + positions(state[0].shape[1], words)))  # (W, E)
-        grown = []
-        for layer, past, cells in zip(self.layers, state, memory, strict=True):
-            hidden, past, maps = layer(hidden, places, past, cells)
-            grown.append(past)
-        return places.spread(self.norm(hidden)), tuple(grown), maps
+        new_state = []
+        for layer, past, regions in zip(self.layers, state, memory, strict=True):
+            hidden, past, alphas = layer(hidden, places, past, regions)
+            new_state.append(past)
+        return places.spread(self.norm(hidden)), tuple(new_state), alphas
 
     def output(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(self.dropout(hidden), self.embedding.weight, self.bias)
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where there are cells, and a feed-forward network; each normed and added."""
+    """Self-attention, cross-attention to the regions (`cross`), feed-forward network: each pre-norm and residual."""
 
     def __init__(self, config: DecoderConfig, cross: bool) -> None:
         super().__init__()
@@ -109,28 +108,29 @@ class Layer(nn.Module):
         hidden: torch.Tensor,
         places: "EveryPlace",
         past: torch.Tensor | None = None,
-        cells: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Map `hidden` (W, E), which sees all of itself, or, given the keys and values `past`, only what is before.
+        """One layer over `hidden` (W, E): causal where `past` is given, else every position attends to every other.
 
         Args:
             places: where these words stand (N, S).
-            past: of the words before these (N, t, 2 E); cells: of the picture's cells (B, L, 2 E).
+            past: keys and values of the words before these (N, t, 2 E).
+            regions: keys and values of the image's regions (B, L, 2 E).
 
-        Returns hidden (W, E), `past` with these words added, and the maps on the cells (N, S, A, L).
+        Returns hidden (W, E), `past` with these words added, and the alphas over the regions (N, S, A, L).
         """
-        normed, maps = self.self_norm(hidden), None
+        normed, alphas = self.self_norm(hidden), None
         keys_values = places.spread(self.key_value(normed))  # (N, S, 2 E)
         keys_values = keys_values if past is None else torch.cat([past, keys_values], dim=1)  # (N, t + S, 2 E)
         hidden = hidden + self.dropout(self.self_attention(normed, places, keys_values, causal=past is not None))
-        if cells is not None:
-            attended, maps = self.cross_attention.attend_with_maps(self.cross_norm(hidden), places, cells)
+        if regions is not None:
+            attended, alphas = self.cross_attention.to_regions(self.cross_norm(hidden), places, regions)
             hidden = hidden + self.dropout(attended)
-        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden))), keys_values, maps
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden))), keys_values, alphas
 
 
 class Attention(nn.Module):
-    """Attention with several heads, of words (W, E) that stand in `places` (N, S) to keys and values."""
+    """Multi-head attention of words (W, E) that stand in `places` (N, S)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Attention(nn.Module):
     def forward(
         self, words: torch.Tensor, places: "EveryPlace", keys_values: torch.Tensor, causal: bool
     ) -> torch.Tensor:
-        """Return what the words find (W, E) in those of their own caption, `keys_values` (N, t + S, 2 E)."""
+        """Self-attention: attend to the words of the same caption, `keys_values` (N, t + S, 2 E); returns (W, E)."""
         query, keys, values = self.split(places.spread(self.query(words)), keys_values)
         if query.is_cpu:  # whose kernel takes seven times as long for gradients in bfloat16
             query, keys, values = query.float(), keys.float(), values.float()
@@ -150,22 +150,22 @@ class Attention(nn.Module):
             attended = F.scaled_dot_product_attention(query, keys, values, is_causal=causal)  # (N, A, S, E / A)
         return self.output(places.gather(join(attended)))
 
-    def attend_with_maps(
+    def to_regions(
         self, words: torch.Tensor, places: "EveryPlace", keys_values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the words find (W, E) in the cells of their picture, `keys_values` (B, L, 2 E), and where.
+        """Cross-attention: attend to the regions of the image, `keys_values` (B, L, 2 E).
 
-        The fused kernel does not tell where each head looked (N, S, A, L).
+        Returns (W, E) and the alphas (N, S, A, L), which PyTorch's fused kernel does not give.
         """
-        asked = places.spread(self.query(words))  # (N, S, E)
-        query, keys, values = self.split(asked.view(len(keys_values), -1, asked.shape[2]), keys_values)
-        maps = (query @ keys.transpose(2, 3) * query.shape[3] ** -0.5).softmax(3)  # (B, A, K S, L)
-        attended = join(maps @ values).view_as(asked)  # (N, S, E)
-        maps = maps.transpose(1, 2).reshape(*asked.shape[:2], self.heads, -1)  # (N, S, A, L)
-        return self.output(places.gather(attended)), maps
+        queries = places.spread(self.query(words))  # (N, S, E)
+        query, keys, values = self.split(queries.view(len(keys_values), -1, queries.shape[2]), keys_values)
+        alphas = (query @ keys.transpose(2, 3) * query.shape[3] ** -0.5).softmax(3)  # (B, A, K S, L)
+        attended = join(alphas @ values).view_as(queries)  # (N, S, E)
+        alphas = alphas.transpose(1, 2).reshape(*queries.shape[:2], self.heads, -1)  # (N, S, A, L)
+        return self.output(places.gather(attended)), alphas
 
     def split(self, queries: torch.Tensor, keys_values: torch.Tensor) -> list[torch.Tensor]:
-        """Return query, keys and values by head, (B, A, Q or S, E / A) each, of (B, Q, E) and (B, S, 2 E)."""
+        """Return query (B, A, Q, E / A), keys and values (B, A, S, E / A) by head, of (B, Q, E) and (B, S, 2 E)."""
         parts = [queries, *keys_values.chunk(2, dim=2)]
         return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts]
 
@@ -204,9 +204,9 @@ class Places(EveryPlace):
 
 
 def positions(first: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the sines and cosines (S, E) that tell places from `first` on apart (section 3.5 of the paper)."""
+    """Return the positional encoding (S, E) of positions `first`, `first` + 1 … (section 3.5 of the paper)."""
     length, width = like.shape[1:]
-    place = torch.arange(first, first + length, device=like.device, dtype=torch.float32).unsqueeze(1)  # (S, 1)
-    pace = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)  # (E / 2,)
-    angle = place * torch.exp(-math.log(10000) / width * pace)  # (S, E / 2), which bf16 would round to a few places
+    position = torch.arange(first, first + length, device=like.device, dtype=torch.float32).unsqueeze(1)  # (S, 1)
+    dimension = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)  # (E / 2,)
+    angle = position * torch.exp(-math.log(10000) / width * dimension)  # (S, E / 2), in fp32: bf16 rounds them alike
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(like.dtype)

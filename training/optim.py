@@ -1,4 +1,4 @@
-"""How weights move: the optimiser, the learning rate's schedule, and the average of the weights on their way."""
+"""Optimiser, gradient clipping, learning rate schedule, and the moving average (EMA) of the weights."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,17 @@ SETTLED, EVERY = 100, 8  # the average is moved after each of the first steps, t
 
 
 def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices alone and a learning rate of its own for an unfrozen backbone."""
+    """Return AdamW with weight decay on matrices only, and with a learning rate of its own for a trained backbone.
+
+    Each parameter group's `scale` is the ratio of its learning rate to `train.lr`.
+    """
     config = model.config.train
-    decay, encoder_scale = config.weight_decay, config.encoder_lr / config.lr
     groups = []
-    for part, scale in ((model.decoder, 1.0), (model.encoder, encoder_scale)):
+    for part, scale in ((model.decoder, 1.0), (model.encoder, config.encoder_lr / config.lr)):
         trained = [p for p in part.parameters() if p.requires_grad]
-        groups.append({"params": [p for p in trained if p.ndim > 1], "weight_decay": decay, "scale": scale})
-        groups.append({"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "scale": scale})
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "scale": scale})
+        groups.append({"params": vectors, "weight_decay": 0.0, "scale": scale})
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
@@ -40,17 +43,22 @@ def clip_gradients(optimiser: torch.optim.AdamW, limit: float) -> torch.Tensor:
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then a cosine down to 0 (Loshchilov and Hutter 2017)."""
+    """Return the learning rate of `step` (from 0) of `total`: linear warm-up, then cosine decay to 0."""
+    # 1) linear warm-up: step `warmup - 1` is the first with the full rate
     if step < warmup:
         return peak * (step + 1) / warmup
+    # 2) half a cosine from `peak` down to 0 over the steps that are left (Loshchilov and Hutter 2017)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 class WeightAverage:
-    """The exponential moving average of a model's trained weights (Polyak and Juditsky 1992), kept beside them.
+    """The exponential moving average (EMA) of a model's trained weights (Polyak and Juditsky 1992).
 
     Args:
-        decay: the share of the average that stays at each step; 0 keeps no average, and the weights serve as they are.
+        decay: how much of the average is kept at each step; with 0 there is no average, and the weights are used.
+
+    Attributes:
+        weights: the averages of the parameters that are trained, in their order; none with a decay of 0.
     """
 
     def __init__(self, model: CaptionModel, decay: float) -> None:
@@ -71,19 +79,20 @@ class WeightAverage:
     @contextmanager
     @torch.no_grad()
     def swapped_in(self) -> Iterator[None]:
-        """Give the model the average for a while."""
+        """Give the model the averaged weights inside a `with` block, and its own back at the end."""
         own = [parameter.clone() for parameter in self.trained]
-        copy_all(self.weights or own, self.trained)
+        copy_weights(self.weights or own, self.trained)
         try:
             yield
         finally:
-            copy_all(own, self.trained)
+            copy_weights(own, self.trained)
 
     @torch.no_grad()
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
-        copy_all(weights, self.weights)
+        """Go on from the averages in a checkpoint; raises RuntimeError or ValueError when these do not fit."""
+        copy_weights(weights, self.weights)
 
 
-def copy_all(values: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    for value, target in zip(values, targets, strict=True):
-        target.copy_(value)
+def copy_weights(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+    for value, parameter in zip(source, target, strict=True):
+        parameter.copy_(value)

@@ -7,7 +7,7 @@ import torch
 
 from config import load_config
 from models.attention import AttentionRNN
-from models.decoder import by_picture
+from models.decoder import group_by_image
 from models.transformer import TransformerDecoder, positions
 
 WIDTH, CELLS, VOCAB = 24, 9, 50
@@ -21,7 +21,7 @@ def transformer(*overrides: str) -> TransformerDecoder:
 
 def test_captions_of_a_picture_are_brought_together_and_found_again() -> None:
     tokens = torch.tensor([[1, 1], [2, 2], [3, 3], [4, 4]])
-    rows, slot = by_picture(tokens, torch.tensor([2, 0, 2, 1]), 4)
+    rows, slot = group_by_image(tokens, torch.tensor([2, 0, 2, 1]), 4)
     assert rows[:, 0].tolist() == [2, 0, 4, 0, 1, 3, 0, 0]
     assert torch.equal(rows[slot], tokens)
 

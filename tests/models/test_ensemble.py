@@ -71,7 +71,7 @@ def test_members_that_look_with_other_heads_show_no_attention(save: Callable) ->
 
 def test_members_must_know_the_same_words(save: Callable, refused: Callable) -> None:
     paths = [save("one"), save("other", vocab=build_vocab(["a dog"], 1))]
-    with refused("other.pth knows other words than", "one.pth"):
+    with refused("other.pth has another vocabulary than", "one.pth"):
         load_ensemble(paths)
 
 

@@ -103,7 +103,8 @@ def random_pictures(count: int) -> torch.Tensor:
 def teacher_forced(decoder: Decoder, picture: torch.Tensor, ids: Sequence[int], max_length: int) -> float:
     """The log-probability of a caption; it has no `<eos>` where it has no room for one."""
     targets = [*ids, EOS][:max_length]
-    logits, _ = decoder(picture.unsqueeze(0), torch.tensor([[SOS, *targets[:-1]]]), torch.tensor([0]))
+    hidden, _ = decoder(picture.unsqueeze(0), torch.tensor([[SOS, *targets[:-1]]]), torch.tensor([0]))
+    logits = decoder.output(hidden)
     return logits[0].log_softmax(1)[range(len(targets)), targets].sum().item()
 
 

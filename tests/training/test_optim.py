@@ -90,12 +90,12 @@ def test_the_average_forgets_the_random_start_quickly(model: CaptionModel) -> No
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_the_average_is_lent_and_the_weights_come_back_exactly(decay: float, model: CaptionModel) -> None:
+def test_the_average_is_swapped_in_and_the_weights_come_back_exactly(decay: float, model: CaptionModel) -> None:
     average = WeightAverage(model, decay)
     shift(model, 1.0)
     own = [parameter.clone() for parameter in average.trained]
     expected = average.weights or own
-    with average.lent():
+    with average.swapped_in():
         assert all(map(torch.equal, average.trained, expected))
     assert all(map(torch.equal, average.trained, own))
 
