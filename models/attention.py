@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import DecoderConfig
-from models.decoder import Decoder, Dropout, Memory, State, group_by_image
+from models.decoder import Decoder, Memory, State, group_by_image
 
 
 class AttentionRNN(Decoder):
@@ -30,7 +30,7 @@ class AttentionRNN(Decoder):
         if config.num_layers != 1:
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.region_sizes = [hidden, 4 * hidden, embed]  # a region's key, its share of the gates and of the output
         self.input_sizes = [hidden, 4 * hidden]  # the query, and the word's and state's share of the gates
         self.project = nn.Linear(feature_size, hidden)

@@ -25,7 +25,7 @@ from torch import nn
 from config import setting_names
 from data import sample
 from data.vocab import SOS
-from models.checkpoint import check_parts, model_from_state, model_state
+from models.checkpoint import model_from_state, model_state
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 from models.search import search
@@ -42,7 +42,6 @@ def main() -> None:
     out = Path(args.out) if args.out else path.parent / "export"
     require("safetensors", "onnx", "onnxscript", "onnxruntime")
     saved = load_checkpoint(path)
-    check_parts(saved, str(path))
     model = model_from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 

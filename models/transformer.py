@@ -14,7 +14,7 @@ from torch import nn
 
 from config import DecoderConfig
 from data.vocab import PAD
-from models.decoder import Decoder, Dropout, Memory, State, first_rows, group_by_image
+from models.decoder import Decoder, Memory, State, first_rows, group_by_image
 
 
 class TransformerDecoder(Decoder):
@@ -35,7 +35,7 @@ class TransformerDecoder(Decoder):
                 "make it a multiple of twice as many"
             )
         self.heads = config.num_heads
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.project = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
         self.key_value = nn.Linear(width, config.num_layers * 2 * width)
@@ -101,7 +101,7 @@ class Layer(nn.Module):
             self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, config.num_heads)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,

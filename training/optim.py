@@ -9,8 +9,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.model import CaptionModel
 
-SETTLED, EVERY = 100, 8  # the average is moved after each of the first steps, then after every eighth
-
 
 def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only, and with a learning rate of its own for a trained backbone.
@@ -27,19 +25,9 @@ def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
-def clip_gradients(optimiser: torch.optim.AdamW, limit: float) -> torch.Tensor:
-    """Scale gradients down to the norm `limit`, by the next step at the latest; returns their norm before.
-
-    On a CPU fused AdamW does it as it reads them, as for a GradScaler, which saves a pass over memory.
-    """
-    trained = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.is_cpu:
-        optimiser.grad_scale = (norm / limit).clamp(min=1)  # type: ignore[attr-defined]
-    else:
-        torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
-    return norm
+def clip_gradients(optimiser: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+    """Scale the gradients down to the norm `limit` where theirs is larger; returns their norm before."""
+    return torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], limit)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
@@ -67,13 +55,9 @@ class WeightAverage:
         self.weights = [parameter.detach().clone() for parameter in self.trained] if decay else []
 
     def update(self, step: int) -> None:
-        """Move the average towards the weights after a step; faster at first, to forget the random start.
-
-        Later it moves at every eighth step only, by as much as in eight, since that reads and writes all weights.
-        """
-        each = 1 if step < SETTLED else EVERY
-        if self.weights and step % each == 0:
-            decay = min(self.decay, (1 + step) / (10 + step)) ** each
+        """Move the average towards the weights after `step` (from 0); faster at first, to forget the random start."""
+        if self.weights:
+            decay = min(self.decay, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(self.weights, self.trained, None)
 
     @contextmanager
@@ -81,18 +65,16 @@ class WeightAverage:
     def swapped_in(self) -> Iterator[None]:
         """Give the model the averaged weights inside a `with` block, and its own back at the end."""
         own = [parameter.clone() for parameter in self.trained]
-        copy_weights(self.weights or own, self.trained)
+        for parameter, average in zip(self.trained, self.weights or own, strict=True):
+            parameter.copy_(average)
         try:
             yield
         finally:
-            copy_weights(own, self.trained)
+            for parameter, value in zip(self.trained, own, strict=True):
+                parameter.copy_(value)
 
     @torch.no_grad()
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
         """Go on from the averages in a checkpoint; raises RuntimeError or ValueError when these do not fit."""
-        copy_weights(weights, self.weights)
-
-
-def copy_weights(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
-    for value, parameter in zip(source, target, strict=True):
-        parameter.copy_(value)
+        for average, saved in zip(self.weights, weights, strict=True):
+            average.copy_(saved)

@@ -1,6 +1,5 @@
 """How the learning rate moves, and the average that follows the weights."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -43,19 +42,15 @@ def test_the_backbone_has_its_own_learning_rate_and_vectors_do_not_decay(
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_clipped_gradients_move_weights_as_pytorchs_own_clipping_does(model: CaptionModel) -> None:
-    other = copy.deepcopy(model)
-    ours, theirs = make_optimiser(model), make_optimiser(other)
-    for size in (0.001, 10.0, 0.1):  # below the limit, above it, and below again
-        for parameter, same in zip(model.decoder.parameters(), other.decoder.parameters(), strict=True):
-            parameter.grad = size * torch.randn_like(parameter)
-            same.grad = parameter.grad.clone()
-        norm = clip_gradients(ours, limit=1.0)
-        assert norm == torch.nn.utils.clip_grad_norm_(other.decoder.parameters(), 1.0)
-        ours.step()
-        theirs.step()
-        for parameter, same in zip(model.decoder.parameters(), other.decoder.parameters(), strict=True):
-            torch.testing.assert_close(parameter, same, rtol=1e-5, atol=1e-7)
+def test_gradients_are_clipped_to_a_norm_and_their_own_is_returned(model: CaptionModel) -> None:
+    for size, expected in ((3.0, 1.0), (0.01, 0.01)):
+        for parameter in model.decoder.parameters():
+            parameter.grad = (
+                torch.ones_like(parameter) * size / sum(p.numel() for p in model.decoder.parameters()) ** 0.5
+            )
+        assert clip_gradients(make_optimiser(model), limit=1.0).item() == pytest.approx(size, rel=1e-4)
+        after = torch.nn.utils.get_total_norm([p.grad for p in model.decoder.parameters() if p.grad is not None])
+        assert after.item() == pytest.approx(expected, rel=1e-4)
 
 
 def shift(model: CaptionModel, by: float) -> None:
@@ -64,21 +59,16 @@ def shift(model: CaptionModel, by: float) -> None:
             parameter.add_(by)
 
 
-def test_the_average_follows_the_weights_with_the_decay_asked_for(model: CaptionModel) -> None:
+@pytest.mark.parametrize(("steps", "left"), [(range(99, 100), 0.9), (range(10_000, 10_003), 0.9**3)])
+def test_the_average_follows_the_weights_at_every_step_with_the_decay_asked_for(
+    steps: range, left: float, model: CaptionModel
+) -> None:
     average = WeightAverage(model, decay=0.9)
     before = average.weights[0].clone()
     shift(model, 1.0)
-    average.update(step=99)
-    assert torch.allclose(average.weights[0], before + 0.1, atol=1e-6)
-
-
-def test_later_eight_steps_are_taken_at_once(model: CaptionModel) -> None:
-    average = WeightAverage(model, decay=0.9)
-    before = average.weights[0].clone()
-    shift(model, 1.0)
-    for step in range(10_000, 10_016):
+    for step in steps:
         average.update(step)
-    assert torch.allclose(average.weights[0], before + 1 - 0.9**16, atol=1e-6)
+    assert torch.allclose(average.weights[0], before + 1 - left, atol=1e-6)
 
 
 def test_the_average_forgets_the_random_start_quickly(model: CaptionModel) -> None:
