@@ -14,17 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 CONFIG_YAML = Path(__file__).parent / "config.yaml"
 
@@ -33,6 +23,8 @@ FREE = "may change after training: where things lie, and what does not touch the
 SHAPES = "the model's tensors depend on it: a run that goes on from another one must have the same value"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt, NonNegativeInt = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
+PositiveFloat, NonNegativeFloat = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
 
@@ -213,47 +205,43 @@ def load_config(recipe: str | Path | None = None, overrides: list[str] | None = 
     values = flatten(read_yaml(CONFIG_YAML))
     origin = dict.fromkeys(values, CONFIG_YAML.name)
     layers = [(str(recipe), flatten(read_yaml(Path(recipe))))] if recipe else []
-    layers.append(("the command line", parse_overrides(overrides or [], values)))
-    for where, layer in layers:
-        for name, value in layer.items():
-            if name not in values:
-                raise UserError(unknown_setting(name, where, values))
-            values[name], origin[name] = value, where
+    for where, layer in [*layers, ("the command line", parse_overrides(overrides or [], values))]:
+        values = lay_over(values, layer, where)
+        origin |= dict.fromkeys(layer, where)
     return validate(values, origin)
 
 
 def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, where: str = "the checkpoint") -> Config:
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
-    Raises UserError for overrides that differ from what the checkpoint fixes: only where things lie and how captions
-    are searched can still be changed.
+    Raises UserError for overrides that differ from what the checkpoint fixes: only FREE settings and those of the
+    search can still be changed.
     """
-    values = flatten(read_yaml(CONFIG_YAML))
-    for name in flatten(saved):
-        if name not in values:
-            raise UserError(unknown_setting(name, where, values))
-    values |= flatten(saved)
+    values = lay_over(flatten(read_yaml(CONFIG_YAML)), flatten(saved), where)
     layer = parse_overrides(overrides or [], values)
+    changed = lay_over(values, layer, "the command line")
+    free = marked(FREE)
     for name in layer:
-        if name not in values:
-            raise UserError(unknown_setting(name, "the command line", values))
-        fixed = name not in marked(FREE) and not name.startswith("search.")
-        if fixed and layer[name] != values[name]:
+        if layer[name] != values[name] and name not in free and not name.startswith("search."):
             raise UserError(
                 f"{name} is fixed in the checkpoint, as {reprlib.repr(values[name])}; train a new run to change it, "
                 "with train.start=FILE to keep what was learned"
             )
-    return validate(values | layer, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
+    return validate(changed, dict.fromkeys(values, where) | dict.fromkeys(layer, "the command line"))
 
 
 def change_search(config: Config, settings: dict[str, Any]) -> Config:
     """Return `config` with these settings of `search` in place of its own; raises UserError for what they cannot be."""
-    values = flatten(config.model_dump())
     layer = {f"search.{name}": value for name, value in settings.items()}
+    return validate(lay_over(flatten(config.model_dump()), layer, "the call"), dict.fromkeys(layer, "the call"))
+
+
+def lay_over(values: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return `values` with those of `layer` in their place; raises UserError for a setting that there is not."""
     for name in layer:
         if name not in values:
-            raise UserError(unknown_setting(name, "the call", values))
-    return validate(values | layer, dict.fromkeys(layer, "the call"))
+            raise UserError(unknown_setting(name, where, values))
+    return values | layer
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
