@@ -105,6 +105,10 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     config, folder = model.config, annotations.image_folder(model.config.data)
     (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
+    if captions.shards:
+        images, image_of, train_tokens = tar_captions(captions.shards)
+    else:
+        images, image_of = index_images(train)
     views = [WHOLE, *other_views(config.train.mirror, config.train.corners)]
     train_views: dict[View, Features | None] = dict.fromkeys(views)
     val_features: Features | None = None
@@ -113,35 +117,19 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
         for number, view in enumerate(views, start=1):
             note = f", view {number} of {len(views)}" if number > 1 else ""
             if captions.shards:
-                with_captions = [tar for tar in captions.shards if tar.captions]
-                train_views[view] = concatenate(feature_cache(model, view).fill(*with_captions, note=note))
-            elif number > 1:
-                train_views[view] = encode_dataset(model, train["image"].unique().tolist(), folder, view, note)
+                sources = [tar for tar in captions.shards if tar.captions]
+                train_views[view] = concatenate(feature_cache(model, view).fill(*sources, note=note))
             else:
-                train_views[view] = val_features
+                train_views[view] = val_features if number == 1 else encode_dataset(model, images, folder, view, note)
         for features in (val_features, *train_views.values()):
             if features:
                 features.move(model.device)
-    if captions.shards:
-        images, image_of, train_tokens = tar_captions(captions.shards)
-    else:
-        images, image_of = index_images(train)
-    train_set = Flickr8kDataset(
-        images,
-        image_of,
-        train_tokens.numericalize(model.vocab),
-        model.vocab,
-        folder,
-        model.transform,
-        train_views.pop(WHOLE),
-        train_views,
-        config.train.augment,
-    )
+    tokens, transform, augment = train_tokens.numericalize(model.vocab), model.transform, config.train.augment
+    whole = train_views.pop(WHOLE)
+    train_set = Flickr8kDataset(images, image_of, tokens, model.vocab, folder, transform, whole, train_views, augment)
     images, image_of = index_images(val)
-    val_set = Flickr8kDataset(
-        images, image_of, val_tokens.numericalize(model.vocab), model.vocab, folder, model.transform, val_features
-    )
-    return train_set, val_set
+    tokens = val_tokens.numericalize(model.vocab)
+    return train_set, Flickr8kDataset(images, image_of, tokens, model.vocab, folder, transform, val_features)
 
 
 def index_images(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
