@@ -13,23 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import HOSTILE, needs_chromium
 from conftest import SCENES
 from PIL import Image
-from test_render import HOSTILE, needs_chromium
 
 pytest.importorskip("streamlit", reason="the demo needs requirements-extras.txt")
+from demo import APP, open_demo
 from streamlit.testing.v1 import AppTest
 
-import render
+import render.attention
 import utils
-from benchmarks.reliability.demo import APP, open_demo
+from captioning import probability_per_word
 from config import Config
 from data import sample
 from data.transforms import open_picture
 from data.vocab import SPECIALS, Vocabulary, build_vocab
-from inference_visualize import per_word
-from models.consensus import Consensus
+from models import consensus
+from models.checkpoint import load_model, model_state
 from models.model import Caption, CaptionModel
+from render.attention import AttentionMaps
+from render.fonts import plain_text
 
 Demo = Callable[..., AppTest]
 MARKDOWN = ["![x](https://a.invalid/x.png)", "[x](javascript:alert(1))", "https://a.invalid/", ":material/bolt: $x$"]
@@ -46,7 +49,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an untrained model for each of SETTINGS; the words of hostile.pth would act."""
+    """A folder with an untrained model for each of SETTINGS; the words of `hostile` would act."""
     folder = tmp_path_factory.mktemp("checkpoints")
     pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
     known = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
@@ -60,8 +63,9 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
         if model.config.search.consensus:
             size = model.encoder.feature_shape[-1]
             words = torch.tensor([vocab.numericalize("a small red circle"), vocab.numericalize("a large blue star")])
-            model.consensus = Consensus(torch.eye(2, size), torch.zeros(size), words, torch.arange(2))
-        utils.save_checkpoint(folder / f"{name}.pth", model.state())
+            remembered = consensus.Consensus(torch.eye(2, size), torch.zeros(size), words, torch.arange(2))
+            remembered.save(folder / name / consensus.FILE)
+        utils.save_checkpoint(folder / name / "checkpoints.pth", model_state(model))
     return folder
 
 
@@ -108,15 +112,15 @@ def texts(page: AppTest, kind: str) -> list[str]:
 
 def solid(text: str) -> str:
     """Return plain text without blanks, of which joining words drops some before an apostrophe."""
-    return render.plain(text).replace(" ", "")
+    return plain_text(text).replace(" ", "")
 
 
 def captions_of(checkpoint: Path, picture: Path, num_captions: int = 3, **search: Any) -> list[Caption]:
     """Return the captions that a model has for a picture on its own."""
-    model = CaptionModel.from_checkpoint(checkpoint)
+    model = load_model(checkpoint)
     with torch.inference_mode():
         features = model.encoder(model.transform(open_picture(picture)).unsqueeze(0))
-    return model.describe(features, model.config.search.model_copy(update=search), num_captions, keep_attention=True)[0]
+    return model.generate(features, model.config.search.model_copy(update=search), num_captions, keep_attention=True)[0]
 
 
 def test_without_any_model_one_sentence_says_what_to_do(demo: Demo) -> None:
@@ -129,10 +133,10 @@ def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: 
     for age, run_name in enumerate(["sample", "new", "old"]):
         place = Path("runs", run_name, "checkpoints.pth")
         place.parent.mkdir(parents=True)
-        shutil.copy(checkpoints / f"{'sample' if run_name == 'sample' else 'lstm'}.pth", place)
+        shutil.copy(checkpoints / ("sample" if run_name == "sample" else "lstm") / "checkpoints.pth", place)
         os.utime(place, (10**9 - age, 10**9 - age))
     Path("runs/sample/config.yaml").write_text("data: {format: sample}")
-    shutil.copy(checkpoints / "lstm.pth", "captioner.pth")
+    shutil.copy(checkpoints / "lstm/checkpoints.pth", "captioner.pth")
     page = demo()
     assert page.selectbox[0].options == ["runs/new", "runs/old", "pretrained", "runs/sample"]
     assert page.selectbox[0].value == Path("runs/new/checkpoints.pth") and "photographs" not in markup(page)
@@ -146,20 +150,22 @@ def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: 
 def test_a_picture_gets_its_best_captions_with_how_probable_they_are(
     demo: Demo, checkpoints: Path, drawn: Path
 ) -> None:
-    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), drawn / "images/03.jpg")
-    own = captions_of(checkpoints / "lstm.pth", drawn / "images/03.jpg")
+    page = drop(demo("--checkpoint", checkpoints / "lstm/checkpoints.pth"), drawn / "images/03.jpg")
+    own = captions_of(checkpoints / "lstm/checkpoints.pth", drawn / "images/03.jpg")
     said = [texts(page, "caption")[0], *(text.rpartition("  ")[0] for text in texts(page, "other"))]
     assert said == [caption.text for caption in own] and len(set(said)) == 3
     rated = re.findall(r"([\d.]+)%", markup(page))
-    assert [float(percent) for percent in rated] == pytest.approx([100 * per_word(each, 8) for each in own], abs=0.5)
+    assert [float(percent) for percent in rated] == pytest.approx(
+        [100 * probability_per_word(each, 8) for each in own], abs=0.5
+    )
 
 
 def test_captions_are_searched_as_chosen(demo: Demo, checkpoints: Path, drawn: Path) -> None:
-    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), drawn / "images/03.jpg")
+    page = drop(demo("--checkpoint", checkpoints / "lstm/checkpoints.pth"), drawn / "images/03.jpg")
     chosen = {"beam": 4, "length_penalty": 0.0, "max_length": 5}
     for label, value in (("Captions", 2), *zip(("Beam", "Length penalty", "Most words"), chosen.values(), strict=True)):
         slide(page, label, value)
-    own = captions_of(checkpoints / "lstm.pth", drawn / "images/03.jpg", 2, **chosen)
+    own = captions_of(checkpoints / "lstm/checkpoints.pth", drawn / "images/03.jpg", 2, **chosen)
     assert [*texts(page, "caption"), texts(page, "other")[0].rpartition("  ")[0]] == [each.text for each in own]
     slide(page, "Temperature", 2.0)
     drawn_words = texts(page, "caption")
@@ -169,14 +175,16 @@ def test_captions_are_searched_as_chosen(demo: Demo, checkpoints: Path, drawn: P
 def test_a_broken_file_is_told_beside_the_captions_of_the_others(demo: Demo, checkpoints: Path, drawn: Path) -> None:
     first, second = drawn / "images/00.jpg", drawn / "images/01.jpg"
     broken = [("cut.jpg", first.read_bytes()[:700]), ("text.jpg", b"no picture")]
-    page = drop(demo("--checkpoint", checkpoints / "lstm.pth"), first, *broken, second)
-    assert texts(page, "caption") == [captions_of(checkpoints / "lstm.pth", each)[0].text for each in (first, second)]
+    page = drop(demo("--checkpoint", checkpoints / "lstm/checkpoints.pth"), first, *broken, second)
+    assert texts(page, "caption") == [
+        captions_of(checkpoints / "lstm/checkpoints.pth", each)[0].text for each in (first, second)
+    ]
     cut, text = texts(page, "refusal")
     assert re.fullmatch(r"cannot read the picture cut\.jpg \(.*truncated.*\); replace it or leave it out", cut)
-    assert text == "cannot read the picture text.jpg (of no format known here); replace it or leave it out"
+    assert text == "cannot read the picture text.jpg (unknown format); replace it or leave it out"
 
 
-def test_sliding_through_the_words_shows_where_each_was_looked_for(
+def test_sliding_through_the_words_shows_the_attention_of_each(
     demo: Demo, checkpoints: Path, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lit: list[np.ndarray] = []
@@ -185,27 +193,27 @@ def test_sliding_through_the_words_shows_where_each_was_looked_for(
         lit.append(level)
         return picture
 
-    monkeypatch.setattr(render, "light", light)
+    monkeypatch.setattr(render.attention, "heat_map", light)
     picture = drawn / "images/03.jpg"
-    page = drop(demo("--checkpoint", checkpoints / "attention.pth"), picture)
+    page = drop(demo("--checkpoint", checkpoints / "attention/checkpoints.pth"), picture)
     assert not lit and "<mark>" not in markup(page)
-    best = captions_of(checkpoints / "attention.pth", picture)[0]
-    looks = render.WordMaps.of(best)
-    assert looks
+    best = captions_of(checkpoints / "attention/checkpoints.pth", picture)[0]
+    attention = AttentionMaps.of(best)
+    assert attention
     for word in (1, len(best.words)):
-        slide(page, "Where it looked", word)
+        slide(page, "Attention", word)
         assert re.findall("<mark>(.*?)</mark>", markup(page)) == [best.words[word - 1]]
-        assert np.abs(lit.pop().astype(int) - looks.levels()[word - 1]).max() <= 1
+        assert np.abs(lit.pop().astype(int) - attention.levels()[word - 1]).max() <= 1
     assert not lit and texts(page, "caption") == [best.text]
 
 
 def test_two_models_stand_side_by_side(demo: Demo, checkpoints: Path, drawn: Path) -> None:
     picture = drawn / "images/03.jpg"
-    paths = [checkpoints / "attention.pth", checkpoints / "lstm.pth"]
+    paths = [checkpoints / "attention/checkpoints.pth", checkpoints / "lstm/checkpoints.pth"]
     page = drop(demo("--checkpoint", *paths), picture)
     page.selectbox[1].set_value(paths[1])
     assert texts(run(page), "caption") == [captions_of(path, picture)[0].text for path in paths]
-    assert [f"{path}: 03.jpg" in texts(page, "quiet") for path in paths] == [True, True]
+    assert [f"{path.parent}: 03.jpg" in texts(page, "quiet") for path in paths] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +233,9 @@ def test_what_cannot_be_opened_is_told_in_one_sentence(demo: Demo, words: tuple[
 def test_words_and_names_that_would_act_are_shown_as_text(demo: Demo, checkpoints: Path, drawn: Path) -> None:
     content = (drawn / "images/00.jpg").read_bytes()
     names = [f"{word.replace('/', '')}.jpg" for word in (*HOSTILE, *MARKDOWN)]
-    page = drop(demo("--checkpoint", checkpoints / "hostile.pth"), *((name, content) for name in names))
-    assert all(render.plain(name) in texts(page, "quiet") for name in names)
-    slide(page, "Where it looked", 2)
+    page = drop(demo("--checkpoint", checkpoints / "hostile/checkpoints.pth"), *((name, content) for name in names))
+    assert all(plain_text(name) in texts(page, "quiet") for name in names)
+    slide(page, "Attention", 2)
     assert all(solid(word) in solid(texts(page, "caption")[0]) for word in [*HOSTILE, *MARKDOWN])
     assert re.sub(r'<p class="\w+">|</p>|</?span>|</?mark>', "", markup(page)).count("<") == 0
     assert not page.markdown and not page.caption
@@ -239,12 +247,12 @@ def test_in_a_browser_a_picture_is_captioned_and_nothing_is_asked_of_others(
 ) -> None:
     pytest.importorskip("playwright", reason="the browser is steered by playwright, of requirements-dev.txt")
     (tmp_path / "runs/hostile").mkdir(parents=True)
-    shutil.copy(checkpoints / "hostile.pth", tmp_path / "runs/hostile/checkpoints.pth")
+    shutil.copy(checkpoints / "hostile/checkpoints.pth", tmp_path / "runs/hostile/checkpoints.pth")
     picture = drawn / "images/00.jpg"
-    (best, *_) = captions_of(checkpoints / "hostile.pth", picture)
+    (best, *_) = captions_of(checkpoints / "hostile/checkpoints.pth", picture)
     with open_demo(tmp_path) as (page, asked):
         page.set_input_files("input[type=file]", picture)
-        assert page.locator("p.caption").inner_text() == render.plain(best.text)
+        assert page.locator("p.caption").inner_text() == plain_text(best.text)
         slider = page.locator(".stMain .stSlider").get_by_role("slider")
         slider.focus()
         slider.press("ArrowRight")

@@ -1,4 +1,4 @@
-"""`inference_visualize.py --attention`, with untrained models whose looks are sharp enough to tell apart."""
+"""`inference_visualize.py --attention`, with untrained models whose attention is sharp enough to tell words apart."""
 
 from cli import run_script
 
@@ -17,13 +17,14 @@ from conftest import SCENES
 from PIL import Image
 
 import inference_visualize
-import render
 import utils
 from config import Config
 from data import sample
 from data.transforms import open_picture
 from data.vocab import SOS, build_vocab
+from models.checkpoint import load_model, model_state
 from models.model import CaptionModel
+from render.attention import AttentionMaps, draw_attention
 
 Run = Callable[..., int]
 PICTURES = ("--images", "archive/images/00.jpg", "archive/images/01.jpg", "archive/images/02.jpg")
@@ -44,7 +45,7 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
             model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
             for parameter in model.decoder.parameters():
                 parameter.mul_(sharper)
-        utils.save_checkpoint(folder / f"{name}.pth", model.state())
+        utils.save_checkpoint(folder / f"{name}.pth", model_state(model))
     return folder
 
 
@@ -60,14 +61,14 @@ def run(archive: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     return command
 
 
-def page_rows(folder: str = ".") -> list[list[Any]]:
+def page_rows(folder: str = ".") -> list[dict[str, Any]]:
     lines = Path(folder, "captions_result.html").read_text().splitlines()
-    return [json.loads(line.rstrip(",")) for line in lines if line.startswith('["./')]
+    return [json.loads(line.rstrip(",")) for line in lines if line.startswith('{"image"')]
 
 
-def looks_of(checkpoint: Path, picture: str, caption: str, heads: slice) -> np.ndarray:
-    """Return where the decoder looks as it is made to write `caption`, word by word: maps (words, 3, 3)."""
-    model = CaptionModel.from_checkpoint(checkpoint)
+def attention_of(checkpoint: Path, picture: str, caption: str, heads: slice) -> np.ndarray:
+    """Return the alphas (words, 3, 3) of a decoder that is given `caption`, word by word."""
+    model = load_model(checkpoint)
     tokens = torch.tensor([[SOS, *model.vocab.numericalize(caption)]])
     with torch.inference_mode():
         features = model.encoder(model.transform(open_picture(picture)).unsqueeze(0))
@@ -87,37 +88,40 @@ CHOICES = [
 
 @pytest.mark.parametrize(("decoder", "head", "heads"), CHOICES)
 @pytest.mark.parametrize("several", [(), ("--num-captions", "3")])
-def test_what_is_shown_is_where_the_caption_shown_was_looked_for(
+def test_the_attention_shown_is_that_of_the_caption_shown(
     decoder: str, head: tuple[str, ...], heads: slice, several: tuple[str, ...], run: Run, checkpoints: Path
 ) -> None:
     assert run(decoder, "--attention", *head, *PICTURES, *SHORT, *several) == 0
     captions = [row["caption"] for row in json.loads(Path("predictions.json").read_text())]
     assert len(set(captions)) > 1
-    for picture, caption, (url, texts, *_, looked) in zip(PICTURES[1:], captions, page_rows(), strict=True):
-        maps = looks_of(checkpoints / f"{decoder}.pth", picture, caption, heads)
-        expected = render.WordMaps(caption.split(), maps)
-        assert texts[0] == caption and [word.strip() for word in looked[0]] == caption.split()
-        shown = np.frombuffer(base64.b64decode(looked[1]), np.uint8).reshape(-1, 3, 3)
+    for picture, caption, row in zip(PICTURES[1:], captions, page_rows(), strict=True):
+        alphas = attention_of(checkpoints / f"{decoder}.pth", picture, caption, heads)
+        expected = AttentionMaps(caption.split(), alphas)
+        words = [word.strip() for word in row["attention"]["words"]]
+        assert row["captions"][0] == caption and words == caption.split()
+        shown = np.frombuffer(base64.b64decode(row["attention"]["alphas"]), np.uint8).reshape(-1, 3, 3)
         assert np.abs(shown.astype(int) - expected.levels()).max() <= 1
-        assert np.ptp(shown, axis=0).max() > 50  # words look at different places, or this would show nothing
-        drawn = Image.open(url.replace(".jpg", "-attention.jpg"))
-        sheet = render.draw_attention(open_picture(picture), expected)
+        assert np.ptp(shown, axis=0).max() > 50  # words attend to different regions, or this would show nothing
+        drawn = Image.open(row["image"].replace(".jpg", "-attention.jpg"))
+        sheet = draw_attention(open_picture(picture), expected)
         assert drawn.size == sheet.size
         assert np.abs(np.asarray(drawn, float) - np.asarray(sheet, float)).mean() < 3
 
 
 def test_other_captions_stay_plain_and_there_is_one_drawing_for_each_picture(run: Run) -> None:
     run("attention", "--attention", *PICTURES, *SHORT, "--num-captions", "3")
-    assert [(len(row[1]), "".join(row[7][0]) == row[1][0]) for row in page_rows()] == [(3, True)] * 3
+    found = [(len(row["captions"]), "".join(row["attention"]["words"]) == row["captions"][0]) for row in page_rows()]
+    assert found == [(3, True)] * 3
     names = {path.name for path in Path("outputs").iterdir()}
     assert names == {f"0{number}{kind}.jpg" for number in range(3) for kind in ("", "-attention")}
 
 
-def test_without_it_all_is_as_it_was_and_captions_are_the_same_with_it(run: Run) -> None:
+def test_captions_are_the_same_without_attention_and_nothing_of_it_is_written(run: Run) -> None:
     run("attention", *PICTURES, *SHORT, "--out", "without")
     run("attention", "--attention", *PICTURES, *SHORT, "--out", "with")
-    assert all(len(row) == 7 for row in page_rows("without"))
-    assert [row[:7] for row in page_rows("with")] == page_rows("without")
+    assert not any("attention" in row for row in page_rows("without"))
+    without = [{key: value for key, value in row.items() if key != "attention"} for row in page_rows("with")]
+    assert without == page_rows("without")
     for file in ("predictions.json", "outputs/00.jpg"):
         assert Path("with", file).read_bytes() == Path("without", file).read_bytes()
     assert {path.name for path in Path("without/outputs").iterdir()} == {"00.jpg", "01.jpg", "02.jpg"}
@@ -131,7 +135,7 @@ def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
     run("attention", "--attention", "--images", "mine", *SHORT)
     names = [path.name.lower() for path in Path("outputs").iterdir()]
     assert len(names) == len(set(names)) == 6
-    assert len({Image.open(url).size for url, *_ in page_rows()}) == 1  # none of them a drawing of attention
+    assert len({Image.open(row["image"]).size for row in page_rows()}) == 1  # none of them a drawing of attention
 
 
 @pytest.mark.parametrize(
@@ -154,21 +158,21 @@ def test_attention_that_there_is_not_is_refused_before_anything_else(
     assert all(word in message for word in words), message
 
 
-def test_models_that_write_together_show_the_mean_of_their_maps(run: Run, checkpoints: Path) -> None:
+def test_models_that_write_together_show_their_mean_attention(run: Run, checkpoints: Path) -> None:
     run("transformer", "--attention", *PICTURES, *SHORT)
     alone = page_rows()
     run("transformer", "--attention", "--checkpoint", str(checkpoints / "transformer.pth"), *PICTURES, *SHORT)
     assert page_rows() == alone
 
 
-def test_models_with_different_numbers_of_maps_cannot_show_them_together(
+def test_models_with_different_numbers_of_heads_show_no_attention_together(
     run: Run, checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("transformer", "--attention", "--checkpoint", str(checkpoints / "attention.pth"), *PICTURES) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert "transformer.pth, " in message and "attention.pth writes without attention maps" in message
+    assert "transformer.pth, " in message and "attention.pth writes without attention" in message
 
 
 def test_the_page_says_what_to_do(run: Run) -> None:
     run("transformer", "--attention", "2", *PICTURES, *SHORT)
-    assert "point at a word to see where the model looked" in Path("captions_result.html").read_text()
+    assert "point at a word to see its attention" in Path("captions_result.html").read_text()

@@ -1,0 +1,62 @@
+"""captioning.py: the same captions whoever asks, from paths, PIL images and cached features."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import utils
+from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
+from data.transforms import open_picture
+from models.checkpoint import model_state
+from models.model import Caption, CaptionModel
+
+
+@pytest.fixture
+def captioner(archive: Path, tiny_model: CaptionModel) -> Captioner:
+    utils.save_checkpoint(Path("model.pth"), model_state(tiny_model))
+    return Captioner.load("model.pth")
+
+
+@pytest.fixture
+def paths(archive: Path) -> list[Path]:
+    return sorted((archive / "images").iterdir())
+
+
+def test_paths_and_images_one_or_many_get_the_same_captions(captioner: Captioner, paths: list[Path]) -> None:
+    captions = captioner.caption(paths, beam=2)
+    assert len(captions) == 12 and len(set(captions)) > 1
+    assert captioner.caption([Image.open(path) for path in paths], beam=2) == captions
+    assert (
+        captioner.caption(str(paths[3]), beam=2) == captioner.caption(open_picture(paths[3]), beam=2) == [captions[3]]
+    )
+    assert captioner.caption([]) == []
+
+
+def test_cached_features_give_the_captions_of_the_pictures(captioner: Captioner, paths: list[Path]) -> None:
+    names = [path.name for path in paths]
+    features = encode_dataset(captioner.model, names, paths[0].parent)
+    assert list(caption_dataset(captioner.model, features, names).values()) == captioner.caption(paths)
+    pictures = [Picture(path, path.name, path.name) for path in paths]
+    for known in (features, None):
+        [found] = captioner.caption_pictures(pictures, known)
+        assert [each.captions[0].text for each in found if not isinstance(each, Exception)] == captioner.caption(paths)
+
+
+def test_a_setting_that_there_is_not_and_a_broken_picture_are_refused(
+    captioner: Captioner, paths: list[Path], refused: Callable[..., AbstractContextManager[None]]
+) -> None:
+    with refused("search.beams", "search.beam"):
+        captioner.caption(paths, beams=3)
+    paths[1].write_bytes(b"")
+    with refused("cannot read the picture", "01.jpg"):
+        captioner.caption(paths)
+
+
+@pytest.mark.parametrize(("max_length", "tokens"), [(25, 3), (3, 3), (2, 2)])
+def test_the_probability_per_word_counts_the_end_where_one_was_written(max_length: int, tokens: int) -> None:
+    caption = Caption("a dog", ("a", "dog"), log_prob=tokens * math.log(0.5), score=0.0)
+    assert probability_per_word(caption, max_length) == pytest.approx(0.5)
