@@ -6,18 +6,31 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import SCENES
 from PIL import Image
 
 import utils
 from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
+from config import Config
+from data import sample
 from data.transforms import open_picture
+from data.vocab import build_vocab
 from models.checkpoint import model_state
 from models.model import Caption, CaptionModel
 
 
 @pytest.fixture
-def captioner(archive: Path, tiny_model: CaptionModel) -> Captioner:
-    utils.save_checkpoint(Path("model.pth"), model_state(tiny_model))
+def captioner(paths: list[Path], tiny_config: Callable[..., Config]) -> Captioner:
+    """An untrained captioner from a file, whose weights are large enough for captions to differ."""
+    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+    model = CaptionModel.build(tiny_config("encoder.image_size=96", "train.seed=2", "search.max_length=8"), vocab)
+    with torch.no_grad():
+        pixels = torch.stack([model.transform(open_picture(path)) for path in paths])
+        model.fit_statistics(model.encoder(pixels))
+        for parameter in model.decoder.parameters():
+            parameter.mul_(2.5)
+    utils.save_checkpoint(Path("model.pth"), model_state(model))
     return Captioner.load("model.pth")
 
 
