@@ -28,6 +28,13 @@ DATASETS = {  # pictures and captions
 ALONE = "alone"  # the variant of a recipe that does without its consensus
 ANEW = "anew"  # the same settings, trained again by the code of later variants
 DECODERS = ("lstm", "attention", "transformer")
+MAIN = {  # the recipes in the README's table
+    "lstm": "Show and Tell",
+    "attention": "Show, Attend and Tell",
+    "pretrained_scst": "the captioner in `pretrained/`",
+    "scst": "`attention`, then self-critical",
+    "transformer_scst": "Transformer, then self-critical",
+}
 # Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
 FIGURES = (
     (
@@ -121,6 +128,21 @@ def dev_scores(dataset: str) -> str:
         lines.append(f"| {recipe} | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
     signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
     return "\n".join([*lines, "", *(f"`{signature}`  " for signature in signatures)])
+
+
+def main_scores() -> str:
+    """Return a few rows of `dev_scores` for the README: model, scores, signature, and the command that makes them."""
+    lines = ["| model | BLEU-4 | METEOR | CIDEr-D | | made by |", "|---" * 6 + "|"]
+    signatures: list[str] = []
+    for recipe, model in MAIN.items():
+        paths = sorted((HERE / "results" / "flickr8k").glob(f"{recipe}-seed*.json"))
+        results = [json.loads(path.read_text()) for path in paths]
+        cells = [spread([result["scores"][name] for result in results]) for name in ("bleu4", "meteor", "cider")]
+        signatures += [signature for signature in {r["signature"] for r in results} if signature not in signatures]
+        number = signatures.index(results[0]["signature"]) + 1
+        command = f"`python -m benchmarks.recipes {recipe} --dataset mine`"
+        lines.append(f"| {model} | {' | '.join(cells)} | ({number}) | {command} |")
+    return "\n".join([*lines, "", *(f"({n}) `{signature}`  " for n, signature in enumerate(signatures, start=1))])
 
 
 def ablations() -> str:
@@ -237,8 +259,10 @@ def spread(values: list[float]) -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"dev-scores": partial(dev_scores, "flickr8k"), "speed": speed},
+    README: {"main-scores": main_scores},
     DOCS / "results.md": {
+        "dev-scores": partial(dev_scores, "flickr8k"),
+        "speed": speed,
         "ablations": ablations,
         "chinese-scores": partial(dev_scores, "flickr8k_cn"),
         "speed-by-decoder": speed_by_decoder,

@@ -1,13 +1,13 @@
-"""Draw the README's pictures, all but demo.png: `python -m docs.figures`.
+"""Draw the pictures of README.md and docs/, except demo.png: `python -m docs.figures`.
 
-They need two runs on the built-in sample, the captioner in pretrained/, and scikit-image, which brings photographs that
-anyone may use:
+They need two runs on the built-in sample, the captioner in pretrained/, and scikit-image, which brings two photographs
+that anyone may use:
 
     pip install scikit-image
     python train.py --config configs/sample.yaml
     python train.py --config configs/sample.yaml decoder.name=attention train.doubly_stochastic=1 run=sample-attention
 
-Nothing in them is made up: words, probabilities, maps and scores are those of the three trained models.
+Words, probabilities, attention and scores in them are those of the three trained models.
 """
 
 from cli import UserError, run_script
@@ -16,8 +16,8 @@ import importlib.util
 import itertools
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ import metrics
 import visualize_loss
 from data import annotations, sample
 from data.transforms import open_picture
-from data.vocab import EOS
+from data.vocab import EOS, SOS
 from models.model import Caption, CaptionModel
 from models.search import Running, Search
-from render import WordMaps, light
+from render.attention import AttentionMaps, heat_map
 from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
 
@@ -42,12 +42,12 @@ IMAGES = Path(__file__).parent / "images"
 RIGHT, WRONG = COLOURS[:2]
 PALE, FAINT = "#f1f4f8", "#8a9099"
 CHARACTER = 0.088  # inches of a character of the tree's font
-PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png")  # of NASA; of others, who gave them as CC0
+PHOTOGRAPHS = ("astronaut.png", "camera.png")  # public domain, by NASA; CC0, by Lav Varshney
 
 
 @dataclass
 class Scene:
-    """A picture of the sample, its five captions, and what the model's encoder makes of it (1, D) or (1, L, D)."""
+    """A picture of the sample, its five captions, and its features (1, D) or (1, L, D)."""
 
     picture: Image.Image
     references: list[str]
@@ -59,14 +59,14 @@ def main() -> None:
     table = annotations.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
     scenes = list(annotations.references(table).items())
     large, unsure = scenes[3], scenes[6]
-    seen = [look(lstm, *each) for each in scenes]
+    seen = [encode_scene(lstm, *each) for each in scenes]
     save(draw_captioned(captioned(lstm, seen)), IMAGES / "captions.jpg")
-    save(draw_chain(attention, look(attention, *large)), IMAGES / "encoder_decoder.png")
-    save(draw_teacher_forcing(lstm, look(lstm, *unsure)), IMAGES / "teacher_forcing.png")
+    save(draw_chain(attention, encode_scene(attention, *large)), IMAGES / "encoder_decoder.png")
+    save(draw_teacher_forcing(lstm, encode_scene(lstm, *unsure)), IMAGES / "teacher_forcing.png")
     save(draw_tree(lstm, parted(lstm, seen)), IMAGES / "beam_search.png")
     save(draw_overlap(lstm, worst(lstm, seen)), IMAGES / "bleu.png")
     save(draw_photographs(), IMAGES / "photographs.jpg")
-    save(draw_looks(), IMAGES / "attention.jpg")
+    save(draw_attention(), IMAGES / "attention.jpg")
     runs = {run: visualize_loss.read_log(RUNS / run / "loss_log.txt") for run in ("sample", "sample-attention")}
     save(visualize_loss.draw(runs), IMAGES / "loss_curve.png")
     print(f"wrote the pictures in {IMAGES}/")
@@ -79,19 +79,19 @@ def load(run: str) -> CaptionModel:
     return CaptionModel.from_checkpoint(path)
 
 
-def look(model: CaptionModel, name: str, references: list[str]) -> Scene:
-    return look_at(model, annotations.image_folder(model.config.data) / name, references)
+def encode_scene(model: CaptionModel, name: str, references: list[str]) -> Scene:
+    return encode_file(model, annotations.image_folder(model.config.data) / name, references)
 
 
 @torch.inference_mode()
-def look_at(model: CaptionModel, path: Path, references: list[str]) -> Scene:
+def encode_file(model: CaptionModel, path: Path, references: list[str]) -> Scene:
     picture = open_picture(path)
     return Scene(picture, references, model.encoder(model.transform(picture).unsqueeze(0)))
 
 
 def best(model: CaptionModel, seen: Scene, keep_attention: bool = False, beam: int | None = None) -> Caption:
     options = model.config.search.model_copy(update={"beam": beam or model.config.search.beam})
-    return model.describe(seen.features, options, keep_attention=keep_attention)[0][0]
+    return model.generate(seen.features, options, keep_attention=keep_attention)[0][0]
 
 
 # ---- drawing in inches -----------------------------------------------------------------------------------------------
@@ -105,9 +105,9 @@ def paper(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def write(axes: Axes, x: float, y: float, text: str, size: float = 11, **look: Any) -> None:
-    usual: dict[str, Any] = {"fontsize": size, "color": TEXT, "ha": "center", "va": "center"}
-    axes.text(x, y, text, **(usual | look))
+def write(axes: Axes, x: float, y: float, text: str, size: float = 11, **style: Any) -> None:
+    defaults: dict[str, Any] = {"fontsize": size, "color": TEXT, "ha": "center", "va": "center"}
+    axes.text(x, y, text, **(defaults | style))
 
 
 def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.42, colour: str = PALE) -> None:
@@ -124,7 +124,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 def put(axes: Axes, picture: Any, left: float, bottom: float, width: float, height: float) -> None:
-    """Draw a picture, or cells of colours, with a hairline round it."""
+    """Draw a picture, or an array of colours, with a hairline around it."""
     smooth = "lanczos" if isinstance(picture, Image.Image) else "nearest"
     axes.imshow(picture, extent=(left, left + width, bottom, bottom + height), aspect="auto", interpolation=smooth)
     axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=LINES))
@@ -148,8 +148,8 @@ def draw_captioned(rows: list[list[Captioned]]) -> Figure:
         left, bottom = gap, (height + below) * (len(rows) - number) + below
         for (picture, _, colour), lines in zip(row, texts, strict=True):
             put(axes, picture, left, bottom, height * shape(picture), height)
-            look = {"color": colour, "ha": "left", "va": "top", "linespacing": 1.3}
-            write(axes, left, bottom - 0.12, "\n".join(lines), 12.5, **look)
+            style = {"color": colour, "ha": "left", "va": "top", "linespacing": 1.3}
+            write(axes, left, bottom - 0.12, "\n".join(lines), 12.5, **style)
             left += height * shape(picture) + gap
     return figure
 
@@ -191,20 +191,42 @@ def photographs() -> list[Path]:
 
 
 def draw_photographs() -> Figure:
-    paths = photographs()
-    captions = CaptionModel.from_checkpoint(PRETRAINED).caption(paths)
-    pictures = [open_picture(path) for path in paths]
-    return draw_captioned([list(zip(pictures, captions, itertools.repeat(TEXT), strict=False))])
-
-
-def draw_looks() -> Figure:
-    """Draw where the captioner in pretrained/ looks in a photograph, word by word."""
+    """Draw two photographs, the captions that pretrained/ gives them, and the attention of the longest words."""
     model = CaptionModel.from_checkpoint(PRETRAINED)
-    seen = look_at(model, photographs()[1], [])
-    looks = WordMaps.of(best(model, seen, keep_attention=True))
-    assert looks
-    lit = [(light(seen.picture, level), word, TEXT) for word, level in zip(looks.words, looks.levels(), strict=True)]
-    panels = [(seen.picture, "the photograph", FAINT), *lit]
+    gap, side = 0.14, 3.1
+    small = (side - gap) / 2
+    figure, axes = paper(4 * side + 5 * gap + 0.2, side + 0.85)
+    for number, path in enumerate(photographs()):
+        seen = encode_file(model, path, [])
+        caption = best(model, seen, keep_attention=True)
+        attention = AttentionMaps.of(caption)
+        assert attention
+        left, bottom = gap + number * (2 * side + 2 * gap + 0.2), 0.2
+        write(axes, left, bottom + side + 0.3, caption.text, 15, ha="left", weight="bold")
+        put(axes, seen.picture, left, bottom, side, side)
+        for place, word in enumerate(longest_words(attention.words)):
+            x = left + side + gap + place % 2 * (small + gap)
+            y = bottom + (1 - place // 2) * (small + gap)
+            put(axes, heat_map(seen.picture, attention.levels()[word]), x, y, small, small)
+            write(axes, x + 0.08, y + 0.17, attention.words[word], 12, ha="left", color="white", weight="bold")
+    return figure
+
+
+def longest_words(words: Sequence[str], number: int = 4) -> list[int]:
+    """Return where the longest of the words stand, each word once, in their order."""
+    first = sorted({word: words.index(word) for word in words}.values())
+    return sorted(sorted(first, key=lambda place: -len(words[place]))[:number])
+
+
+def draw_attention() -> Figure:
+    """Draw the attention of the captioner in pretrained/ on a photograph, word by word."""
+    model = CaptionModel.from_checkpoint(PRETRAINED)
+    seen = encode_file(model, photographs()[1], [])
+    attention = AttentionMaps.of(best(model, seen, keep_attention=True))
+    assert attention
+    shaded = [heat_map(seen.picture, level) for level in attention.levels()]
+    panels = [(seen.picture, "the photograph", FAINT)]
+    panels += [(picture, word, TEXT) for picture, word in zip(shaded, attention.words, strict=True)]
     return draw_captioned([panels[first : first + 4] for first in range(0, len(panels), 4)])
 
 
@@ -212,7 +234,7 @@ def draw_looks() -> Figure:
 
 
 def draw_chain(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw picture → cells → a decoder that reads its own last word."""
+    """Draw picture → features of its regions → a decoder that reads its own last word."""
     words = [*best(model, seen).words[:6], "…"]
     figure, axes = paper(13, 3.5)
     put(axes, seen.picture, 0.3, 0.8, 1.9, 1.9)
@@ -220,7 +242,7 @@ def draw_chain(model: CaptionModel, seen: Scene) -> Figure:
     arrow(axes, (2.35, 1.75), (3.55, 1.75))
     write(axes, 2.92, 1.98, "encoder")
     put(axes, as_colours(seen.features[0]), 3.7, 0.8, 1.9, 1.9)
-    write(axes, 4.65, 0.5, f"{seen.features.shape[1]} cells of {seen.features.shape[2]:,} numbers")
+    write(axes, 4.65, 0.5, f"{seen.features.shape[1]} regions, {seen.features.shape[2]:,} features each")
     arrow(axes, (5.75, 1.75), (6.4, 1.75))
     write(axes, 6.07, 1.98, "decoder")
     for number, (read, said) in enumerate(zip(["<sos>", *words], words, strict=False)):
@@ -238,22 +260,22 @@ def draw_chain(model: CaptionModel, seen: Scene) -> Figure:
     return figure
 
 
-def as_colours(cells: torch.Tensor) -> Any:
-    """Return the cells (L, D) as an RGB picture of their three principal components (side, side, 3)."""
-    centred = cells - cells.mean(0)
+def as_colours(features: torch.Tensor) -> Any:
+    """Return the features of regions (L, D) as an RGB picture of their three principal components (side, side, 3)."""
+    centred = features - features.mean(0)
     parts = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # (L, 3)
     parts = (parts - parts.amin(0)) / (parts.amax(0) - parts.amin(0))
-    side = math.isqrt(len(cells))
+    side = math.isqrt(len(features))
     return (0.25 + 0.7 * parts).view(side, side, 3).numpy()
 
 
 @torch.inference_mode()
 def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw for each word of a reference what the LSTM reads, what it should say, and how probable it finds that."""
-    ids = torch.tensor(model.vocab.encode(seen.references[0]))  # (1 + T,)
+    """Draw for each word of a reference what the LSTM reads, the target, and the probability it gives the target."""
+    ids = torch.tensor([SOS, *model.vocab.numericalize(seen.references[0]), EOS])  # (1 + T,)
     features = model.standardise(seen.features)
-    logits, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, V)
-    probable = logits[0].softmax(1).gather(1, ids[1:, None]).squeeze(1).tolist()  # (T,)
+    hidden, _ = model.decoder(features, ids[None, :-1], torch.tensor([0]))  # (1, T, H)
+    probable = model.decoder.output(hidden)[0].softmax(1).gather(1, ids[1:, None]).squeeze(1).tolist()  # (T,)
     words = [model.vocab.words[i] for i in ids]
     figure, axes = paper(13, 3.9)
     left, step = 1.75, (13 - 2.35) / len(words)
@@ -276,7 +298,7 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
 
 
 class Traced(Search):
-    """A search that keeps, of every hypothesis it ever held, the words and the log-probability."""
+    """A search that records the words and the log-probability of every hypothesis in its beams."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -291,7 +313,7 @@ class Traced(Search):
 
 @dataclass
 class Branch:
-    """Words that follow each other without another choice that was kept, and what went on from them."""
+    """A part of the tree without branches: its words, and the branches that follow."""
 
     words: tuple[int, ...]
     log_prob: float
@@ -309,7 +331,7 @@ def grow(held: dict[tuple[int, ...], float], start: tuple[int, ...] = (), first:
 
 
 def parted(model: CaptionModel, scenes: list[Scene]) -> Scene:
-    """Return the scene at which a beam of three gains most over greedy search: first of all, being right."""
+    """Return the scene where a beam of three gains most over greedy search: a right caption before a better score."""
 
     def gain(seen: Scene) -> tuple[int, float]:
         greedy, wide = best(model, seen, beam=1), best(model, seen, beam=3)
@@ -319,7 +341,7 @@ def parted(model: CaptionModel, scenes: list[Scene]) -> Scene:
 
 
 def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw a beam search of three: each hypothesis that was kept for a step, what became of it, and greedy search's."""
+    """Draw a beam search of three: each hypothesis in its beams, how it ended, and the caption of greedy search."""
     options = model.config.search.model_copy(update={"beam": 3})
     search = Traced(model.decoder, model.standardise(seen.features), options, 1, (), False)
     [[winner]] = search.run()
@@ -359,10 +381,9 @@ def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
         return y
 
     plant(tree, 1.6)
-    told = "words, and the sum of their log-probabilities"
-    write(axes, 1.9, 0.6 + 0.52 * leaves, told, 10, ha="left", color=FAINT)
-    told = f"greedy search writes: {alone.text}"
-    write(axes, 12.85, 0.6 + 0.52 * leaves, told, 10, ha="right", color=WRONG)
+    top = 0.6 + 0.52 * leaves
+    write(axes, 1.9, top, "words, and the sum of their log-probabilities", 10, ha="left", color=FAINT)
+    write(axes, 12.85, top, f"greedy search writes: {alone.text}", 10, ha="right", color=WRONG)
     return figure
 
 
@@ -371,17 +392,18 @@ def count_leaves(branch: Branch) -> int:
 
 
 def worst(model: CaptionModel, scenes: list[Scene]) -> Scene:
-    """Return the scene whose caption shares the fewest sequences of words with its references."""
+    """Return the scene whose caption has the lowest BLEU-4."""
     return min(scenes, key=lambda seen: score(model, best(model, seen).text, seen.references).corpus["bleu4"])
 
 
 def score(model: CaptionModel, caption: str, references: list[str]) -> metrics.Scores:
-    tokenise = partial(metrics.by_words, model.vocab.tokenise)
-    return metrics.score({"it": caption}, {"it": references}, tokenise)
+    tokenise = metrics.batched(model.vocab.tokenise)
+    names = [f"bleu{n}" for n in range(1, 5)]
+    return metrics.evaluate({"it": caption}, {"it": references}, tokenise, "en", names)
 
 
 def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
-    """Draw which sequences of 1 to 4 words of a caption stand in one of its references."""
+    """Draw which n-grams of 1 to 4 words of a caption occur in one of its references."""
     caption = best(model, seen).text
     words = caption.split()
     references = [model.vocab.tokenise(text) for text in seen.references]
@@ -403,7 +425,7 @@ def draw_overlap(model: CaptionModel, seen: Scene) -> Figure:
         for first in range(len(words) - n + 1):
             colour = RIGHT if tuple(words[first : first + n]) in known else WRONG
             box(axes, left + (first + 0.5) * step, y, "", step * 0.86, 0.3, colour)
-        right, of = (int(scores.bleu_counts[0, column]) for column in (n - 1, n + 3))
+        right, of = (int(scores.per_image["bleu4"][0, column]) for column in (n - 1, n + 3))
         write(axes, left + (len(words) + 0.5) * step, y, f"{right} of {of}", ha="left")
     bleu = ", ".join(f"BLEU-{n} {scores.corpus[f'bleu{n}']:.1f}" for n in range(1, 5))
     write(axes, 0.3, 0.25, "A box stands for the words that begin above it:", ha="left")

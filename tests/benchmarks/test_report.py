@@ -105,7 +105,7 @@ def test_what_a_recipe_scores_without_consensus_is_told_beside_it(folder: Path) 
 
 
 def test_a_page_without_a_place_for_a_table_is_refused(refused: Callable) -> None:
-    with refused("dev-scores"):
+    with refused("main-scores"):
         report.fill(report.README, "no place")
 
 

@@ -1,4 +1,4 @@
-"""The README's pictures show what the model computed."""
+"""The pictures of the README and docs/ show what the model computed."""
 
 import importlib
 
@@ -49,3 +49,8 @@ def test_captioned_pictures_keep_their_proportions_and_all_their_words() -> None
     assert [round(width / height, 3) for width, height in frames] == [0.5, 1.5, 1.5]
     assert len({height for _, height in frames}) == 1
     assert [text.get_text().split() for text in axes.texts] == [caption.split(), ["short"], ["alone"]]
+
+
+def test_the_words_with_attention_are_the_longest_each_once_and_in_order() -> None:
+    words = ["a", "man", "in", "a", "red", "uniform", "is", "holding", "a", "red", "ball"]
+    assert [words[place] for place in figures.longest_words(words)] == ["man", "uniform", "holding", "ball"]
