@@ -48,38 +48,22 @@ def parse_args() -> argparse.Namespace:
         "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
         "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
     )
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
-    parser.add_argument(
-        "--checkpoint",
-        action="append",
-        metavar="FILE",
-        help="a checkpoints.pth (default: the newest run's; for --images, the newest that learned from photographs, or "
-        "else the one in pretrained/); several, each after its own --checkpoint, write together",
+    add = parser.add_argument
+    add("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
+    checkpoint = (
+        "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, or "
     )
-    parser.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
-    parser.add_argument(
-        "--split",
-        choices=["train", "val", "dev", "test"],
-        help="the pictures, without --images (default: test, or val where it is empty)",
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="caption the first N pictures only")
-    parser.add_argument(
-        "--num-captions",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="the best N captions of each picture, by a beam of at least N (default: 1)",
-    )
-    parser.add_argument(
-        "--attention",
-        nargs="?",
-        const=MEAN,
-        metavar="HEAD",
-        help="draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1",
-    )
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)"
-    )
+    checkpoint += "pretrained/captioner.pth); repeat it and several models write together"
+    add("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    add("--run", metavar="NAME", help="take this run's checkpoint")
+    split = "the pictures, without --images (default: test, or val where it is empty)"
+    add("--split", choices=["train", "val", "dev", "test"], help=split)
+    add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
+    several = "the best N captions of each picture, by a beam of at least N (default: 1)"
+    add("--num-captions", type=positive, default=1, metavar="N", help=several)
+    attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
+    add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
+    add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)")
     args = parser.parse_options_and_settings(setting_names())
     if args.checkpoint and args.run:
         raise UserError("--checkpoint and --run both say which model; give one of them")
@@ -96,13 +80,12 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
-    args = parse_args()
+    args, began = parse_args(), time.monotonic()
     with distributed.processes():
-        caption(args)
+        caption(args, began)
 
 
-def caption(args: argparse.Namespace) -> None:
-    began = time.monotonic()
+def caption(args: argparse.Namespace, began: float) -> None:
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)

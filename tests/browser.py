@@ -1,10 +1,12 @@
-"""Pages opened in a headless Chromium, where one is installed, and texts that try to act in them."""
+"""Gallery pages as they are written and as a headless Chromium shows them, and texts that try to act in a page."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,12 @@ HOSTILE = [
     "<!--<script>",
     "`${document.title = 'injected'}` \\\" \u2028 ' &lt;",
 ]
+
+
+def read_rows(page: Path) -> list[dict[str, Any]]:
+    """Return the rows that a gallery holds, one for each picture."""
+    rows = page.read_text(encoding="utf-8").partition("const rows = [\n")[2].partition("];\nconst scores")[0]
+    return json.loads(f"[{rows.rstrip().rstrip(',')}]")
 
 
 def browse(page: Path, address: str = "", script: str = "") -> str:

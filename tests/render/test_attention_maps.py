@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import HOSTILE, browse, captions, needs_chromium, title
+from browser import HOSTILE, browse, captions, needs_chromium, read_rows, title
 from PIL import Image
-from test_gallery import read_rows
 
 from data.vocab import TOKENISERS
 from render.attention import AttentionMaps, draw_attention, heat_map, split_before

@@ -57,12 +57,13 @@ def test_long_captions_are_wrapped_inside_the_margins(caption: str) -> None:
     assert ink(band.crop((band.width - 10, 0, band.width, band.height))) == 0
 
 
-def test_no_word_is_lost_in_wrapping() -> None:
-    for text in ("a very long " + "x" * 90 + " word", "x" * 90 + " and a long word"):
-        _, font = fonts.choose_font(text, 20)
+def test_lines_break_between_words_and_inside_words_wider_than_a_line() -> None:
+    _, font = fonts.choose_font("x", 20)
+    for text in ("a very long " + "x" * 90 + " word", "x" * 90 + " and a long word", "a dog runs on the grass " * 9):
         lines = wrap(text, font, 300)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
         assert all(0 < font.getlength(line) <= 300 for line in lines)
+        assert {word for line in lines for word in line.split() if "x" not in word} <= set(text.split())
 
 
 def test_control_and_direction_characters_become_spaces() -> None:

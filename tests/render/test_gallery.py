@@ -1,13 +1,11 @@
 """The gallery page: what is written, and what a reader sees of it in a real browser."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from browser import HOSTILE, browse, captions, needs_chromium, title
+from browser import HOSTILE, browse, captions, needs_chromium, read_rows, title
 
 from render.fonts import plain_text
 from render.gallery import Gallery
@@ -23,11 +21,6 @@ def write(path: Path, rows: list[Row], scores: Sequence[float | None] = ()) -> P
             gallery.add(image, texts, references, size=(448, 448), name=name, probabilities=probabilities)
         gallery.score(scores)
     return path
-
-
-def read_rows(page: Path) -> list[dict[str, Any]]:
-    text = page.read_text(encoding="utf-8")
-    return json.loads("[" + text.partition("const rows = [\n")[2].partition("];\nconst scores")[0].rstrip(",\n") + "]")
 
 
 def badges(dom: str) -> list[str]:
