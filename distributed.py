@@ -1,7 +1,7 @@
-"""Several processes that work as one, started by torchrun: each takes its share and learns what the others found.
+"""Several processes that work as one, started by torchrun: each takes its share, and learns what the others found.
 
-Without torchrun every function here gives everything to the one process there is. What is exchanged on the way of the
-gradients goes by NCCL between GPUs; all else, and everything on CPUs, by gloo.
+Without torchrun every function here gives everything to the one process there is. Between GPUs, gradients are exchanged
+by NCCL; all else, and everything on CPUs, by gloo.
 """
 
 from cli import UserError
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def rank() -> int:
-    """Return the place of this process among all, from 0: that one alone writes and speaks."""
+    """Return the number of this process among all; number 0 alone writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -81,20 +81,16 @@ def parallel(module: nn.Module, precision: torch.dtype) -> nn.Module:
 
 
 def end_job() -> None:
-    """Keep torchrun (`--max-restarts`) from repeating what only the user can mend; on several machines it will."""
+    """Keep torchrun (`--max-restarts`) on a single machine from repeating what only the user can mend."""
     if os.name != "posix" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
         return
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun passes on: the sentence is still to be said
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on, and the sentence is still to be printed
         os.kill(os.getppid(), signal.SIGTERM)
 
 
 def join(backend: str) -> None:
-    """Meet the other processes.
-
-    On one machine torchrun keeps its store of addresses when it starts the processes again; those of the dead ones
-    are in it, so that each start writes its own under a name of its own.
-    """
+    """Meet the other processes, on one machine under a name of this start: torchrun keeps the addresses of dead ones."""
     store, place, count = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -107,7 +103,7 @@ def share(items: Sequence[Item]) -> Sequence[Item]:
 
 
 def gather(found: list[Result]) -> list[Result]:
-    """Return what all processes have found, the first one's first."""
+    """Return what all processes have found, in the order of their ranks."""
     if size() == 1:
         return found
     parts: list[list[Result]] = [[]] * size()
@@ -116,7 +112,7 @@ def gather(found: list[Result]) -> list[Result]:
 
 
 def on_first_rank(function: Callable[..., Result], *args: object) -> Result:
-    """Call the function in the first process, when all have come so far, and return its result in all."""
+    """Call the function in the first process, once all have come here, and return its result in all."""
     if size() == 1:
         return function(*args)
     wait()
@@ -128,7 +124,7 @@ def on_first_rank(function: Callable[..., Result], *args: object) -> Result:
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1]:
-        raise box[1] if rank() == 0 else SystemExit(2)  # said once
+        raise box[1] if rank() == 0 else SystemExit(2)  # printed once
     return box[0]
 
 

@@ -162,7 +162,7 @@ def validate(
     row = {
         "epoch": state.progress.epoch + 1,
         "step": state.progress.step,
-        "lr": round(monitor.learning_rate, 8),
+        "lr": round(state.learning_rate, 8),
         "train_loss": round(state.train_loss(), 4),
         "val_loss": round(loss, 4),
         "val_perplexity": round(perplexity(loss), 3),

@@ -60,7 +60,7 @@ class Monitor:
         if progress.batch % config.log_every == 0 or progress.batch == len(self.order):
             self.check()
             [loss] = distributed.total(nll.item())
-            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": self.learning_rate})
+            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": self.state.learning_rate})
             if self.bar.disable:
                 place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.order)}]"
                 print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)
@@ -68,10 +68,6 @@ class Monitor:
                 self.bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity(loss):.1f}")
         if progress.step % config.checkpoint_every == 0:
             self.save()
-
-    @property
-    def learning_rate(self) -> float:
-        return self.state.optimiser.param_groups[0]["lr"]
 
     # ---- NaN ----
 

@@ -68,6 +68,10 @@ class TrainState:
         self.progress.words += words
         self.nll += nll * words
 
+    @property
+    def learning_rate(self) -> float:
+        return self.optimiser.param_groups[0]["lr"]
+
     def train_loss(self) -> float:
         """Return the mean negative log-likelihood per word in the epoch under way, over all processes."""
         return distributed.total(float(self.nll))[0] / self.progress.words
