@@ -23,8 +23,10 @@ FREE = "may change after training: where things lie, and what does not touch the
 SHAPES = "the model's tensors depend on it: a run that goes on from another one must have the same value"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt, NonNegativeInt = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
-PositiveFloat, NonNegativeFloat = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
 

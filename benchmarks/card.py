@@ -1,41 +1,34 @@
 """Write the model card of the captioner in pretrained/, in Hugging Face's form: `python -m benchmarks.card`.
 
-The text is that of benchmarks/card.md; what stands there for each $name comes from the results of the seeds of
-configs/pretrained.yaml and configs/pretrained_scst.yaml, and from those of benchmarks/limits.py.
+The text is that of benchmarks/card.md, in which $names stand for figures of the results of configs/pretrained.yaml
+and configs/pretrained_scst.yaml, or of benchmarks/limits.py.
 """
 
 from cli import UserError, run_script
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
-
-import yaml
 
 from benchmarks.limits import AGREE, LIMITS
-from benchmarks.report import ALONE, show, spread
+from benchmarks.report import ALONE, TITLES, Found, all_settings, show, spread, table
 from config import flatten, load_config
-from evaluate import NAMES
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
 
-FIRST, RECIPE = "pretrained", "pretrained_scst"  # what the second learns goes on from the first
+FIRST, RECIPE = "pretrained", "pretrained_scst"  # the second goes on from what the first has learned
 RIVAL = f"ablations/scst-{ALONE}"  # on a ResNet-50, and searched in the same way
 TEXT = Path(__file__).with_suffix(".md")
 CARD = PRETRAINED.with_name("README.md")
 SHOWN = ("bleu1", "bleu4", "meteor", "rouge_l", "cider")
-HUB = {"bleu4": "bleu", "meteor": "meteor", "rouge_l": "rouge", "cider": "cider"}  # what the Hub calls these metrics
-WRITING = {  # what `metrics.describe` finds
+WRITING = {  # of `metrics.describe`
     "length": ("words a caption", "{:.1f}"),
     "vocabulary": ("different words", "{:,}"),
     "distinct_captions": ("different captions", "{:.1%}"),
     "novelty": ("captions that no training picture has", "{:.1%}"),
     "repetition": ("captions that repeat themselves", "{:.1%}"),
 }
-
-Found = dict[str, Any]  # of a JSON
 
 
 def main() -> None:
@@ -48,16 +41,17 @@ def make(results: Path, checkpoint: Path) -> str:
 
     Raises UserError where something is missing, and for a checkpoint that is not the one measured or not the best.
     """
-    measured = results / LIMITS.name
     first, seeds, rivals = (
-        [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE, RIVAL)
+        [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"{recipe}-seed*.json"))]
+        for recipe in (FIRST, RECIPE, RIVAL)
     )
     for recipe, found in ((FIRST, first), (RECIPE, seeds)):
         if not found:
             raise UserError(f"{results} has no {recipe}-seed0.json; make it: python -m benchmarks.recipes {recipe}")
     if not checkpoint.is_file():
         raise UserError(f"there is no {checkpoint}; put the best seed's checkpoint there")
-    limits = read(measured) if measured.is_file() else None
+    measured = results / LIMITS.name
+    limits = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
     if not limits or limits["checkpoint"]["sha256"] != file_sha256(checkpoint):
         raise UserError(
             f"{measured} is missing, or not of this {checkpoint.name}; write it: python -m benchmarks.limits"
@@ -67,90 +61,53 @@ def make(results: Path, checkpoint: Path) -> str:
         raise UserError(
             f"{checkpoint} is of another seed than {best['seed']}, which has the best CIDEr-D; keep that one"
         )
-    compared = {f"`configs/{FIRST}.yaml`, mean": first, "`configs/scst.yaml`, `search.consensus=0`, mean": rivals}
-    facts = of_training(first, seeds, best) | of_file(limits["checkpoint"])
-    facts |= of_scores(seeds, limits["scores"], compared) | of_limits(limits)
-    text = Template(TEXT.read_text(encoding="utf-8")).substitute(facts)
-    return f"---\n{yaml.safe_dump(header(best, limits['scores']), sort_keys=False)}---\n\n{text}"
+    facts = about_training(first, seeds, best, rivals, limits["scores"]) | about_captions(limits)
+    return Template(TEXT.read_text(encoding="utf-8")).substitute(facts)
 
 
-def read(path: Path) -> Found:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def header(best: Found, scores: Found) -> Found:
-    """Return what the Hub reads of a card."""
-    values = {name: round(scores[name], 2) for name in HUB if scores[name]}
-    metrics = [{"type": HUB[name], "name": NAMES[name], "value": value} for name, value in values.items()]
-    result = {
-        "task": {"type": "image-to-text", "name": "Image captioning"},
-        "dataset": {"type": "flickr8k", "name": "Flickr8k", "split": "validation"},
-        "metrics": metrics,
-    }
-    name = f"flickr8k-{best['config']['encoder.name']}-{best['config']['decoder.name']}".replace("_", "-")
-    return {
-        "language": "en",
-        "license": "mit",
-        "library_name": "pytorch",
-        "pipeline_tag": "image-to-text",
-        "tags": ["image-captioning", "show-attend-and-tell"],
-        "datasets": ["flickr8k"],
-        "metrics": [metric["type"] for metric in metrics],
-        "model-index": [{"name": name, "results": [result]}],
-    }
-
-
-def of_training(first: Sequence[Found], seeds: Sequence[Found], best: Found) -> dict[str, object]:
+def about_training(
+    first: Sequence[Found], seeds: Sequence[Found], best: Found, rivals: Sequence[Found], kept: Found
+) -> dict[str, object]:
+    """Return what the card says of how the recipes were trained, and what they and the `kept` checkpoint score."""
     config, machine = best["config"], best["environment"]
+    rows = [[f"seed {result['seed']}", *all_scores(result["scores"], result["intervals"])] for result in seeds]
+    rows += [
+        ["mean ± deviation", *deviations(seeds)],
+        ["**`captioner.pth`**", *all_scores(kept, kept["intervals"])],
+        [f"`configs/{FIRST}.yaml`, mean", *deviations(first)],
+        ["`configs/scst.yaml`, `search.consensus=0`, mean", *deviations(rivals)],
+    ]
     return {
         "encoder": config["encoder.name"],
-        "settings": settings_table([first[0]["config"], config]),
+        "name": f"{config['encoder.name']}-{config['decoder.name']}".replace("_", "-"),
+        "settings": settings_table([first[0], best]),
         "min_count": config["data.min_count"],
         "beam": config["search.beam"],
         "length_penalty": config["search.length_penalty"],
         "seed": best["seed"],
-        "seeds": listed(result["seed"] for result in seeds),
-        "first_minutes": listed(round(result["train_minutes"]) for result in first),
-        "minutes": listed(round(result["train_minutes"]) for result in seeds),
+        "seeds": ", ".join(str(result["seed"]) for result in seeds),
+        "first_minutes": ", ".join(f"{result['train_minutes']:.0f}" for result in first),
+        "minutes": ", ".join(f"{result['train_minutes']:.0f}" for result in seeds),
         "memory": max(result["peak_memory_gb"] for result in [*first, *seeds]),
         "machine": f"{machine['processor']}, PyTorch {machine['torch']}, threads: {machine['threads']}",
-    }
-
-
-def settings_table(configs: Sequence[Found]) -> str:
-    """Return the settings of recipes that are not those of config.yaml, a column for each recipe."""
-    rows = []
-    for name, usual in flatten(load_config().model_dump()).items():
-        values = [config.get(name, usual) for config in configs]
-        if name not in {"run", "train.seed", "train.start"} and any(value != usual for value in values):
-            rows.append([f"`{name}`", *("" if value == usual else f"`{show(value)}`" for value in values)])
-    return table("setting | first | then", rows)
-
-
-def of_file(file: Found) -> dict[str, object]:
-    return {
-        "sha256": file["sha256"],
-        "megabytes": f"{file['bytes'] / 1e6:.1f}",
-        "image_size": file["image_size"],
-        "cells": file["features"][0],
-        "weights": f"{file['decoder_weights'] / 1e6:.1f}",
-        "words": f"{file['words']:,}",
-    }
-
-
-def of_scores(seeds: Sequence[Found], kept: Found, compared: Mapping[str, Sequence[Found]]) -> dict[str, object]:
-    rows = [[f"seed {result['seed']}", *figures(result["scores"], result["intervals"])] for result in seeds]
-    rows.append(["mean ± deviation", *deviations(seeds)])
-    rows.append(["**`captioner.pth`**", *figures(kept, kept["intervals"])])
-    rows += [[name, *deviations(results)] for name, results in compared.items()]
-    return {
-        "scores": table(f" | {' | '.join(NAMES[name] for name in SHOWN)}", rows),
+        **{name: round(kept[name], 2) for name in ("bleu4", "meteor", "rouge_l", "cider")},
+        "scores": table(["", *(TITLES[name] for name in SHOWN)], rows),
         "signature": kept["signature"],
         "used": kept["captions"]["vocabulary"],
     }
 
 
-def figures(scores: Found, intervals: Found) -> list[str]:
+def settings_table(results: Sequence[Found]) -> str:
+    """Return the settings of results that are not those of config.yaml, a column for each."""
+    rows, configs = [], [all_settings(result) for result in results]
+    for name, default in all_settings({"config": flatten(load_config().model_dump())}).items():
+        values = [config[name] for config in configs]
+        if name not in {"run", "train.seed", "train.start"} and any(value != default for value in values):
+            rows.append([f"`{name}`", *("" if value == default else f"`{show(value)}`" for value in values)])
+    return table(["setting", "first", "then"], rows)
+
+
+def all_scores(scores: Found, intervals: Found) -> list[str]:
     return ["–" if scores[name] is None else score([scores[name], *intervals.get(name, [])]) for name in SHOWN]
 
 
@@ -158,37 +115,43 @@ def deviations(seeds: Sequence[Found]) -> list[str]:
     return [spread([result["scores"][name] for result in seeds]) for name in SHOWN]
 
 
-def of_limits(limits: Found) -> dict[str, object]:
-    named, gender, content = limits["named"], limits["gender"], limits["by_content"]
-    best, worst = (choose(content, key=lambda kind: content[kind]["cider"][0]) for choose in (max, min))
-    shares = {
-        "women_wrong": gender["women or girls"]["wrong"],
-        "men_wrong": gender["men or boys"]["wrong"],
-        **{f"male_{who}": found for who, found in gender["male"].items()},
-    }
+def about_captions(limits: Found) -> dict[str, object]:
+    """Return what the card says of the checkpoint's file and of the captions that it writes."""
+    file, named, gender, groups = (limits[name] for name in ("checkpoint", "named", "gender", "by_content"))
+    worst, *_, best = sorted(groups, key=lambda kind: groups[kind]["cider"][0])
+    shares = {"women_wrong": gender["women or girls"]["wrong"], "men_wrong": gender["men or boys"]["wrong"]}
+    shares |= {f"male_{who}": found for who, found in gender["male"].items()}
     for name, thing in {"women": "women or girls", "men": "men or boys", "two": "“two”"}.items():
         shares |= {f"{name}_recall": named[thing]["recall"], f"{name}_person": named[thing]["person_recall"]}
+    thirds = zip(("shortest", "middling", "longest"), limits["by_length"], strict=True)
+    parts = {f"{name} references: {'–'.join(map(str, third['words']))} words": third for name, third in thirds}
+    parts |= groups
+    own, person = limits["scores"]["captions"], limits["one_person"]
     return {
+        "sha256": file["sha256"],
+        "megabytes": f"{file['bytes'] / 1e6:.1f}",
+        "image_size": file["image_size"],
+        "cells": file["features"][0],
+        "weights": f"{file['decoder_weights'] / 1e6:.1f}",
+        "words": f"{file['words']:,}",
         **{name: percent(found, bounds=False) for name, found in shares.items()},
         "agree": AGREE,
-        "groups": groups_table(limits),
+        "groups": table(
+            ["pictures with", "number", "BLEU-4", "CIDEr-D"],
+            [[name, part["pictures"], score(part["bleu4"]), score(part["cider"])] for name, part in parts.items()],
+        ),
         "short_cider": score(limits["by_length"][0]["cider"][:1]),
         "long_cider": score(limits["by_length"][-1]["cider"][:1]),
-        "best": f"“{best}” ({score(content[best]['cider'][:1])})",
-        "worst": f"“{worst}” ({score(content[worst]['cider'][:1])})",
+        "best": f"“{best}” ({score(groups[best]['cider'][:1])})",
+        "worst": f"“{worst}” ({score(groups[worst]['cider'][:1])})",
         "named": named_table(named),
         "gender": gender_table(gender),
-        "writing": writing_table(limits),
-        "never_said": listed(f"{word} ({pictures})" for word, pictures in limits["never_said"]),
+        "writing": table(
+            ["", "`captioner.pth`", "a person (first references)"],
+            [[what, form.format(own[name]), form.format(person[name])] for name, (what, form) in WRITING.items()],
+        ),
+        "never_said": ", ".join(f"{word} ({pictures})" for word, pictures in limits["never_said"]),
     }
-
-
-def groups_table(limits: Found) -> str:
-    thirds = zip(("shortest", "middling", "longest"), limits["by_length"], strict=True)
-    rows = {f"{name} references: {'–'.join(map(str, third['words']))} words": third for name, third in thirds}
-    rows |= limits["by_content"]
-    cells = ([name, found["pictures"], score(found["bleu4"]), score(found["cider"])] for name, found in rows.items())
-    return table("pictures with | number | BLEU-4 | CIDEr-D", cells)
 
 
 def named_table(named: Found) -> str:
@@ -197,7 +160,8 @@ def named_table(named: Found) -> str:
         recall = [round(found["pictures"]), percent(found["recall"]), percent(found["person_recall"], bounds=False)]
         precision = [percent(found["precision"]), percent(found["person_precision"], bounds=False)]
         rows.append([thing, *recall, found["captions"], *precision])
-    return table("thing | agreed on | recall | a person's | captions with it | precision | a person's", rows)
+    head = ["thing", "agreed on", "recall", "a person's", "captions with it", "precision", "a person's"]
+    return table(head, rows)
 
 
 def gender_table(gender: Found) -> str:
@@ -206,18 +170,7 @@ def gender_table(gender: Found) -> str:
         found = gender[name]
         answers = [percent(found[answer]) for answer in ("right", "both", "neither", "wrong")]
         rows.append([name, round(found["pictures"]), *answers, percent(found["person_wrong"], bounds=False)])
-    return table("references | pictures | the same | both | none | the other | a person: the other", rows)
-
-
-def writing_table(limits: Found) -> str:
-    own, person = limits["scores"]["captions"], limits["one_person"]
-    rows = ([what, form.format(own[name]), form.format(person[name])] for name, (what, form) in WRITING.items())
-    return table(" | `captioner.pth` | a person (first references)", rows)
-
-
-def table(head: str, rows: Iterable[Sequence[object]]) -> str:
-    lines = [f"| {head} |", "|---" * (head.count(" | ") + 1) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, cells))} |" for cells in rows)])
+    return table(["references", "pictures", "the same", "both", "none", "the other", "a person: the other"], rows)
 
 
 def score(found: Sequence[float]) -> str:
@@ -232,10 +185,6 @@ def percent(found: Sequence[float] | None, bounds: bool = True) -> str:
         return "–"
     value, low, high = (f"{100 * each:.0f}" for each in found)
     return f"{value} ({low}–{high})" if bounds and found[0] else value
-
-
-def listed(items: Iterable[object]) -> str:
-    return ", ".join(map(str, items))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import numpy as np
 import evaluate
 import metrics
 from config import setting_names
-from data import annotations
-from data.vocab import SPECIALS
+from data import annotations, splits
+from data.vocab import SPECIALS, TOKENISERS
+from models.checkpoint import load_model
 from models.encoder import file_sha256
-from models.model import CaptionModel
 from utils import PRETRAINED, as_json, write_atomically
 
 LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
@@ -65,31 +65,27 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
     parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
     args = parser.parse_options_and_settings(setting_names())
-    model = CaptionModel.from_checkpoint(args.checkpoint, args.overrides)
-    table = annotations.load(model.config.data, annotations.read_splits(args.checkpoint.parent))
+    model = load_model(args.checkpoint, args.overrides)
+    table = annotations.load(model.config.data, splits.read_splits(args.checkpoint.parent))
     with tempfile.TemporaryDirectory() as folder:
         how = {"checkpoint": [args.checkpoint], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
         options = argparse.Namespace(overrides=args.overrides, **how)
         evaluate.score_run(options)
-        references = evaluate.choose_references(table, model.config, options)
+        references = evaluate.choose_references(table, model.config, "val", "auto")
         captions = evaluate.read_predictions(Path(folder, "predictions-val.json"), references)
         scores = json.loads(Path(folder, "scores-val.json").read_text(encoding="utf-8"))
-    found = {"checkpoint": about(model, args.checkpoint), "scores": scores, **measure(captions, references)}
-    write_atomically(args.out, as_json(found) + b"\n")
-    print(f"wrote {args.out}; now: python -m benchmarks.card")
-
-
-def about(model: CaptionModel, path: Path) -> dict[str, Any]:
-    """Return what the card says of the file itself."""
-    return {
-        "sha256": file_sha256(path),
-        "bytes": path.stat().st_size,
+    file = {
+        "sha256": file_sha256(args.checkpoint),
+        "bytes": args.checkpoint.stat().st_size,
         "seed": model.config.train.seed,
         "image_size": model.transform.image_size,
         "features": list(model.encoder.feature_shape),
         "decoder_weights": sum(each.numel() for each in model.decoder.parameters()),
         "words": len(model.vocab) - len(SPECIALS),
     }
+    found = {"checkpoint": file, "scores": scores, **measure(captions, references)}
+    write_atomically(args.out, as_json(found) + b"\n")
+    print(f"wrote {args.out}; now: python -m benchmarks.card")
 
 
 def measure(captions: dict[str, str], references: evaluate.References) -> dict[str, Any]:
@@ -99,11 +95,11 @@ def measure(captions: dict[str, str], references: evaluate.References) -> dict[s
     """
     if len(set(map(len, references.captions.values()))) > 1:
         raise UserError("the limits need as many references of each picture; take captions such as Flickr8k's")
-    tokenise = references.own_tokeniser
+    tokenise = TOKENISERS[references.language]()
     written = [[tokenise(caption)] for caption in captions.values()]
     people = [[tokenise(text) for text in references.captions[image]] for image in captions]
     one_each = [references.captions[image][0] for image in captions]
-    scores = metrics.score(captions, references.captions, references.tokenise)
+    scores = references.score(captions)
     return {
         "by_length": by_length(scores, people),
         "by_content": by_content(scores, people),
@@ -131,8 +127,9 @@ def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any
 
 def scores_of(scores: metrics.Scores, chosen: np.ndarray) -> dict[str, Any]:
     """Return BLEU-4 and CIDEr-D, [score, low, high], of the pictures with these numbers."""
-    part = metrics.Scores({}, scores.cider[chosen], scores.bleu_counts[chosen])
-    means = {"bleu4": metrics.bleu4(part.bleu_counts.sum(0)), "cider": part.cider.mean()}
+    part = {name: values[chosen] for name, values in scores.per_image.items()}
+    once = np.ones((1, len(chosen)))
+    means = {name: metrics.METRICS[name].resample(once, values)[0] for name, values in part.items()}
     bounds = metrics.intervals(part)
     return {"pictures": len(chosen), **{name: [round(float(mean), 2), *bounds[name]] for name, mean in means.items()}}
 

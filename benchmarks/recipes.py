@@ -1,27 +1,21 @@
 """Train a recipe of configs/ with several seeds, score it, and keep the figures as JSON.
 
     python -m benchmarks.recipes lstm --seeds 0 1 2 data.root=archive
-    python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
     python -m benchmarks.recipes flickr8k_cn --dataset flickr8k_cn data.root=archive
-
+    python -m benchmarks.recipes attention --seeds 0 --variant unsmoothed data.root=archive train.label_smoothing=0
     python -m benchmarks.recipes attention --variant alone data.root=archive search.consensus=0
 
-Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, of a variant that shows what a setting is worth,
-<dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is left out; one whose training was
-stopped goes on, and a variant that only searches otherwise takes what the recipe has trained. A recipe with
-`train.start` goes on from the run with its own seed. Captions are those of the dev split: the test split is for the
-figures one publishes.
+Writes benchmarks/results/<dataset>/<recipe>-seed<k>.json, or, for a variant that shows what a setting is worth,
+<dataset>/ablations/<recipe>-<variant>-seed<k>.json. A seed whose file exists is skipped; one whose training was stopped
+goes on. A variant that only changes the search takes what the recipe has trained, and a recipe with `train.start` goes
+on from the run with its own seed. Captions are those of the dev split: the test split is for the figures one publishes.
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, run_script
 
 import argparse
 import json
 import platform
-import re
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +23,12 @@ from typing import Any
 
 import torch
 
-from config import FREE_AFTER_TRAINING, flatten, load_config, restore_config, setting_names
+from benchmarks.memory import ROOT, run_and_watch
+from config import FREE, flatten, load_config, marked, restore_config, setting_names
 from utils import RUNS, load_checkpoint, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parents[1]
-SITTINGS = "sittings.json"
+SITTINGS = "sittings.json"  # minutes and peak memory of each time that a run was trained
 
 
 def main() -> None:
@@ -52,10 +46,10 @@ def main() -> None:
         if path.is_file():
             print(f"{path} is there already")
             continue
-        run, trained = RUNS / f"{name}-seed{seed}", RUNS / f"{args.recipe}-seed{seed}"
-        measured = (RESULTS / args.dataset / f"{args.recipe}-seed{seed}.json").is_file()
-        if args.variant and measured and only_searches_otherwise(trained, args.overrides):
-            run = trained
+        run, recipes_run = RUNS / f"{name}-seed{seed}", RUNS / f"{args.recipe}-seed{seed}"
+        is_trained = (RESULTS / args.dataset / f"{args.recipe}-seed{seed}.json").is_file() and recipes_run.is_dir()
+        if args.variant and is_trained and only_searches(args.overrides):
+            run = recipes_run
         else:
             train(args.recipe, seed, run, args.overrides)
         result = measure(args.recipe, seed, run, args.overrides)
@@ -63,28 +57,42 @@ def main() -> None:
         print(f"wrote {path}")
 
 
-def only_searches_otherwise(trained: Path, overrides: Sequence[str]) -> bool:
-    """Whether a run of benchmarks.recipes is there that differs from these settings in how it is searched alone."""
-    if not (trained / SITTINGS).is_file():
-        return False
-    try:
-        restore_config(load_checkpoint(trained / "checkpoints.pth")["config"], list(overrides))
-    except UserError:
-        return False
-    return True
+def only_searches(overrides: Sequence[str]) -> bool:
+    """Whether these settings change nothing of what is trained."""
+    names = [word.partition("=")[0] for word in overrides]
+    return all(name.startswith("search.") or name in marked(FREE) for name in names)
+
+
+def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> None:
+    """Train to the end, and keep minutes and peak memory in GB beside those of sittings before this one."""
+    path = ROOT / "configs" / f"{recipe}.yaml"
+    if (run / "last.pth").is_file():
+        words = ["--resume", "--run", run.name]
+    else:
+        words = ["--config", str(path), f"run={run.name}", f"train.seed={seed}"]
+        start = load_config(path).train.start
+        if start:
+            words.append(f"train.start={RUNS / f'{Path(start).parent.name}-seed{seed}' / Path(start).name}")
+    began = time.monotonic()
+    status, memory = run_and_watch("train.py", *words, *overrides)
+    if run.is_dir():
+        known = json.loads((run / SITTINGS).read_text()) if (run / SITTINGS).is_file() else []
+        known.append({"minutes": (time.monotonic() - began) / 60, "memory": memory})
+        write_atomically(run / SITTINGS, json.dumps(known).encode())
+    if status:  # what went wrong has been printed
+        raise SystemExit(status)
 
 
 def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Score what one seed has trained; returns what its results file holds."""
-    status, _ = run_command(
-        "evaluate.py", "--run", run.name, "--split", "val", *(word for word in overrides if is_free(word))
-    )
-    end_on_failure(status)
+    status, _ = run_and_watch("evaluate.py", "--run", run.name, "--split", "val", *overrides)
+    if status:
+        raise SystemExit(status)
     scores = json.loads((run / "scores-val.json").read_text())
     checkpoint = load_checkpoint(run / "checkpoints.pth")
     sittings = json.loads((run / SITTINGS).read_text())
-    searched = [word for word in overrides if word.startswith("search.")]
-    settings = flatten(restore_config(checkpoint["config"], searched).model_dump())
+    settings = flatten(restore_config(checkpoint["config"], list(overrides)).model_dump())
+    start = settings.pop("train.start")
     return {
         "recipe": recipe,
         "seed": seed,
@@ -95,62 +103,11 @@ def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict
         "captions": scores["captions"],
         "train_minutes": round(sum(sitting["minutes"] for sitting in sittings), 1),
         "peak_memory_gb": round(max(sitting["memory"] for sitting in sittings), 2),
-        "start": Path(settings["train.start"]).parent.name if settings["train.start"] else None,
-        "config": {
-            name: value for name, value in settings.items() if name not in {*FREE_AFTER_TRAINING, "train.start"}
-        },
+        "start": Path(start).parent.name if start else None,
+        "config": {name: value for name, value in settings.items() if name not in marked(FREE)},
         "encoder": {name: checkpoint["encoder"][name] for name in ("name", "sha256")},
         "environment": environment(),
     }
-
-
-def train(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> None:
-    """Train to the end, and keep minutes and peak memory in GB beside those of sittings before this one."""
-    told = run / SITTINGS
-    sittings = json.loads(told.read_text()) if told.is_file() else []
-    if (run / "last.pth").is_file():
-        words = ["--resume", "--run", run.name, *(word for word in overrides if is_free(word))]
-    else:
-        path = ROOT / "configs" / f"{recipe}.yaml"
-        words = ["--config", str(path), f"run={run.name}", f"train.seed={seed}"]
-        start = load_config(path).train.start
-        if start:
-            words.append(f"train.start={RUNS / f'{Path(start).parent.name}-seed{seed}' / Path(start).name}")
-        words += overrides
-    began = time.monotonic()
-    status, memory = run_command("train.py", *words)
-    sittings.append({"minutes": (time.monotonic() - began) / 60, "memory": memory})
-    if run.is_dir():
-        write_atomically(told, json.dumps(sittings).encode())
-    end_on_failure(status)
-
-
-def is_free(word: str) -> bool:
-    name = word.partition("=")[0]
-    return name in FREE_AFTER_TRAINING or name.startswith("search.")
-
-
-def run_command(script: str, *words: str) -> tuple[int, float]:
-    """Run one of the scripts; returns its exit status and its peak memory in GB.
-
-    Memory is what the process has of its own: pages of a file it maps, such as cached features, are not counted. (On
-    macOS, which does not tell them apart, they are.)
-    """
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *words])
-    told, peak = Path(f"/proc/{process.pid}/status"), 0
-    while process.poll() is None:
-        time.sleep(0.5)
-        if told.is_file():
-            peak = max([peak, *map(int, re.findall(r"RssAnon:\s+(\d+) kB", told.read_text()))])
-    if not peak:
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-    return process.returncode, peak * 1024 / 1e9
-
-
-def end_on_failure(status: int) -> None:
-    """What went wrong has been printed by the script itself."""
-    if status:
-        raise SystemExit(status)
 
 
 def environment() -> dict[str, Any]:

@@ -7,18 +7,21 @@ from cli import UserError, run_script
 
 import json
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from config import flatten, load_config
-from evaluate import NAMES
+from metrics import METRICS
 from utils import write_atomically
+
+Found = dict[str, Any]  # what a JSON holds
 
 HERE = Path(__file__).parent
 README, DOCS = HERE.parent / "README.md", HERE.parent / "docs"
+TITLES = {name: metric.title for name, metric in METRICS.items()}
 DATASETS = {  # pictures and captions
     "Flickr8k, train and dev": (7_000, 35_000),
     "COCO 2017, train and val": (123_287, 616_767),
@@ -27,7 +30,6 @@ DATASETS = {  # pictures and captions
 }
 ALONE = "alone"  # the variant of a recipe that does without its consensus
 ANEW = "anew"  # the same settings, trained again by the code of later variants
-DECODERS = ("lstm", "attention", "transformer")
 MAIN = {  # the recipes in the README's table
     "lstm": "Show and Tell",
     "attention": "Show, Attend and Tell",
@@ -35,57 +37,6 @@ MAIN = {  # the recipes in the README's table
     "scst": "`attention`, then self-critical",
     "transformer_scst": "Transformer, then self-critical",
 }
-# Rows of the speed table: what was measured, and how its figures in results/speed.json are told.
-FIGURES = (
-    (
-        "5 epochs of Flickr8k from JPEGs to a trained LSTM, against a frozen ResNet run once per caption in fp32 "
-        "(both measured on a slice and scaled by pictures and captions)",
-        "**{seed_style_ratio:.0f} times as fast**: {own_minutes} min, not {seed_style_minutes}",
-    ),
-    (
-        "encoding JPEGs with ResNet-50",
-        "{encode_images_per_second:.0f} pictures/s, {encode_share_of_matmul_ceiling:.0%} of what the processor can "
-        "multiply ({matmul_gflops:,} GFLOP/s)",
-    ),
-    (
-        "captioning {captioned_pictures:,} JPEGs with a beam of 3, drawn and with a page, against encoding them",
-        "{caption_s:.1f} s, not {encoder_s:.1f}: {caption_over_encoder:.2f} times",
-    ),
-    (
-        "a beam of 5 against the same search picture by picture",
-        "**{beam_over_per_image:.1f} times as fast** for the decoder that gains least",
-    ),
-    (
-        "an epoch on cached features, validation apart, against forward and backward alone in memory",
-        "{train_over_bare_loop:.2f} times as long for the decoder that loses most",
-    ),
-    (
-        "2 processes of one thread against 1 of two",
-        "{ddp_ratio:.2f} times the captions/s, {ddp_process_memory_gb} GB each",
-    ),
-    (
-        "memory of training on {stream_captions[1]:,} captions in tars against {stream_captions[0]:,}",
-        "{stream_memory_growth:.2f} times: {stream_memory_gb[1]:.2f} GB, not {stream_memory_gb[0]:.2f}",
-    ),
-    (
-        "start of `train.py`, `evaluate.py`, `inference_visualize.py`, `visualize_loss.py`, to `--help`",
-        "{start_train_s:.1f}, {start_evaluate_s:.1f}, {start_inference_visualize_s:.1f}, "
-        "{start_visualize_loss_s:.1f} s",
-    ),
-)
-PER_DECODER = (
-    ("captions/s in training", "{captions_per_second:,.0f}"),
-    ("ms a step of 64 captions", "{step_ms:.0f}"),
-    ("share spent reading data", "{data_share:.1%}"),
-    ("against forward and backward alone", "{over_bare_loop:.2f} x"),
-    ("peak memory", "{train_memory_gb} GB"),
-    (
-        "captions/s by greedy search, beam 3, beam 5",
-        "{beam1_images_per_second:,.0f}, {beam3_images_per_second:,.0f}, {beam5_images_per_second:,.0f}",
-    ),
-    ("words in these captions", "{caption_words}"),
-    ("beam 5 against picture by picture", "{beam5_over_per_image:.1f} x"),
-)
 
 
 def main() -> None:
@@ -96,13 +47,23 @@ def main() -> None:
 
 def fill(path: Path, page: str) -> str:
     """Return the page with its tables written anew."""
-    for name, table in TABLES[path].items():
+    for name, make in TABLES[path].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         found = re.findall(f"{start}.*?{end}", page, flags=re.DOTALL)
         if len(found) != 1:
             raise UserError(f"{path} has {len(found)} places for {start} … {end}; it should have one")
-        page = page.replace(found[0], f"{start}\n{table()}\n{end}")
+        page = page.replace(found[0], f"{start}\n{make()}\n{end}")
     return page
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def read(path: Path) -> Any:
+    """Return what a JSON of results holds, or {} where it has not been measured."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def dev_scores(dataset: str) -> str:
@@ -110,24 +71,21 @@ def dev_scores(dataset: str) -> str:
 
     A recipe that ranks captions by consensus has a row for what it scores without, too.
     """
-    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    by_recipe: dict[str, list[Found]] = {}
     folder = HERE / "results" / dataset
     for path in sorted([*folder.glob("*-seed*.json"), *folder.glob(f"ablations/*-{ALONE}-seed*.json")]):
-        result = json.loads(path.read_text())
+        result = read(path)
         setting = ", `search.consensus=0`" if result.get("variant") == ALONE else ""
         by_recipe.setdefault(f"`configs/{result['recipe']}.yaml`{setting}", []).append(result)
-    known = [result["scores"] for results in by_recipe.values() for result in results]
-    shown = [name for name in NAMES if any(scores[name] is not None for scores in known)]
-    lines = [
-        f"| recipe | seeds | {' | '.join(NAMES[name] for name in shown)} | training |",
-        "|---" * (3 + len(shown)) + "|",
-    ]
-    for recipe, results in sorted(by_recipe.items(), key=lambda item: mean(r["scores"]["cider"] for r in item[1])):
-        cells = [spread([result["scores"][name] for result in results]) for name in shown]
-        minutes = mean(result["train_minutes"] for result in results)
-        lines.append(f"| {recipe} | {len(results)} | {' | '.join(cells)} | {minutes:.0f} min |")
-    signatures = sorted({result["signature"] for results in by_recipe.values() for result in results})
-    return "\n".join([*lines, "", *(f"`{signature}`  " for signature in signatures)])
+    everything = [result for results in by_recipe.values() for result in results]
+    shown = [name for name in TITLES if any(result["scores"].get(name) is not None for result in everything)]
+    rows = []
+    for recipe, results in sorted(by_recipe.items(), key=lambda item: fmean(r["scores"]["cider"] for r in item[1])):
+        cells = [spread([result["scores"].get(name) for result in results]) for name in shown]
+        minutes = fmean(result["train_minutes"] for result in results)
+        rows.append([recipe, len(results), *cells, f"{minutes:.0f} min"])
+    signatures = [f"`{signature}`  " for signature in sorted({result["signature"] for result in everything})]
+    return "\n".join([table(["recipe", "seeds", *(TITLES[name] for name in shown), "training"], rows), "", *signatures])
 
 
 def main_scores() -> str:
@@ -151,85 +109,79 @@ def ablations() -> str:
     One that was made without consensus is compared with what the recipe scores without, and one that was trained
     otherwise with the recipe trained anew, by the same code, where there is that.
     """
-    lines = ["| recipe | with | BLEU-4 | CIDEr-D | change in CIDEr-D |", "|---" * 5 + "|"]
     rows: list[tuple[str, str, float, float, Any]] = []
-    defaults = flatten(load_config().model_dump())
     folder = HERE / "results" / "flickr8k"
     for path in sorted((folder / "ablations").glob("*.json")):
-        variant = json.loads(path.read_text())
+        variant = read(path)
+        recipe, seed = variant["recipe"], f"seed{variant['seed']}"
         if variant["variant"] in (ALONE, ANEW):
             continue
-        name = f"{variant['recipe']}-seed{variant['seed']}"
-        base = json.loads((folder / f"{name}.json").read_text())
-        settings = defaults | variant["config"]  # which may be older than some settings
-        if settings["search.consensus"] == 0 < (defaults | base["config"])["search.consensus"]:
-            alone = f"{variant['recipe']}-{ALONE}-seed{variant['seed']}.json"
-            base = json.loads((folder / "ablations" / alone).read_text())
-            name += ", `search.consensus=0`"
-        usual = defaults | base["config"]
-        changed = {key: value for key, value in settings.items() if key != "run" and value != usual[key]}
-        anew = folder / "ablations" / f"{variant['recipe']}-{ANEW}-seed{variant['seed']}.json"
-        if anew.is_file() and not all(key.startswith("search.") for key in changed):
-            base = json.loads(anew.read_text())
-            name += ", trained anew"
+        base = read(folder / f"{recipe}-{seed}.json")
+        if not base:
+            raise UserError(f"{path} has no {recipe}-{seed}.json to be compared with; make that, or remove this one")
+        name = f"{recipe}-{seed}"
+        settings = all_settings(variant)
+        if settings["search.consensus"] == 0 < all_settings(base)["search.consensus"]:
+            base, name = read(folder / "ablations" / f"{recipe}-{ALONE}-{seed}.json"), f"{name}, `search.consensus=0`"
+        usual = all_settings(base)
+        changed = {key: value for key, value in settings.items() if key != "run" and value != usual.get(key)}
+        anew = read(folder / "ablations" / f"{recipe}-{ANEW}-{seed}.json")
+        if anew and not all(key.startswith("search.") for key in changed):
+            base, name = anew, f"{name}, trained anew"
         what = ", ".join(f"`{key}={show(value)}`" for key, value in changed.items())
         scores, before = variant["scores"], base["scores"]
-        rows.append((name, "–", before["bleu4"], before["cider"], ""))
+        rows.append((name, "–", before["bleu4"], before["cider"], None))
         rows.append((name, what, scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
-    for name, what, bleu4, cider, change in dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–"))):
-        lines.append(f"| {name} | {what} | {bleu4:.1f} | {cider:.1f} | {change and f'{change:+.1f}'} |")
-    return "\n".join(lines)
-
-
-def speed() -> str:
-    """Return what benchmarks/speed.py has measured; nothing where it has not been run."""
-    found = read_speed()
-    if not found:
-        return ""
-    lines = ["| what | measured |", "|---" * 2 + "|"]
-    lines += [f"| {what.format(**found)} | {told.format(**found)} |" for what, told in FIGURES]
-    machine = found["environment"]
-    lines += [
-        "",
-        f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}, "
-        f"Python {machine['python']}, PyTorch {machine['torch']}; load before: {machine['load']}.",
+    cells = [
+        [name, what, f"{bleu4:.1f}", f"{cider:.1f}", "" if change is None else f"{change:+.1f}"]
+        for name, what, bleu4, cider, change in dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–")))
     ]
-    return "\n".join(lines)
+    return table(["recipe", "with", "BLEU-4", "CIDEr-D", "change in CIDEr-D"], cells)
 
 
-def speed_by_decoder() -> str:
-    found = read_speed()
-    if not found:
-        return ""
-    lines = [f"| | {' | '.join(DECODERS)} |", "|---" * (1 + len(DECODERS)) + "|"]
-    for what, told in PER_DECODER:
-        own = [{key.removeprefix(f"{name}_"): value for key, value in found.items()} for name in DECODERS]
-        lines.append(f"| {what} | {' | '.join(told.format(**each) for each in own)} |")
-    return "\n".join(lines)
+def all_settings(result: Found) -> Found:
+    """Return all settings of a result by their names of today, also those that are younger than it.
+
+    Once, self-critical epochs were the last ones of a run and had a learning rate of their own.
+    """
+    settings = flatten(load_config().model_dump()) | result["config"]
+    epochs, rate = settings.pop("train.self_critical_epochs", None), settings.pop("train.self_critical_lr", None)
+    if epochs == settings["train.epochs"]:
+        settings |= {"train.loss": "self_critical", "train.lr": rate}
+    elif epochs is not None:
+        after = f", then {epochs} epochs of self_critical at {rate}" if epochs else ""
+        settings["train.loss"] = f"cross_entropy{after}"
+    return settings
 
 
-def read_speed() -> dict[str, Any]:
-    path = HERE / "results" / "speed.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def speed(template: str) -> str:
+    """Return a table of what benchmarks/speed.py has measured."""
+    found = read(HERE / "results" / "speed.json")
+    return (HERE / template).read_text(encoding="utf-8").rstrip().format(**found) if found else ""
 
 
 def scaling() -> str:
-    """Return what datasets take: disk by arithmetic, time by the rates that benchmarks/speed.py has measured."""
-    found = read_speed()
-    lines = [
-        "| dataset | pictures | captions | pooled features | 7 x 7 features | words | encoding | LSTM epoch |",
-        "|---" * 8 + "|",
-    ]
+    """Return what datasets take: disk by arithmetic, memory and time by what benchmarks/speed.py has measured."""
+    found = read(HERE / "results" / "speed.json")
+    head = "dataset, pictures, captions, pooled features, 7 x 7 features, captions in memory, encoding, LSTM epoch"
+    rows = []
     for name, (pictures, captions) in DATASETS.items():
-        encoding, epoch, words = "–", "–", "–"
+        disk = [as_bytes(pictures * regions * 2048 * 2) for regions in (1, 49)]
+        measured = ["–"] * 3
         if found:
+            memory = as_bytes(captions * found["bytes_per_caption"])
             encoding = as_time(pictures / found["encode_images_per_second"])
-            epoch = as_time(captions / found["lstm_captions_per_second"])
-            words = as_bytes(captions * found["stream_bytes_per_caption"])
-        disk = [as_bytes(pictures * cells * 2048 * 2) for cells in (1, 49)]
-        cells = [name, f"{pictures:,}", f"{captions:,}", *disk, words, encoding, epoch]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            measured = [memory, encoding, as_time(captions / found["lstm_captions_per_second"])]
+        rows.append([name, f"{pictures:,}", f"{captions:,}", *disk, *measured])
+    return table(head.split(", "), rows)
+
+
+def reliability() -> str:
+    rows = read(HERE / "results" / "reliability.json")
+    cells = (
+        [row["check"], f"{row['tried']:,}", f"{row['lost']:,}", row["figures"], f"`{row['command']}`"] for row in rows
+    )
+    return table(["check", "tried", "lost", "figures", "command"], cells)
 
 
 def as_bytes(number: float) -> str:
@@ -248,26 +200,25 @@ def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
-def spread(values: list[float]) -> str:
-    if None in values:
+def spread(values: list[float | None]) -> str:
+    """Return mean ± standard deviation, or – where a value is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return "–"
-    return f"{mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{fmean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"main-scores": main_scores},
     DOCS / "results.md": {
         "dev-scores": partial(dev_scores, "flickr8k"),
-        "speed": speed,
+        "speed": partial(speed, "speed.md"),
         "ablations": ablations,
         "chinese-scores": partial(dev_scores, "flickr8k_cn"),
-        "speed-by-decoder": speed_by_decoder,
+        "speed-by-decoder": partial(speed, "speed_by_decoder.md"),
     },
     DOCS / "scaling.md": {"scaling": scaling},
+    DOCS / "reliability.md": {"results": reliability},
 }
 
 

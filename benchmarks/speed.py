@@ -1,13 +1,11 @@
-"""Measure how fast this project is here, against what the machine can do and against the usual tutorial's way.
+"""Measure how fast this project is, against what the machine can do and the usual tutorial's way.
 
-    python -m benchmarks.speed
-
-Some ten minutes on two cores; writes benchmarks/results/speed.json and prints it. What is compared is measured in
-turns, in one process where it can be, and the median is taken: on a busy machine times change, ratios less so; `load`
-tells how busy it was. Work: `benchmarks.workload`. What each figure is: FIGURES in `benchmarks.report`.
+`python -m benchmarks.speed` takes some twenty minutes on two cores and writes benchmarks/results/speed.json. What is
+compared is measured in turns, in one process where it can be, and the median is taken: on a busy machine times change,
+ratios less so; `load` says how busy it was. The workload: benchmarks/workload.py. The figures: benchmarks/speed.md.
 """
 
-from cli import Parser, run_script
+from cli import run_script
 
 import argparse
 import json
@@ -26,51 +24,52 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
+import inference_visualize
 from benchmarks import seed_style
-from benchmarks.recipes import ROOT, environment
-from benchmarks.workload import DECODERS, PeakMemory, make_trainer, write_dataset
-from config import SearchConfig, setting_names
+from benchmarks.memory import ROOT, watch
+from benchmarks.recipes import environment
+from benchmarks.workload import DECODERS, Training, write_dataset
+from captioning import SEARCH_BATCH
+from config import SearchConfig
 from data import annotations
-from data.dataset import Flickr8kDataset, batch_indices
 from data.features import Extractor
 from data.transforms import open_picture
-from inference_visualize import Picture, caption_pictures
-from models.model import CAPTION_BATCH, CaptionModel
+from data.vocab import EOS, SOS
+from models.checkpoint import model_state
+from models.model import CaptionModel
 from models.search import search
-from train import Progress, Trainer
-from training.optim import SETTLED
-from utils import StopRequest, pick_device, write_atomically
+from utils import pick_device, save_checkpoint, write_atomically
 
 OUT = Path(__file__).parent / "results" / "speed.json"
 FLICKR8K = {"pictures": 7000, "captions": 30000, "epochs": 5}  # encoded: train and dev; captions: of train
-SLICE = 192  # captions that the seed-style baseline is measured on, and pictures that are encoded beside it
+SLICE = 192  # captions that the tutorial's way is measured on, and pictures that are encoded beside it
 ALONE = 40  # pictures that are searched one by one
 SCRIPTS = ("train.py", "evaluate.py", "inference_visualize.py", "visualize_loss.py")
-STREAMED = (100_000, 1_000_000)  # captions
+TARS = (100_000, 1_000_000)  # captions
 TURNS = 3
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/speed.json")
     parser.add_argument("--pictures", type=int, default=700, metavar="N", help="with five captions each (700)")
     parser.add_argument("--drawn", type=int, default=1000, metavar="N", help="that are encoded and captioned (1000)")
-    parser.add_argument("--streamed", type=int, nargs=2, default=STREAMED, metavar="N", help="captions of simulations")
-    parser.add_argument("--train-only", nargs=2, metavar=("FOLDER", "DECODER"), help=argparse.SUPPRESS)  # see below
-    args = parser.parse_options_and_settings(setting_names())
+    parser.add_argument("--tars", type=int, nargs=2, default=TARS, metavar="N", help="captions in tars to compare")
+    parser.add_argument("--train-only", nargs=2, metavar=("FOLDER", "DECODER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
     if args.train_only:
         with distributed.processes():
             train_only(Path(args.train_only[0]), args.train_only[1])
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        result = measure(root, write_dataset(root, args.pictures, args.drawn), args.streamed)
+        result = measure(root, write_dataset(root, args.pictures, args.drawn), args.tars)
     write_atomically(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"wrote {args.out}")
 
 
-def measure(root: Path, pictures: Sequence[Path], streamed: Sequence[int]) -> dict[str, Any]:
-    device, result = pick_device(), dict[str, Any]()
+def measure(root: Path, pictures: Sequence[Path], tars: Sequence[int]) -> dict[str, Any]:
+    result = dict[str, Any]()
 
     def add(figures: dict[str, Any]) -> None:
         result.update(figures)
@@ -78,19 +77,24 @@ def measure(root: Path, pictures: Sequence[Path], streamed: Sequence[int]) -> di
             print(f"{name:36} {value}", flush=True)
 
     add({"environment": environment() | {"load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None}})
-    add({f"start_{Path(script).stem}_s": round(start_up(script), 2) for script in SCRIPTS})
+    for script in SCRIPTS:  # until it answers --help, its imports done
+        command = [sys.executable, str(ROOT / script), "--help"]
+        [took] = in_turns(partial(subprocess.run, command, capture_output=True, check=True), warm_up=False)
+        add({f"start_{Path(script).stem}_s": round(took, 2)})
     for name in reversed(DECODERS):  # the LSTM last, which goes on to the pictures
-        trainer, train_set = make_trainer(root, device, name)
-        add({f"{name}_{key}": value for key, value in training(trainer, train_set).items()})
-        add({f"{name}_{key}": value for key, value in searching(trainer.model, train_set).items()})
+        training = Training(root, pick_device(), name)
+        add({f"{name}_{key}": value for key, value in measure_training(training).items()})
+        add({f"{name}_{key}": value for key, value in measure_search(training).items()})
     add({"train_over_bare_loop": max(result[f"{name}_over_bare_loop"] for name in DECODERS)})
     add({"beam_over_per_image": min(result[f"{name}_beam5_over_per_image"] for name in DECODERS)})
-    add(seed_ratio(trainer, pictures))
-    add(captioning(trainer.model, pictures, device, root))
-    del trainer, train_set
-    add({f"{name}_train_memory_gb": peak_memory(root, name) for name in DECODERS})
-    add(several_processes(root))
-    add(streaming(streamed))
+    add(measure_seed_style(training, pictures))
+    add(measure_captioning(training.model, pictures, root))
+    del training
+    for name in DECODERS:
+        _, memory = run("benchmarks.speed", "--train-only", str(root), name)
+        add({f"{name}_train_memory_gb": memory})
+    add(measure_processes(root))
+    add(measure_tars(tars))
     return result
 
 
@@ -111,97 +115,66 @@ def in_turns(*functions: Callable[[], object], warm_up: bool = True) -> list[flo
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
-def start_up(script: str) -> float:
-    """Return the median seconds until a script answers `--help`, its imports done."""
-    [took] = in_turns(
-        lambda: subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, check=True),
-        warm_up=False,
-    )
-    return took
-
-
-def one_epoch(trainer: Trainer) -> None:
-    """Train an epoch as train.py does, validation apart, and not the very first steps."""
-    trainer.progress = Progress(step=SETTLED)
-    trainer.train_epoch(StopRequest())
-
-
-def training(trainer: Trainer, train_set: Flickr8kDataset) -> dict[str, Any]:
+def measure_training(training: Training) -> dict[str, Any]:
     """Measure an epoch against forward and backward alone on the same batches, which lie in memory already."""
-    config, device = trainer.config, trainer.device
-    indices = batch_indices(train_set, config.batch_size, trainer.by_image, rng=None)
-    batches = [train_set.__getitems__(batch).to(device) for batch in indices]
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-
-    def read() -> None:
-        for batch in indices:
-            train_set.__getitems__(batch).to(device)
-
-    def bare() -> None:
-        trainer.model.train()
-        for batch in batches:
-            with torch.autocast(device.type, trainer.precision, enabled=trainer.precision != torch.float32):
-                objective, _ = trainer.objective(batch)
-            objective.backward()
-            for parameter in trained:
-                parameter.grad = None
-
-    whole, alone, reading = in_turns(partial(one_epoch, trainer), bare, read)
+    batches = training.read()
+    whole, bare, reading = in_turns(training.epoch, lambda: training.bare_epoch(batches), training.read)
     return {
-        "captions_per_second": round(len(train_set) / whole, 1),
+        "captions_per_second": round(len(training.train_set) / whole, 1),
         "step_ms": round(1000 * whole / len(batches), 1),
-        "over_bare_loop": round(whole / alone, 3),
+        "over_bare_loop": round(whole / bare, 3),
         "data_share": round(reading / whole, 3),
     }
 
 
-def searching(model: CaptionModel, train_set: Flickr8kDataset) -> dict[str, Any]:
+def measure_search(training: Training) -> dict[str, Any]:
     """Measure captions a second, and a beam of 5 against searching picture by picture, its beams as a batch."""
-    model.eval()
-    names = train_set.images[:CAPTION_BATCH]
-    assert train_set.features
-    features = model.standardise(train_set.features.take(names).to(model.feature_mean.device))
+    model, features = training.model.eval(), training.train_set.features
+    assert features
+    pictures = features.take(list(training.train_set.images[:SEARCH_BATCH]))
+    rows = model.standardise(pictures.to(training.device))
     options = {beam: model.config.search.model_copy(update={"beam": beam}) for beam in (1, 3, 5)}
 
     def picture_by_picture(options: SearchConfig) -> None:
-        for row in features[:ALONE]:
+        for row in rows[:ALONE]:
             search(model.decoder, row[None], options)
 
     *batched, alone = in_turns(
-        *(partial(search, model.decoder, features, each) for each in options.values()),
+        *(partial(search, model.decoder, rows, each) for each in options.values()),
         partial(picture_by_picture, options[5]),
     )
-    rates = [len(names) / took for took in batched]
-    written = [len(each[0].ids) for each in search(model.decoder, features, options[3])]
+    rates = [len(rows) / took for took in batched]
+    written = [len(hypotheses[0].ids) for hypotheses in search(model.decoder, rows, options[3])]
     return {
         **{f"beam{beam}_images_per_second": round(rate, 1) for beam, rate in zip(options, rates, strict=True)},
-        "beam5_over_per_image": round(alone / len(features[:ALONE]) * rates[-1], 2),
+        "beam5_over_per_image": round(alone / len(rows[:ALONE]) * rates[-1], 2),
         "caption_words": round(statistics.fmean(written), 1),
     }
 
 
 def encode(extractor: Extractor, pictures: Sequence[Path]) -> None:
-    for pixels in extractor.read(partial(open_picture, path) for path in pictures):
-        extractor(pixels)
+    for _ in extractor.encode(partial(open_picture, path) for path in pictures):
+        pass
 
 
-def seed_ratio(trainer: Trainer, pictures: Sequence[Path]) -> dict[str, Any]:
+def measure_seed_style(training: Training, pictures: Sequence[Path]) -> dict[str, Any]:
     """Measure slices of the tutorial's way and of ours in turns; both are scaled to five epochs of Flickr8k."""
-    model, device = trainer.model, trainer.device
-    extractor = Extractor(model, device)
-    table = annotations.load(model.config.data)
-    known = table[table["image"].isin([path.name for path in pictures])]
-    dataset = seed_style.CaptionPerPicture(known.head(SLICE), model.vocab, pictures[0].parent, model.transform)
-    captioner = seed_style.Captioner(model.encoder, len(model.vocab)).to(device)
-    encoded = pictures[:SLICE]
+    model = training.model
+    table, pictures = annotations.load(model.config.data), pictures[:SLICE]
+    known = table[table["image"].isin([path.name for path in pictures])].head(SLICE)
+    folder, vocab = pictures[0].parent, model.vocab
+    rows = [(folder / row.image, [SOS, *vocab.numericalize(row.caption), EOS]) for row in known.itertuples()]
+    dataset = seed_style.CaptionPerPicture(rows, model.transform)
+    captioner = seed_style.Captioner(model.encoder, len(model.vocab)).to(training.device)
+    extractor = Extractor(model.encoder, model.transform, model.precision, training.device)
     tutorial, encoding, epoch = in_turns(
         lambda: seed_style.train_epoch(captioner, dataset, batch_size=32, workers=2),
-        lambda: encode(extractor, encoded),
-        lambda: one_epoch(trainer),
+        lambda: encode(extractor, pictures),
+        training.epoch,
     )
     captions = FLICKR8K["epochs"] * FLICKR8K["captions"]
     theirs = captions * tutorial / len(dataset)
-    ours = FLICKR8K["pictures"] * encoding / len(encoded) + captions * epoch / len(trainer.train_set)
+    ours = FLICKR8K["pictures"] * encoding / len(pictures) + captions * epoch / len(training.train_set)
     return {
         "seed_style_captions_per_second": round(len(dataset) / tutorial, 1),
         "seed_style_minutes": round(theirs / 60, 1),
@@ -210,27 +183,24 @@ def seed_ratio(trainer: Trainer, pictures: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def captioning(model: CaptionModel, paths: Sequence[Path], device: torch.device, root: Path) -> dict[str, Any]:
+def measure_captioning(model: CaptionModel, pictures: Sequence[Path], root: Path) -> dict[str, Any]:
     """Measure JPEGs to captions, drawn and on a page, by a beam of 3, against reading and encoding them alone."""
-    assert model.config.search.beam == 3
-    extractor = Extractor(model.eval(), device)
-    pictures = [Picture(path, path.name, path.name) for path in paths]
-    encode(extractor, paths[:SLICE])
-    encoder, whole = in_turns(
-        lambda: encode(extractor, paths),
-        lambda: caption_pictures(model, pictures, None, 1, None, root / "captioned", device),
-        warm_up=False,
-    )
-    size = model.transform.image_size
+    device, size = pick_device(), model.transform.image_size
+    model.eval()
+    extractor = Extractor(model.encoder, model.transform, model.precision, device)
+    save_checkpoint(root / "model.pth", model_state(model))
+    sys.argv = ["inference_visualize.py", "--checkpoint", str(root / "model.pth"), "search.beam=3"]
+    sys.argv += ["--out", str(root / "captioned"), "--images", *map(str, pictures)]
+    encode(extractor, pictures[:SLICE])
+    encoder, whole = in_turns(lambda: encode(extractor, pictures), inference_visualize.main, warm_up=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encoder(torch.zeros(1, 3, size, size, device=device))
-    rate = len(paths) / encoder
-    ceiling = matmul_ceiling(device, extractor.dtype)
+    rate, ceiling = len(pictures) / encoder, matmul_ceiling(device, extractor.precision)
     return {
         "encode_images_per_second": round(rate, 1),
         "encode_share_of_matmul_ceiling": round(rate * counter.get_total_flops() / ceiling, 2),
         "matmul_gflops": round(ceiling / 1e9),
-        "captioned_pictures": len(paths),
+        "captioned_pictures": len(pictures),
         "encoder_s": round(encoder, 1),
         "caption_s": round(whole, 1),
         "caption_over_encoder": round(whole / encoder, 3),
@@ -245,55 +215,45 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def train_only(root: Path, decoder: str) -> None:
-    """Print captions a second, and each process's peak memory, as a process of its own or one of several."""
-    with PeakMemory() as peak:
-        trainer, train_set = make_trainer(root, pick_device(), decoder)
-        one_epoch(trainer)
-        took = statistics.fmean(seconds(partial(one_epoch, trainer)) for _ in range(2))
-    print(json.dumps({"rate": len(train_set) / took, "memory": distributed.gather([peak.gb])}))
+    """Print captions a second of training alone, as a process of its own or as one of several."""
+    training = Training(root, pick_device(), decoder)
+    training.epoch()
+    took = statistics.fmean(seconds(training.epoch) for _ in range(2))
+    print(json.dumps(len(training.train_set) / took))
 
 
-def run(module: str, *words: str, launcher: Sequence[str] = (), threads: int | None = None) -> dict[str, Any]:
-    """Run one of the benchmark's modules as a program and return what it found."""
+def run(module: str, *words: str, launcher: Sequence[str] = (), threads: int | None = None) -> tuple[Any, float | None]:
+    """Run one of the benchmark's modules as a program; returns what it found and the memory of one process in GB."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, *launcher, "-m", module, *words]
-    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        peak = watch(process)
+        assert process.stdout and process.returncode == 0
+        return json.loads(process.stdout.read().splitlines()[-1]), round(peak, 2) or None
 
 
-def peak_memory(root: Path, decoder: str) -> float | None:
-    [memory] = run("benchmarks.speed", "--train-only", str(root), decoder)["memory"]
-    return memory and round(memory, 2)
-
-
-def several_processes(root: Path) -> dict[str, Any]:
+def measure_processes(root: Path) -> dict[str, Any]:
     """Measure training by two processes of one thread each against one process of two threads."""
     rates: dict[int, list[float]] = {1: [], 2: []}
-    memory: list[float | None] = []
     for _ in range(TURNS):
         for count, found in rates.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            told = run("benchmarks.speed", "--train-only", str(root), "lstm", launcher=launcher, threads=2 // count)
-            found.append(told["rate"])
-            memory = told["memory"]
+            words = ("--train-only", str(root), "lstm")
+            rate, memory = run("benchmarks.speed", *words, launcher=launcher, threads=2 // count)
+            found.append(rate)
     one, two = map(statistics.median, rates.values())
-    known = [gb for gb in memory if gb]
-    return {
-        "ddp_captions_per_second": round(two, 1),
-        "ddp_ratio": round(two / one, 3),
-        "ddp_process_memory_gb": round(max(known), 2) if known else None,
-    }
+    figures = {"ddp_captions_per_second": round(two, 1), "ddp_ratio": round(two / one, 3)}
+    return figures | {"ddp_process_memory_gb": memory}
 
 
-def streaming(sizes: Sequence[int]) -> dict[str, Any]:
-    """Measure the memory of training on datasets of two sizes that are read in windows."""
-    small, large = (run("benchmarks.stream", str(size)) for size in sizes)
-    few, many = small["memory_gb"], large["memory_gb"]
+def measure_tars(sizes: Sequence[int]) -> dict[str, Any]:
+    """Measure the memory of training on tars with few captions and with many, and of a caption in the dataset."""
+    (few, _), (many, _) = (run("benchmarks.memory", str(size)) for size in sizes)
     return {
-        "stream_captions": list(sizes),
-        "stream_memory_gb": [gb and round(gb, 3) for gb in (few, many)],
-        "stream_bytes_per_caption": round(large["bytes_per_caption"], 1),
-        "stream_memory_growth": round(many / few, 3) if few else None,
+        "tars_captions": list(sizes),
+        "tars_memory_gb": [few["memory_gb"], many["memory_gb"]],
+        "tars_memory_growth": round(many["memory_gb"] / few["memory_gb"], 3),
+        "bytes_per_caption": many["bytes_per_caption"],
     }
 
 

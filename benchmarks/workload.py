@@ -1,31 +1,38 @@
-"""What the speed benchmark works on: pictures and captions as large, as long and as many-worded as Flickr8k's.
+"""What the speed benchmark works on: made-up pictures and captions, as large, as long and as many-worded as Flickr8k's.
 
-Speed does not depend on what is in them, so nothing has to be downloaded: colours are smooth noise, words have Zipf's
-frequencies, and the backbone's weights are random. What is learned from them may write on and on, so that captions are
-cut at the length at which a trained model's end: search takes time by the word, and how many there were is told.
+Speed does not depend on what they show, so nothing has to be downloaded: pictures are smooth noise, words have Zipf's
+frequencies, and the backbone's weights are random. A decoder that has learned nothing may write on and on, so captions
+are cut at the length at which a trained model's end. This is the only file here that knows train.py's parts.
 """
 
 import csv
-import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from config import Config, load_config
+import distributed
+from config import load_config
 from data import annotations
-from data.dataset import Features, Flickr8kDataset
+from data.dataset import Batch, Flickr8kDataset, make_batches
+from data.features import Features
+from data.tokens import tokenise
 from data.vocab import build_vocab
-from data.words import Words, cut_afresh
 from models.model import CaptionModel
-from train import Trainer
+from train import reads_whole_images, train_one_epoch
+from training.losses import CrossEntropy
+from training.monitor import Monitor
+from training.runs import Run
+from training.setup import index_images
+from training.state import Progress, TrainState
+from utils import StopRequest
 
 SIZE = (500, 375)  # pixels, as Flickr gives them
-CAPTIONS = 30000  # of Flickr8k's training pictures: what the vocabulary is made of
-WORDS, EXPONENT = 7999, 1.24  # of which some 2,500 come five times in as many captions, as Flickr8k's do
+CAPTIONS = 30000  # of Flickr8k's training pictures, from which the vocabulary is made
+WORDS, EXPONENT = 7999, 1.24  # some 2,500 of them occur five times in so many captions, as Flickr8k's do
 LENGTH, SPREAD = 10.8, 3.8  # mean and standard deviation of the words in a caption of Flickr8k
 LONGEST = 13  # words written: Flickr8k's have 11 on average, and the last beams of a batch go on for longer
 EACH = 5  # captions of a picture
@@ -39,18 +46,20 @@ DECODERS: dict[str, Sequence[str]] = {  # as configs/ trains them
 }
 
 
-def make_words(captions: int, rng: np.random.Generator, different: int = WORDS) -> Words:
-    """Return the words of so many captions, `different` ones at most."""
-    lengths = np.clip(rng.normal(LENGTH, SPREAD, captions), 4, 30).astype(int)  # (captions,)
+def make_captions(number: int, rng: np.random.Generator, different: int = WORDS) -> list[str]:
+    """Return so many captions, of at most `different` words."""
     letters = np.array(list("abcdefghijklmnopqrst"))
-    lexicon = ["".join(letters[[rank // 400, rank // 20 % 20, rank % 20]]) for rank in range(different + 1)]
-    return Words(lexicon, np.minimum(rng.zipf(EXPONENT, lengths.sum()), different).astype(np.int32), np.cumsum(lengths))
+    words = ["".join(letters[[rank // 400, rank // 20 % 20, rank % 20]]) for rank in range(different + 1)]
+    lengths = np.clip(rng.normal(LENGTH, SPREAD, number), 4, 30).astype(int)
+    ranks = np.minimum(rng.zipf(EXPONENT, lengths.sum()), different).tolist()
+    ends = lengths.cumsum()
+    return [" ".join(words[rank] for rank in ranks[end - n : end]) for end, n in zip(ends, lengths, strict=True)]
 
 
 def write_dataset(root: Path, pictures: int, drawn: int) -> list[Path]:
-    """Write captions of so many pictures, their split lists, and JPEGs, whose paths are returned.
+    """Write captions of so many pictures, their split lists, and `drawn` JPEGs, whose paths are returned.
 
-    The files of pictures with captions but the drawn ones are empty.
+    The other pictures' files are empty: their features are made up.
     """
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True, exist_ok=True)
@@ -62,76 +71,63 @@ def write_dataset(root: Path, pictures: int, drawn: int) -> list[Path]:
     for path in paths[drawn:]:
         path.touch()
     with open(root / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption"])
-        for caption, words in enumerate(make_words(pictures * EACH, rng)):
-            writer.writerow([names[caption // EACH], " ".join(words)])
+        rows = enumerate(make_captions(pictures * EACH, rng))
+        csv.writer(file).writerows([("image", "caption"), *((names[row // EACH], text) for row, text in rows)])
     for split, part in (("train", names[VALIDATION:]), ("dev", names[:VALIDATION])):
         (root / f"Flickr_8k.{split}Images.txt").write_text("\n".join(part) + "\n")
     return paths[:drawn]
 
 
-def make_config(root: Path, *overrides: str) -> Config:
-    own = (
-        *(f"data.root={root}", f"data.cache={root / 'cache'}", "encoder.weights=null"),
-        *("train.log_every=100000", "train.checkpoint_every=100000", f"search.max_length={LONGEST}"),
-    )
-    return load_config(overrides=[*own, *overrides])
+class Training:
+    """Training as train.py does it, on the dataset in `root` with made-up features.
 
+    Attributes:
+        model: with the standardisation that its features ask for.
+        batches: the caption indices of each batch of `train_set`, the same ones each time.
+    """
 
-def make_trainer(root: Path, device: torch.device, decoder: str = "lstm") -> tuple[Trainer, Flickr8kDataset]:
-    """Return a trainer and its train captions, whose features are random rows of a file."""
-    config = make_config(root, *DECODERS[decoder])
-    table = annotations.load(config.data)
-    words = cut_afresh(table["caption"].tolist(), "en")
-    known = make_words(CAPTIONS, np.random.default_rng(0)).count()  # however few captions there are
-    model = CaptionModel.build(config, build_vocab(known, config.data.min_count, "en")).to(device)
-    names = table["image"].unique().tolist()
-    features = Features([random_rows(root, (len(names), *model.encoder.feature_shape))], names)
-    features.move(device)
-    train, val = (
-        Flickr8kDataset(table[here], model.vocab, Path(), model.transform, features, words=words.of(here.to_numpy()))
-        for here in (table["split"] == split for split in ("train", "val"))
-    )
-    model.fit_statistics(features.take(names[:200]))
-    return Trainer(model, train, val, {}, root / "run", device), train
+    def __init__(self, root: Path, device: torch.device, decoder: str) -> None:
+        quiet = ("train.log_every=100000", "train.checkpoint_every=100000", f"search.max_length={LONGEST}")
+        own = (f"data.root={root}", f"data.cache={root / 'cache'}", "encoder.weights=null", *quiet)
+        config = load_config(overrides=[*own, *DECODERS[decoder]])
+        table = annotations.load(config.data)
+        vocab = build_vocab(make_captions(CAPTIONS, np.random.default_rng(0)), config.data.min_count, "en")
+        self.model, self.device = CaptionModel.build(config, vocab).to(device), device
+        names = table["image"].unique().tolist()
+        features = Features([random_rows(root, (len(names), *self.model.encoder.feature_shape))], names)
+        features.move(device)
+        train = table[table["split"] == "train"]
+        images, image_of = index_images(train)
+        tokens = tokenise(train["caption"].tolist(), "en").numericalize(vocab)
+        transform = self.model.transform
+        self.train_set = Flickr8kDataset(images, image_of, tokens, vocab, Path(), transform, features)
+        self.model.fit_statistics(features.take(names[:200]))
+        self.state, loss_fn = TrainState(self.model), CrossEntropy(self.model, self.train_set)
+        self.loss_fn: nn.Module = distributed.parallel(loss_fn, self.model.precision)
+        self.monitor = Monitor(Run(config), self.state)
+        self.batches = make_batches(self.train_set, config.train.batch_size, reads_whole_images(self.model), rng=None)
+
+    def read(self) -> list[Batch]:
+        return [self.train_set.__getitems__(batch).to(self.device) for batch in self.batches]
+
+    def epoch(self) -> None:
+        """Train an epoch, validation apart, and not the very first steps of a run."""
+        self.state.progress = Progress(step=100)
+        train_one_epoch(self.state, self.loss_fn, self.train_set, self.monitor, StopRequest())
+
+    def bare_epoch(self, batches: Sequence[Batch]) -> None:
+        """Compute losses and gradients of batches that lie in memory, and do nothing with them."""
+        self.model.train()
+        for batch in batches:
+            with self.model.autocast():
+                loss, _ = self.loss_fn(batch)
+            loss.backward()
+            self.model.zero_grad()
 
 
 def random_rows(root: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return fp16 rows that lie in a file, made where it is not there yet."""
+    """Return fp16 rows that lie in a file, as features do; it is made where it is not there yet."""
     path = root / f"features-{len(shape)}.npy"
     if not path.is_file():
-        rows = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        rng = np.random.default_rng(0)
-        for row in rows:
-            row[:] = rng.random(row.shape, dtype=np.float32)
-        rows.flush()
+        np.save(path, np.random.default_rng(0).random(shape, dtype=np.float32).astype(np.float16))
     return torch.from_numpy(np.load(path, mmap_mode="c"))
-
-
-class PeakMemory:
-    """`with PeakMemory() as peak:` measures the most memory this process has of its own meanwhile, as `peak.gb`.
-
-    Pages of files that it maps, such as features, are not counted. Only Linux tells the two apart: elsewhere None.
-    """
-
-    def __init__(self) -> None:
-        self.gb: float | None = None
-        self.over = threading.Event()
-        self.watch = threading.Thread(target=self.look, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self.watch.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.over.set()
-        self.watch.join()
-
-    def look(self) -> None:
-        told = Path("/proc/self/status")
-        while told.is_file():
-            [now] = re.findall(r"RssAnon:\s+(\d+) kB", told.read_text())
-            self.gb = max(self.gb or 0, int(now) * 1024 / 1e9)
-            if self.over.wait(0.05):
-                return

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from training.objectives import caption_loss
 
 from config import load_config
 from data.vocab import EOS, PAD, SOS
 from models.decoder import Decoder, Dropout, first_rows
 from models.model import DECODERS
 from models.search import search
-from training.objectives import caption_loss
 
 V, D, L = 300, 24, 9
 TOKENS = torch.tensor([[SOS, 5, 6, 7, 8, EOS], [SOS, 9, 5, EOS, PAD, PAD], [SOS, 7, 7, 10, EOS, PAD]])

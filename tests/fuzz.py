@@ -1,0 +1,208 @@
+"""Give the readers of other people's files anything there can be; all they may raise is a UserError in one sentence.
+
+Hypothesis builds inputs that are nearly right; atheris (pip install atheris) changes bytes, led by the code they reach.
+An input that takes 20 seconds or lets memory grow by 300 MB is a fault, too.
+"""
+
+from cli import UserError
+
+import io
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import SCENES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from stress.runs import SMALLEST
+
+from captioning import shrink
+from config import CONFIG_YAML, load_config
+from data import formats
+from data.sample import describe
+from data.transforms import Transform, open_picture
+from data.vocab import build_vocab
+from models.checkpoint import model_from_state, model_state
+from models.model import CaptionModel
+from render.caption import draw_caption
+from render.gallery import Gallery
+from utils import CHECKPOINT_FORMAT, load_checkpoint
+
+SLOWEST = 20  # seconds for one input
+GROWTH = 300  # MB above what the imports take
+ROOT, CORPUS = CONFIG_YAML.parent, Path(__file__).parent / "stress" / "corpus"
+
+
+def from_file(read: Callable[[Path], object]) -> Callable[[bytes], None]:
+    """Return a reader of bytes, for a function that reads a file."""
+
+    def reader(content: bytes) -> None:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+            Path(folder, "input").write_bytes(content)
+            read(Path(folder, "input"))
+
+    return reader
+
+
+def build_model(state: Any) -> None:
+    if isinstance(state, dict):
+        model_from_state(state, "a.pth")
+
+
+def read_pickle(content: bytes) -> None:
+    """Take the bytes for the pickle inside a checkpoint whose zip is in order."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, part in {"data.pkl": content, "version": b"3\n", "byteorder": b"little", "data/0": bytes(64)}.items():
+            file.writestr(f"a/{name}", part)
+    READERS["checkpoint"](buffer.getvalue())
+
+
+def read_picture(path: Path) -> None:
+    picture = open_picture(path)
+    Transform(64).resize(picture)
+    draw_caption(shrink(picture), path.read_bytes()[-200:].decode(errors="surrogateescape"))
+
+
+def draw_text(content: bytes) -> None:
+    encoding, errors = ("utf-16", "surrogatepass") if len(content) % 2 == 0 else ("utf-8", "replace")
+    text, size = content.decode(encoding, errors=errors), (1 + (content + bytes(2))[0], 1 + (content + bytes(2))[1])
+    draw_caption(Image.new("RGB", size), text)
+    with tempfile.TemporaryDirectory() as folder, Gallery(Path(folder, "a.html"), text, text) as gallery:
+        name = os.fsdecode(content)  # as files can be called
+        gallery.add(name, [text], [text], size=size, name=name)
+
+
+READERS: dict[str, Callable[[Any], object]] = {
+    "config": from_file(load_config),
+    "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
+    **{name: from_file(partial(formats.read, name=name)) for name in formats.READERS if name != "sample"},
+    "recognised": from_file(formats.read),
+    "checkpoint": from_file(lambda path: build_model(load_checkpoint(path))),
+    "pickle": read_pickle,
+    "picture": from_file(read_picture),
+    "drawer": draw_text,
+    "state": build_model,  # values, where all others read bytes
+}
+
+
+def check(name: str, content: Any) -> None:
+    """Give an input to a reader; raises what is a fault of the reader."""
+    began = time.monotonic()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+            READERS[name](content)
+    except UserError as error:
+        assert len(str(error)) <= 2000, f"a message of {len(str(error))} characters"
+    except OSError as error:
+        if not error.strerror and not error.args:  # the scripts have something to say of all others
+            raise
+    assert time.monotonic() - began < SLOWEST, f"took {time.monotonic() - began:.0f} s"
+
+
+def memory() -> float:
+    """Return the most MB that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def right_state() -> dict[str, Any]:
+    """Return what the checkpoint of the smallest untrained model holds."""
+    vocab = build_vocab([caption for scene in SCENES for caption in describe(scene)], 1)
+    return model_state(CaptionModel.build(load_config(overrides=list(SMALLEST)), vocab))
+
+
+def right_inputs(name: str) -> list[Any]:
+    """Return inputs without a mistake, to be changed: those in corpus/, or what this project writes itself."""
+    if name == "config":
+        return [path.read_bytes() for path in [CONFIG_YAML, *ROOT.glob("configs/*.yaml")]]
+    if name in ("state", "checkpoint", "pickle"):
+        buffer, state = io.BytesIO(), right_state()
+        torch.save(state | {"backbone": None, "format": CHECKPOINT_FORMAT}, buffer)
+        with zipfile.ZipFile(buffer) as parts:
+            [pickled] = [parts.read(part) for part in parts.namelist() if part.endswith("data.pkl")]
+        return [{"state": state, "checkpoint": buffer.getvalue(), "pickle": pickled}[name]]
+    folders = [CORPUS / kind for kind in (formats.READERS if name == "recognised" else [name])]
+    return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*"))]
+
+
+TEXT = st.text(max_size=20) | st.sampled_from(["train", "a.jpg", "A dog.", "../a", "\ud800", "1e999", ""])
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+ANY = st.recursive(
+    PLAIN, lambda each: st.lists(each, max_size=3) | st.dictionaries(TEXT, each, max_size=3), max_leaves=8
+)
+
+
+@st.composite
+def with_other_part(draw: st.DrawFn, value: Any, depth: int = 0) -> Any:
+    """Draw the value with something else in the place of one of its parts, at any depth."""
+    if depth > 4 or not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 4)) == 0:
+        return draw(ANY)
+    key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+    copy = value.copy()
+    if isinstance(value, dict) and draw(st.integers(0, 9)) == 0:
+        del copy[key]
+    else:
+        copy[key] = draw(with_other_part(value[key], depth + 1))
+    return copy
+
+
+@st.composite
+def with_other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    first = draw(st.integers(0, len(content)))
+    last = draw(st.integers(first, min(len(content), first + 40)))
+    between = draw(st.binary(max_size=40) | TEXT.map(lambda text: text.encode(errors="replace")))
+    return content[:first] + between + content[last:]
+
+
+def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
+    right = right_inputs(name)
+    if name == "state":
+        return with_other_part(right[0])
+    strategies = [st.binary(max_size=200), *map(with_other_bytes, right)]
+    if name in ("karpathy", "coco", "ai_challenger", "jsonl"):
+        values = with_other_part(json.loads(right[0]))
+        strategies += [values.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))] * 2
+    return st.one_of(strategies)
+
+
+def by_hypothesis(name: str, examples: int = 100, again: bool = False) -> int:
+    """Check so many inputs, the same ones each time if `again`; Hypothesis shrinks and shows a fault."""
+    count, quiet = 0, list(HealthCheck)
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=quiet, derandomize=again)
+    @given(nearly_right_inputs(name))
+    def check_each(content: Any) -> None:
+        nonlocal count
+        count += 1
+        check(name, content)
+
+    check_each()
+    return count
+
+
+def by_atheris(name: str, seconds: float) -> int:
+    """Let atheris change bytes for so long, in a process of its own; returns how many inputs it made."""
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, content in enumerate(right_inputs(name)):
+            Path(corpus, f"{number}").write_bytes(content)
+        limits = [f"-max_total_time={round(seconds)}", f"-timeout={SLOWEST}", "-rss_limit_mb=0", "-max_len=20000"]
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+        command = ["env", f"PYTHONPATH={paths}", sys.executable, "-m", "stress.atheris_target", name, corpus, *limits]
+        found = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert found.returncode == 0, f"{name}: {found.stdout[-3000:]}\n{found.stderr[-3000:]}"
+    return int(re.findall(r"^#(\d+)\s", found.stderr, re.MULTILINE)[-1])

@@ -1,0 +1,121 @@
+"""Training runs of the tiny dataset that can be killed in any way, and what has to be the same after they went on.
+
+They are forked from a process that has imported everything, so that hundreds of them start in seconds.
+"""
+
+from cli import run_script
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import TINY
+
+import train
+from benchmarks import memory
+from utils import load_checkpoint
+
+SMALLEST = (
+    *TINY,
+    *("data.shard_rows=4", "train.epochs=4", "train.warmup_steps=2", "train.log_every=1", "train.checkpoint_every=1"),
+)
+Script = Callable[[], int | None]
+
+
+def start(run: str) -> list[str]:
+    return [*SMALLEST, f"run={run}", f"data.cache=cache-{run}"]
+
+
+def start_or_resume(run: str) -> list[str]:
+    return ["--resume", "--run", run] if Path("runs", run, "last.pth").is_file() else start(run)
+
+
+def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None] | None = None) -> int:
+    """Run a script's `main` in a child, after `prepare()`; what it prints is added to `log`. Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        sys.argv = ["script.py", *words]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
+        if prepare:
+            prepare()
+        code = run_script(script)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(pid: int) -> int:
+    """Return the exit code of a child, or the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(script: Script, *words: str, prepare: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Run a script's `main` in a child; returns its exit code and what it printed."""
+    log = Path("said.log")
+    log.write_text("")
+    log.chmod(0o666)
+    return wait(fork(script, list(words), log, prepare)), log.read_text()
+
+
+def finish(run: str) -> None:
+    """Train to the end, from wherever the run is."""
+    log = Path(f"{run}.log")
+    if wait(fork(train.main, start_or_resume(run), log)) != 0:
+        raise RuntimeError(f"{run} did not end well: {log.read_text()[-2000:]}")
+
+
+def wait_for(log: Path, text: str, seconds: float = 60) -> None:
+    began = time.monotonic()
+    while not log.is_file() or text not in log.read_text():
+        if time.monotonic() - began > seconds:
+            raise RuntimeError(f"{log} never said {text}: {log.read_text()[-2000:]}")
+        time.sleep(0.02)
+
+
+def refused(code: int, said: str) -> bool:
+    """Whether a script ended as it should when it cannot go on: exit code 2, the reason last, no traceback."""
+    lines = said.splitlines()
+    return (
+        code == 2 and [line for line in lines if line.startswith("error: ")] == lines[-1:] and "Traceback" not in said
+    )
+
+
+def differs(run: str, other: str = "whole") -> bool:
+    """Whether the two runs' file names, logs or checkpoints differ in a single bit; only their names may."""
+    one, two = (Path("runs", name) for name in (run, other))
+    if {path.name for path in one.iterdir()} != {path.name for path in two.iterdir()}:
+        return True
+    if (one / "loss_log.txt").read_bytes() != (two / "loss_log.txt").read_bytes():
+        return True
+    pairs = ([load_checkpoint(folder / file) for folder in (one, two)] for file in ("last.pth", "checkpoints.pth"))
+    return not all(same(first | {"config": 0}, second | {"config": 0}) for first, second in pairs)
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+def own_memory_and_files(pid: int) -> np.ndarray:
+    """Return the MB that a process has of its own, without the files that it maps, and how many files are open."""
+    return np.array([memory.own_memory(pid)[0] * 1000, len(os.listdir(f"/proc/{pid}/fd"))])

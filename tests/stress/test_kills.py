@@ -1,0 +1,119 @@
+"""Kill or stop training, resume it, and compare what it leaves with an undisturbed run, bit for bit."""
+
+import io
+import os
+import posix
+import random
+import re
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import train
+from stress.conftest import Tally
+from stress.runs import differs, finish, fork, start_or_resume, wait
+from utils import load_checkpoint
+
+KILLS_PER_RUN = 10
+FIRST_ACTS = 120  # about a fifth of those of a run, so that most runs are killed ten times
+ACTS = {"write", "flush", "fsync", "replace"}  # C functions of files
+ROOT = Path(train.__file__).parent
+pytestmark = pytest.mark.usefixtures("whole")
+
+
+def test_random_kills(tally: Tally) -> None:
+    """SIGKILL at a random moment, then --resume"""
+    disturb(tally, 100, partial(signal_at_random, sign=signal.SIGKILL, longest=seconds_of_an_epoch()))
+
+
+def test_kills_at_acts(tally: Tally) -> None:
+    """SIGKILL before or after the Nth write, flush, fsync or rename, then --resume"""
+    disturb(tally, 100, kill_at_act)
+    places = Counter(Path("places").read_text().splitlines())
+    tally.figures += "; while in " + ", ".join(f"{place} {count}" for place, count in places.most_common())
+
+
+def test_sigterm(tally: Tally) -> None:
+    """SIGTERM at a random moment, then --resume"""
+    disturb(tally, 50, partial(signal_at_random, sign=signal.SIGTERM, longest=seconds_of_an_epoch()))
+
+
+def test_ctrl_c(tally: Tally) -> None:
+    """Ctrl-C at a random moment, then --resume"""
+    disturb(tally, 50, partial(signal_at_random, sign=signal.SIGINT, longest=seconds_of_an_epoch()))
+
+
+def disturb(tally: Tally, number: int, strike: Callable[[str, random.Random], bool]) -> None:
+    """Strike training runs up to ten times each, then let them end and compare them with the undisturbed run.
+
+    `strike` starts or resumes a run and returns False when the run ended before it was struck.
+    """
+    runs, number = 0, 3 if tally.short else number
+    while tally.tried < number:
+        runs += 1
+        run, struck = f"run{runs}", 0
+        while struck < KILLS_PER_RUN and tally.tried < number and strike(run, random.Random(tally.tried)):
+            struck += 1
+            tally.tried += 1
+        finish(run)
+        tally.lost += differs(run)
+    tally.figures = f"{runs} runs compared bit for bit"
+
+
+def seconds_of_an_epoch() -> float:
+    """Return the seconds from a run's start until it is in its second epoch or so."""
+    began = time.monotonic()
+    finish("timed")
+    return (time.monotonic() - began) * 0.4
+
+
+def signal_at_random(run: str, rng: random.Random, sign: signal.Signals, longest: float) -> bool:
+    """Signal the run at a random moment; if it is asked to stop, it has to have saved every step that it logged."""
+    log = Path(f"{run}.log")
+    pid = fork(train.main, start_or_resume(run), log)
+    time.sleep(rng.uniform(0, longest))
+    os.kill(pid, sign)  # it is not reaped yet, so nobody else has its number
+    code, text = wait(pid), log.read_text()
+    if code not in (0, 130, -signal.SIGKILL, -signal.SIGTERM) or "Traceback" in text:
+        raise RuntimeError(f"{run} ended with {code}: {text[-2000:]}")
+    steps = re.findall(r"Epoch \[(\d+)/\d+\] Step \[(\d+)/(\d+)\]", text)
+    if steps and "stopped; go on" in text.rpartition("data: ")[2]:
+        epoch, batch, batches = map(int, steps[-1])
+        saved = load_checkpoint(f"runs/{run}/last.pth")["progress"]["step"]
+        if saved < (epoch - 1) * batches + batch:
+            raise RuntimeError(f"{run} was asked to stop and did not save: {saved}, {steps[-1]}")
+    return code != 0
+
+
+def kill_at_act(run: str, rng: random.Random) -> bool:
+    """Let the run kill itself before, or right after, one of its first acts on files; notes the module of the act."""
+    left, event_of_act = rng.randint(1, FIRST_ACTS), rng.choice(["c_call", "c_return"])
+
+    def watch(frame: FrameType, event: str, function: Any) -> None:
+        nonlocal left
+        left -= event == event_of_act and is_act(function)
+        if left == 0:
+            files = [Path(each.filename) for each in reversed(traceback.extract_stack(frame))]
+            place = next(path for path in files if path.is_relative_to(ROOT) and path.name != "utils.py")
+            with open("places", "a") as file:
+                file.write(f"{place.relative_to(ROOT).as_posix()}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = fork(train.main, start_or_resume(run), Path(f"{run}.log"), partial(sys.setprofile, watch))
+    return wait(pid) == -signal.SIGKILL
+
+
+def is_act(function: Any) -> bool:
+    """Whether a C function writes to a file, flushes or renames one; a buffer in memory is no file."""
+    own = getattr(function, "__self__", None)
+    of_file = isinstance(own, (io.BufferedWriter, io.BufferedRandom, io.TextIOWrapper, io.FileIO)) or own is posix
+    return getattr(function, "__name__", "") in ACTS and of_file
