@@ -90,7 +90,7 @@ def end_job() -> None:
 
 
 def join(backend: str) -> None:
-    """Meet the other processes, under a name of this start: on one machine torchrun keeps the addresses of dead ones."""
+    """Meet the other processes, under a name of this start: torchrun keeps the addresses of dead ones."""
     store, place, count = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

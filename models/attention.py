@@ -2,14 +2,12 @@
 
 from cli import UserError
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from config import DecoderConfig
 from models.decoder import Decoder, Memory, State, group_by_image
+from models.product_over_time import ProductOverTime
 
 
 class AttentionRNN(Decoder):
@@ -55,26 +53,23 @@ class AttentionRNN(Decoder):
         memory = self.prepare(features)
         keys, to_gates, to_output, _ = memory
         rows, row = group_by_image(tokens, image_index, len(features))  # (B K, T), (N,)
+        words = self.embedding(rows)  # (B K, T, E)
+        inputs = self.from_word(words)  # (B K, T, 5 H)
         h, c = (part.repeat_interleave(len(rows) // len(features), 0) for part in self.start(memory))  # (B K, H)
-        words, place = rows.T.unique(return_inverse=True)  # (W,), (T, B K): each word is read once
-        inputs = F.embedding(place, self.from_word(self.embedding(words)))  # (T, B K, 5 H)
-        read: list[torch.Tensor] = []  # the state that each word is read with (B K, H)
-        looked: list[torch.Tensor] = []  # the alphas that it is read with, times the gate (B, K, L)
-        inputs = OneGradient.apply(inputs, self.from_state.weight, to_gates, read, looked)
-        weight = self.from_state.weight.detach().to(inputs.dtype)  # once, which autocast would do for each word
-        hiddens, gates, alphas = [], [], []
-        for word in inputs.unbind():  # (B K, 5 H) each
-            read.append(h.detach())
-            h, c, gate, alpha = self.attend(word + F.linear(h, weight), h, c, keys, to_gates.detach())
-            looked.append((gate.view_as(alpha[:, :, :1]) * alpha).detach())
-            hiddens.append(h)
-            gates.append(gate)
+        from_state = ProductOverTime(self.from_state.weight.T.to(inputs.dtype))  # computes self.from_state(h)
+        from_regions = ProductOverTime(to_gates)  # computes gated @ to_gates
+        states, alphas, gated_alphas = [], [], []
+        for word in inputs.unbind(1):  # (B K, 5 H) each
+            query, gates = (word + from_state(h)).split(self.input_sizes, dim=1)  # (B K, H), (B K, 4 H)
+            alpha, gated = self.attend(query, h, keys)  # (B, K, L) each
+            h, c = lstm(gates + from_regions(gated).flatten(0, 1), c)  # (B K, H) each
+            states.append(h)
             alphas.append(alpha)
-        hidden, gate = torch.stack(hiddens, dim=1), torch.stack(gates, dim=1)  # (B K, T, H), (B K, T, 1)
-        alpha = torch.stack(alphas, dim=2)  # (B, K, T, L)
-        context = (alpha.flatten(1, 2) @ to_output).view(*hidden.shape[:2], -1)  # (B K, T, E)
-        hidden = self.deep_output(self.embedding(rows), hidden, gate * context)  # (B K, T, E)
-        return hidden[row], alpha.flatten(0, 1)[row].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
+            gated_alphas.append(gated)
+        hidden, gated = torch.stack(states, dim=1), torch.stack(gated_alphas, dim=2)  # (B K, T, H), (B, K, T, L)
+        context = (gated.flatten(1, 2) @ to_output).view_as(words)  # (B K, T, E)
+        alpha = torch.stack(alphas, dim=2).flatten(0, 1)  # (B K, T, L)
+        return self.deep_output(words, hidden, context)[row], alpha[row].unsqueeze(2)  # (N, T, E), (N, T, 1, L)
 
     def prepare(self, features: torch.Tensor) -> Memory:
         regions = self.project(features)  # (B, L, H)
@@ -91,57 +86,29 @@ class AttentionRNN(Decoder):
         h, c = state
         keys, to_gates, to_output, _ = memory
         words = self.embedding(token)  # (N, E)
-        h, c, gate, alpha = self.attend(self.from_word(words) + self.from_state(h), h, c, keys, to_gates)
-        context = gate * (alpha @ to_output).flatten(0, 1)  # (N, E)
+        query, gates = (self.from_word(words) + self.from_state(h)).split(self.input_sizes, dim=1)  # (N, H), (N, 4 H)
+        alpha, gated = self.attend(query, h, keys)  # (B, K, L) each
+        h, c = lstm(gates + (gated @ to_gates).flatten(0, 1), c)  # (N, H) each
+        context = (gated @ to_output).flatten(0, 1)  # (N, E)
         return self.output(self.deep_output(words, h, context)), (h, c), alpha.flatten(0, 1).unsqueeze(1)
 
-    def attend(
-        self, inputs: torch.Tensor, h: torch.Tensor, c: torch.Tensor, keys: torch.Tensor, to_gates: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Attend to the regions, then read a word.
+    def attend(self, query: torch.Tensor, h: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the attention weights alpha, of sum 1, and beta alpha, as far as the gate beta is open (B, K, L).
 
         Args:
-            inputs: the word's and the state's share of query and gates (N, 5 H).
-            h, c: the state before the word (N, H).
-            keys: (B, H, L); to_gates: each region's share of the LSTM's gates (B, L, 4 H).
-
-        Returns h and c (N, H), the gate on the context (N, 1), and the attention weights alpha (B, K, L).
+            query: (N, H); h: the LSTM's state before the word (N, H); keys: (B, H, L).
         """
-        query, lstm_gates = inputs.split(self.input_sizes, dim=1)
         alpha = (query.unflatten(0, (len(keys), -1)) @ keys).softmax(2)  # (B, K, L)
-        gate = self.gate(h).sigmoid()  # (N, 1)
-        i, f, g, o = torch.addcmul(lstm_gates, gate, (alpha @ to_gates).flatten(0, 1)).chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c, gate, alpha
+        beta = self.gate(h).sigmoid().unflatten(0, (len(keys), -1))  # (B, K, 1)
+        return alpha, beta * alpha
 
     def deep_output(self, words: torch.Tensor, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Return the input of `output` (..., E), from the last word, the LSTM's state and the context (equation 7)."""
         return self.dropout(words + self.from_hidden(hidden) + context)
 
 
-class OneGradient(torch.autograd.Function):
-    """Identity on `sums` (T, B K, 5 H), whose backward also gives the gradients of what is to be added to them.
-
-    That is, for each word, read[t] @ weight.T, and looked[t] @ to_gates to the part of the LSTM. Backpropagation
-    through time would add up T small products, and read and write the whole gradient for each.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        sums: torch.Tensor,
-        weight: torch.Tensor,
-        to_gates: torch.Tensor,
-        read: list[torch.Tensor],
-        looked: list[torch.Tensor],
-    ) -> torch.Tensor:
-        ctx.gates, ctx.read, ctx.looked = to_gates.shape[2], read, looked
-        return sums.view_as(sums)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        to_weight = grad.flatten(0, 1).T @ torch.cat(ctx.read).to(grad.dtype)  # (5 H, H)
-        looked = torch.cat(ctx.looked, dim=1).to(grad.dtype)  # (B, T K, L)
-        to_lstm = grad[:, :, -ctx.gates :].unflatten(1, (len(looked), -1))  # (T, B, K, 4 H)
-        to_regions = looked.transpose(1, 2) @ to_lstm.transpose(0, 1).flatten(1, 2)  # (B, L, 4 H)
-        return grad, to_weight, to_regions, None, None
+def lstm(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next h and c (N, H) of an LSTM, of the sums of its gates' inputs (N, 4 H) and the last c (N, H)."""
+    i, f, g, o = gates.chunk(4, dim=1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
