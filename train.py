@@ -175,7 +175,8 @@ def validate(
 
 def reads_whole_images(model: CaptionModel) -> bool:
     """Whether captions of a picture share a batch, so that its regions, or its pixels, are read once for all."""
-    return model.decoder.spatial or not model.config.encoder.frozen or model.config.train.loss == "self_critical"
+    loss = LOSSES[model.config.train.loss]
+    return loss.by_image or model.decoder.spatial or not model.config.encoder.frozen
 
 
 def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -> None:
