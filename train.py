@@ -6,9 +6,10 @@ python train.py --resume                            go on with the newest run, d
 torchrun --nproc_per_node=8 train.py                several processes work as one
 """
 
-from cli import Parser, run_script
+from cli import Parser, UserError, run_script
 
 import argparse
+import contextlib
 import math
 import sys
 from functools import partial
@@ -184,7 +185,8 @@ def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -
     best, path = load_checkpoint(run.best), run.best.with_name(consensus.FILE)
     if best["config"] != run.config.model_dump():
         distributed.on_first_rank(save_checkpoint, run.best, best | {"config": run.config.model_dump()})
-    if path.is_file():
+    with contextlib.suppress(UserError):  # it is missing or damaged
+        consensus.Consensus.load(path, model.encoder.feature_shape[-1], len(model.vocab))
         return
     if best["backbone"] is not None:
         model.encoder.backbone.load_state_dict(best["backbone"])

@@ -24,7 +24,7 @@ from config import flatten, read_yaml
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
-CHECKPOINT_FORMAT = "image-captioning/2"
+CHECKPOINT_FORMAT, OLDER_FORMAT = "image-captioning/2", "image-captioning/1"
 # What torch and zipfile raise for damaged files.
 DAMAGED = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
@@ -99,7 +99,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file written by `save_checkpoint`, tensors on the CPU; nothing in it is executed (`weights_only`).
 
-    Raises UserError for a file that is missing, cut short, or something else.
+    Raises UserError for a file that is missing, cut short, of an older version, or something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,7 +109,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_whole(path) else None
     except DAMAGED:
         raise UserError(damaged) from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if found == OLDER_FORMAT:
+        raise UserError(
+            f"{path} was written by an older version of this project (its format is {found}, that of today "
+            f"{CHECKPOINT_FORMAT}); train it again, or use that version"
+        )
+    if found != CHECKPOINT_FORMAT:
         raise UserError(damaged)
     return checkpoint
 

@@ -238,8 +238,8 @@ class FeatureCache:
     def fill(self, *sources: Source, note: str = "") -> list[Features]:
         """Return the features of each source's pictures, after encoding what is missing.
 
-        Several processes share the work. Raises UserError for a picture that cannot be read, and for a disk that cannot
-        take the rows.
+        Several processes share the work. Raises UserError for a picture that cannot be read or that changes meanwhile,
+        and for a disk that cannot take the rows.
         """
         found = [self.look_up(source) for source in sources]
         if distributed.any_of(any(missing for _, missing in found)):
@@ -254,6 +254,9 @@ class FeatureCache:
                     "data.cache=FOLDER"
                 ) from None
             found = [self.look_up(source) for source in sources]
+        for source, (_, missing) in zip(sources, found, strict=True):
+            if missing:
+                raise UserError(f"{source.names[missing[0]]} has changed while it was encoded; start again")
         return [features for features, _ in found]
 
     def look_up(self, source: Source) -> tuple[Features, list[int]]:
@@ -290,24 +293,26 @@ class FeatureCache:
 
     def encode_missing(self, sources: Sequence[Source], note: str) -> None:
         """Encode what is missing into new files, each process its share of them; only one job does so at a time."""
-        chunks: list[tuple[Source, list[int], Path]] = []
+        chunks: list[tuple[Source, list[int], list[Stamp], Path]] = []
         for source in sources:
+            stamps = source.stamps()  # before any picture is opened: one that changes meanwhile is found out
             _, missing = self.look_up(source)
             folder = self.place / source.key
-            taken = [int(path.stem) for path in folder.glob("*.npy") if path.stem.isdecimal()]
+            taken = [int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()]  # rows or manifest
             parts = [missing[i : i + self.rows_per_file] for i in range(0, len(missing), self.rows_per_file)]
             chunks += [
-                (source, part, folder / f"{number:05}.npy")
+                (source, part, [stamps[i] for i in part], folder / f"{number:05}.npy")
                 for number, part in enumerate(parts, start=max(taken, default=-1) + 1)
             ]
-        distributed.wait()  # until all processes have looked, before any writes
-        mine, total, done = distributed.share(chunks), sum(len(part) for _, part, _ in chunks), 0
+        if not distributed.any_of(bool(chunks)):  # once all processes have looked, before any writes
+            return  # another job has encoded them meanwhile
+        mine, total, done = distributed.share(chunks), sum(len(part) for _, part, _, _ in chunks), 0
         print(f"encoding {total:,} pictures{note}, once, into {self.place}/")
         extractor = Extractor(self.encoder, self.transform, self.precision, self.device)
-        own = sum(len(part) for _, part, _ in mine)
+        own = sum(len(part) for _, part, _, _ in mine)
         with tqdm(total=own, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
-            for source, part, path in mine:
-                for rows in self.write(path, source, part, extractor):
+            for source, part, part_stamps, path in mine:
+                for rows in self.write(path, source, part, part_stamps, extractor):
                     bar.update(rows)
                     done += rows
                     if bar.disable and (done % SAVE_EVERY < rows or done == own):
@@ -315,15 +320,16 @@ class FeatureCache:
         distributed.wait()
         distributed.on_first_rank(self.remove_superseded, [self.place / source.key for source in sources])
 
-    def write(self, path: Path, source: Source, numbers: list[int], extractor: Extractor) -> Iterator[int]:
-        """Encode these pictures of a source into a new file; yields how many rows were added.
+    def write(
+        self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp], extractor: Extractor
+    ) -> Iterator[int]:
+        """Encode these pictures of a source, which have these stamps, into a new file; yields how many rows were added.
 
         Rows count once the manifest says so. They are plain writes, not stores to a map, so that a full disk is an
         error.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        stamps = source.stamps()
-        manifest: dict[str, Any] = {"pictures": [stamps[number] for number in numbers], "rows_done": 0}
+        manifest: dict[str, Any] = {"pictures": stamps, "rows_done": 0}
         shape = (len(numbers), *self.encoder.feature_shape)
         begin = np.lib.format.open_memmap(path, "w+", np.float16, shape).offset
         done = 0
@@ -348,7 +354,8 @@ class FeatureCache:
                 manifest, _ = self.open(path.with_suffix(".json"))
                 names = [stamp[0] for stamp in manifest["pictures"][: manifest["rows_done"]]] if manifest else []
                 latest |= dict.fromkeys(names, path)
-            for path in set(folder.glob("*.npy")) - set(latest.values()):
+            every = {path.with_suffix(".npy") for path in folder.glob("*.*") if path.stem.isdecimal()}
+            for path in every - set(latest.values()):
                 with contextlib.suppress(OSError):  # Windows deletes no file that is mapped
-                    path.unlink()
+                    path.unlink(missing_ok=True)
                     path.with_suffix(".json").unlink(missing_ok=True)

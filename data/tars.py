@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -232,11 +232,22 @@ def samples(path: Path) -> Iterator[dict[str, Any]]:
     last = "its start"
     try:
         with open(path, "rb") as stream:
+            if is_cut_short(stream):  # tarfile says so only where it is cut within a picture or a JSON
+                raise UserError(f"{path} is cut short: the mark at its end is missing; take a whole copy of it")
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
                 last = sample["__key__"]
                 yield sample
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path} is damaged after {last} ({error.args[0]}); take a whole copy of it") from None
+
+
+def is_cut_short(tar: BinaryIO) -> bool:
+    """Whether a tar lacks the zeros that end it; a compressed one is not judged. Leaves `tar` at its start."""
+    first = tar.read(tarfile.BLOCKSIZE)
+    tar.seek(max(0, tar.seek(0, os.SEEK_END) - tarfile.BLOCKSIZE))
+    last = tar.read()
+    tar.seek(0)
+    return first[257:262] == b"ustar" and bool(last.strip(b"\0"))
 
 
 def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str | int]:

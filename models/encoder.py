@@ -70,9 +70,7 @@ class EncoderCNN(nn.Module):
         try:
             with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch.fx would print a traceback
                 self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
-        except (
-            RuntimeError
-        ):  # nothing is left of the picture before the last stage, or MaxViT finds no whole windows in it
+        except RuntimeError:  # nothing is left of it before the last stage, or it does not divide into MaxViT's windows
             raise UserError(
                 f"encoder.image_size = {size} does not suit {config.name}; "
                 "take a larger one, or null for that of its weights"

@@ -1,11 +1,12 @@
-"""What many tests share: a tiny dataset in Flickr8k's own form, a model to match, and how a refusal should read."""
+"""What many tests share: a tiny dataset in Flickr8k's own form, a model of it, how scripts run and how they refuse."""
 
-from cli import UserError
+from cli import UserError, run_script
 
 import csv
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -15,7 +16,11 @@ import torch
 
 from config import Config, load_config
 from data import sample
-from data.vocab import build_vocab
+from data.dataset import Flickr8kDataset
+from data.features import Features
+from data.tokens import tokenise
+from data.transforms import Transform
+from data.vocab import Vocabulary, build_vocab
 from models.model import CaptionModel
 
 pytest_plugins = ["evaluation"]
@@ -66,9 +71,31 @@ def tiny_config() -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> CaptionModel:
-    """An untrained model of the smallest sizes, in eval mode; to look at, not to change."""
+    """An untrained model of the smallest sizes, in eval mode; to read, not to change."""
     captions = [caption for scene in SCENES for caption in sample.describe(scene)]
     return CaptionModel.build(load_tiny_config(), build_vocab(captions, min_count=1)).eval()
+
+
+def make_dataset(
+    captions: Sequence[tuple[str, str]], vocab: Vocabulary, features: torch.Tensor | None = None
+) -> Flickr8kDataset:
+    """Return the dataset of these (picture, caption) pairs; `features` are those of its pictures, in their order."""
+    images = list(dict.fromkeys(image for image, _ in captions))
+    image_of = np.array([images.index(image) for image, _ in captions])
+    tokens = tokenise([caption for _, caption in captions], vocab.language).numericalize(vocab)
+    known = None if features is None else Features([features.half()], images)
+    return Flickr8kDataset(images, image_of, tokens, vocab, Path(), Transform(32), known)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`call(train.main, "run=a")` runs a script's `main` with these words on its command line: its exit code."""
+
+    def command(main: Callable[[], int | None], *words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+        return run_script(main)
+
+    return command
 
 
 @pytest.fixture(scope="session")

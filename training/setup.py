@@ -11,14 +11,14 @@ import torch
 
 from captioning import encode_dataset, feature_cache
 from config import Config, pick
-from data import annotations, tars
+from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset
 from data.features import Features, concatenate
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
 from data.transforms import WHOLE, View, check_augmentations, other_views
-from data.vocab import build_vocab
+from data.vocab import TOKENISERS, build_vocab
 from models.checkpoint import model_from_start, model_from_state
 from models.encoder import transform_for
 from models.model import CaptionModel, decoder_class_of
@@ -77,6 +77,8 @@ def check_config(config: Config) -> None:
     """Raise UserError, before any data is read, for what this config cannot be trained with."""
     decoder_class_of(config)
     pick(LOSSES, config.train.loss, "train.loss")
+    pick({"auto": None, **formats.READERS}, config.data.format, "data.format")
+    pick(TOKENISERS, config.data.language, "data.language")
     transform_for(config.encoder)
     check_augmentations(config.train.augment)
     if config.train.loss == "self_critical" and not config.train.start:

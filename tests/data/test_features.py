@@ -1,89 +1,88 @@
-"""The feature cache: each picture is encoded once, and rows of doubtful origin are never used."""
+"""The feature cache: each picture is encoded once, a change costs that picture alone, and no doubtful row is used."""
 
 from cli import UserError, run_script
 
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache as memoise
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from captioning import feature_cache
 from data import features
-from data.features import Extractor, FeatureCache, Shard
+from data.features import Extractor, FeatureCache, Files, encode_files
 from data.transforms import View, open_picture
-from data.vocab import build_vocab
+from models.checkpoint import model_state
+from models.encoder import EncoderCNN
 from models.model import CaptionModel
 from utils import save_checkpoint
 
 ROOT = Path(features.__file__).parents[1]
-CPU = torch.device("cpu")
+FOLDER = Path("archive/images")
 NAMES = [f"{number:02}.jpg" for number in range(12)]
+ALL = Files(NAMES, FOLDER)
+for_inference = memoise(EncoderCNN.for_inference)
 
 
 @pytest.fixture
-def cache(archive: Path, tiny_model: CaptionModel) -> FeatureCache:
-    return FeatureCache(tiny_model, NAMES, archive / "images", CPU)
+def cache(archive: Path, tiny_model: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> FeatureCache:
+    monkeypatch.setattr(EncoderCNN, "for_inference", for_inference)  # made once for all tests, which takes its time
+    return feature_cache(tiny_model)
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of pictures encoded since, two at a time; the manifest is written after every four."""
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures opened since. Two are encoded at a time, and counted as done after every four."""
     monkeypatch.setattr(features, "BATCH", {"cpu": 2})
     monkeypatch.setattr(features, "SAVE_EVERY", 4)
-    encode, counts = Extractor.__call__, []
+    names: list[str] = []
 
-    def count_and_encode(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
-        counts.append(len(pixels))
-        return encode(self, pixels)
+    def note_and_open(path: Path) -> Image.Image:
+        names.append(path.name)
+        return open_picture(path)
 
-    monkeypatch.setattr(Extractor, "__call__", count_and_encode)
-    return counts
+    monkeypatch.setattr(features, "open_picture", note_and_open)
+    return names
 
 
-def direct(model: CaptionModel, folder: Path, names: list[str]) -> torch.Tensor:
+def assert_direct(rows: torch.Tensor, model: CaptionModel, names: list[str] = NAMES) -> None:
+    """These are the features (B, D) that the encoder itself makes of these pictures."""
     with torch.inference_mode():
-        return model.encoder(torch.stack([model.transform(open_picture(folder / name)) for name in names]))
+        own = model.encoder(torch.stack([model.transform(open_picture(FOLDER / name)) for name in names]))
+    torch.testing.assert_close(rows.float(), own, rtol=2e-3, atol=2e-3)
 
 
-def test_rows_equal_direct_encoding(cache: FeatureCache, tiny_model: CaptionModel) -> None:
-    rows = cache.fill().take(NAMES)
-    assert (rows.shape, rows.dtype) == ((12, 512), torch.float16)
-    torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+def files(cache: FeatureCache) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (cache.place / ALL.key).iterdir()}
 
 
-def test_rows_are_taken_by_name(cache: FeatureCache) -> None:
-    filled = cache.fill()
-    assert torch.equal(filled.take(["07.jpg", "02.jpg"]), filled.take(NAMES)[[7, 2]])
-    assert len(filled.take(NAMES).unique(dim=0)) == 12
+def replace_picture(name: str) -> None:
+    """Change a picture and its size in bytes, but not its time."""
+    before = (FOLDER / name).stat().st_mtime_ns
+    Image.new("RGB", (64, 64), "red").save(FOLDER / name)
+    os.utime(FOLDER / name, ns=(before, before))
 
 
-def test_a_second_use_encodes_nothing(cache: FeatureCache, encoded: list[int]) -> None:
-    first = cache.fill().take(NAMES)
-    assert sum(encoded) == 12
-    again = FeatureCache(cache.model, NAMES, cache.folder, CPU).fill().take(NAMES)
-    assert sum(encoded) == 12
-    assert torch.equal(first, again)
+def touch_picture(name: str) -> None:
+    os.utime(FOLDER / name, (1000, 1000))
 
 
-def test_nothing_is_found_until_every_row_is_there(cache: FeatureCache, encoded: list[int]) -> None:
-    assert cache.find() is None
-    interrupt_after(3, cache)
-    assert cache.find() is None
-    cache.fill()
-    found = cache.find()
-    assert found is not None
-    assert len(found.take(NAMES)) == 12
-
-
-def interrupt_after(batches: int, cache: FeatureCache) -> None:
+def stop_after(batches: int, cache: FeatureCache) -> None:
+    """Press Ctrl-C when so many batches are encoded."""
     encode, calls = Extractor.__call__, []
 
     def encode_or_stop(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
@@ -94,25 +93,88 @@ def interrupt_after(batches: int, cache: FeatureCache) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on with encoding"):
         patch.setattr(Extractor, "__call__", encode_or_stop)
-        cache.fill()
+        cache.fill(ALL)
 
 
-@pytest.mark.parametrize(("batches", "rows_kept"), [(0, 0), (1, 0), (3, 4), (5, 8)])
-def test_encoding_goes_on_where_it_was_interrupted(
-    batches: int, rows_kept: int, cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel
+def test_rows_are_what_the_encoder_makes_of_each_picture(cache: FeatureCache, tiny_model: CaptionModel) -> None:
+    [filled] = cache.fill(ALL)
+    rows = filled.take(NAMES)
+    assert (rows.shape, rows.dtype, len(rows.unique(dim=0))) == ((12, 512), torch.float16, 12)
+    assert_direct(rows, tiny_model)
+    assert torch.equal(filled.take(["07.jpg", "02.jpg"]), rows[[7, 2]])
+    assert torch.equal(filled.take(filled.index(["07.jpg", "02.jpg"])), rows[[7, 2]])
+
+
+def test_a_second_use_opens_no_picture(cache: FeatureCache, opened: list[str], tiny_model: CaptionModel) -> None:
+    assert cache.find(ALL) is None
+    [first] = cache.fill(ALL)
+    assert sorted(opened) == NAMES
+    opened.clear()
+    again = feature_cache(tiny_model)
+    [second], found = again.fill(ALL), again.find(ALL)
+    assert (
+        found
+        and torch.equal(first.take(NAMES), second.take(NAMES))
+        and torch.equal(found.take(NAMES), second.take(NAMES))
+    )
+    assert opened == []
+
+
+@pytest.mark.parametrize("rows_per_file", [2000, 5])
+@pytest.mark.parametrize("what", ["added", "removed", replace_picture, touch_picture])
+def test_a_change_costs_that_picture_alone(
+    what: str | Callable, rows_per_file: int, cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
 ) -> None:
-    interrupt_after(batches, cache)
-    encoded.clear()
-    rows = cache.fill().take(NAMES)
-    assert sum(encoded) == 12 - rows_kept
-    torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+    cache.rows_per_file = rows_per_file
+    others = [name for name in NAMES if name != "05.jpg"]
+    before, after = (others, NAMES) if what == "added" else (NAMES, others if what == "removed" else NAMES)
+    [old] = cache.fill(Files(before, FOLDER))
+    kept, rows = files(cache), old.take(others)
+    assert len(old.files) == -(-len(before) // rows_per_file)
+    opened.clear()
+    if callable(what):
+        what("05.jpg")
+        assert cache.find(ALL) is None
+    [new] = cache.fill(Files(after, FOLDER))
+    assert opened == ([] if what == "removed" else ["05.jpg"])
+    assert torch.equal(new.take(others), rows)
+    assert_direct(new.take(np.arange(len(after))), tiny_model, after)  # in the order of the names
+    assert files(cache).items() >= kept.items()  # no file is written again
+
+
+def test_what_a_training_reads_stays_while_another_fills_the_cache(
+    cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
+) -> None:
+    [mapped] = cache.fill(ALL)
+    found = cache.find(ALL)
+    assert found  # through another map: of the first one, nothing is in memory yet
+    expected, old = found.take(NAMES), files(cache)
+    for name in NAMES:
+        replace_picture(name)
+    [changed] = cache.fill(ALL)
+    assert_direct(changed.take(NAMES), tiny_model)
+    assert torch.equal(mapped.take(NAMES), expected)
+    if os.name == "posix":  # Windows deletes no file that is mapped
+        assert files(cache).keys() == {"00001.npy", "00001.json"} and not files(cache).keys() & old.keys()
+
+
+@pytest.mark.parametrize(("batches", "kept"), [(0, 0), (1, 0), (3, 4), (5, 8)])
+def test_encoding_goes_on_where_it_was_interrupted(
+    batches: int, kept: int, cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
+) -> None:
+    stop_after(batches, cache)
+    assert cache.find(ALL) is None
+    opened.clear()
+    [filled] = cache.fill(ALL)
+    assert sorted(opened) == NAMES[kept:]
+    assert_direct(filled.take(NAMES), tiny_model)
 
 
 KILLED = """
-import os, signal, torch
+import os, signal
 from pathlib import Path
+from captioning import Captioner, encode_dataset
 from data import features
-from models.model import CaptionModel
 
 features.BATCH, features.SAVE_EVERY = {"cpu": 2}, 4
 encode, calls = features.Extractor.__call__, []
@@ -125,186 +187,183 @@ def encode_or_die(self, pixels):
 
 features.Extractor.__call__ = encode_or_die
 folder = Path("archive", "images")
-names = sorted(path.name for path in folder.iterdir())
-model = CaptionModel.from_checkpoint("model.pth")
-features.FeatureCache(model, names, folder, torch.device("cpu")).fill()
+encode_dataset(Captioner.load("model.pth").model, [path.name for path in folder.iterdir()], folder)
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL does not exist here")
-def test_encoding_goes_on_after_a_kill(cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel) -> None:
-    save_checkpoint(Path("model.pth"), tiny_model.state())
+def test_encoding_goes_on_after_a_kill(cache: FeatureCache, opened: list[str], tiny_model: CaptionModel) -> None:
+    save_checkpoint(Path("model.pth"), model_state(tiny_model))
     killed = subprocess.run([sys.executable, "-c", KILLED], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
-    rows = cache.fill().take(NAMES)
-    assert sum(encoded) == 12 - 4
-    torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+    [filled] = cache.fill(ALL)
+    assert sorted(opened) == NAMES[4:]
+    assert_direct(filled.take(NAMES), tiny_model)
 
 
-def replace_picture(cache: FeatureCache) -> None:
-    Image.new("RGB", (64, 64), "red").save(cache.folder / "05.jpg")
-
-
-def touch_picture(cache: FeatureCache) -> None:
-    os.utime(cache.folder / "05.jpg", (1000, 1000))
-
-
-@pytest.mark.parametrize("change", [replace_picture, touch_picture])
-def test_a_changed_picture_is_encoded_again(
-    change: Callable, cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel
+def test_of_two_jobs_the_second_waits_and_encodes_nothing(
+    cache: FeatureCache, opened: list[str], tiny_model: CaptionModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache.fill()
-    encoded.clear()
-    change(cache)
-    assert cache.find() is None
-    rows = cache.fill().take(NAMES)
-    assert 0 < sum(encoded) <= 12 - 5
-    torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+    begun, go_on, encode = Event(), Event(), Extractor.__call__
+
+    def encode_when_told(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
+        begun.set()
+        assert go_on.wait(60)
+        return encode(self, pixels)
+
+    said = ""
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "__call__", encode_when_told)
+        jobs = [pool.submit(cache.fill, ALL)]
+        assert begun.wait(60)
+        jobs.append(pool.submit(feature_cache(tiny_model).fill, ALL))
+        while "another process encodes into cache/resnet18-" not in said and not jobs[1].done():
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+        go_on.set()
+        rows = [job.result()[0].take(NAMES) for job in jobs]
+    said += capsys.readouterr().out
+    assert "waiting for its end" in said and said.count("encoding 12 pictures") == said.count("encoding") == 1
+    assert sorted(opened) == NAMES and torch.equal(*rows)
 
 
-def test_another_encoder_has_its_own_rows(cache: FeatureCache, encoded: list[int], tiny_config: Callable) -> None:
-    cache.fill()
-    other = CaptionModel.build(tiny_config("train.seed=1"), build_vocab(["a"], 1))
-    assert FeatureCache(other, NAMES, cache.folder, CPU).find() is None
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "00000.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_where_the_weights_lie_does_not_matter(
-    cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache.fill()
-    moved = tiny_model.encoder.identity | {"source": "/another/venv/resnet18.pth"}
-    monkeypatch.setattr(tiny_model.encoder, "identity", moved)
-    assert FeatureCache(tiny_model, NAMES, cache.folder, CPU).find() is not None
-
-
-def test_mirror_images_have_their_own_rows(
-    cache: FeatureCache,
-    tiny_config: Callable,
-    tiny_model: CaptionModel,
-    encoded: list[int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    cache.fill()
-    monkeypatch.setattr(tiny_model, "config", tiny_config("train.mirror=true", "train.corners=1"))
-    mirrored = FeatureCache(tiny_model, NAMES, cache.folder, CPU, View(mirrored=True)).fill().take(NAMES)
-    assert sum(encoded) == 24
-    assert "encoding 12 pictures, view 2 of 3, once" in capsys.readouterr().out
-    for name in NAMES:
-        ImageOps.mirror(open_picture(cache.folder / name)).save(cache.folder / name, lossless=True, format="WEBP")
-    torch.testing.assert_close(mirrored.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
-
-
-def test_other_pictures_have_their_own_rows(cache: FeatureCache) -> None:
-    cache.fill()
-    assert FeatureCache(cache.model, NAMES[:5], cache.folder, CPU).find() is None
-    assert FeatureCache(cache.model, NAMES[::-1], cache.folder, CPU).find() is None
-
-
-def edit_manifest(shard: Shard, key: str, value: object) -> None:
-    path = shard.place / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-
-
-DAMAGES: dict[str, Callable[[Shard], object]] = {
-    "rows cut short": lambda shard: os.truncate(shard.place / "features.npy", 5000),
-    "rows empty": lambda shard: (shard.place / "features.npy").write_bytes(b""),
-    "rows lost": lambda shard: (shard.place / "features.npy").unlink(),
-    "rows of another shape": lambda shard: np.save(shard.place / "features.npy", np.zeros((12, 5), np.float16)),
-    "rows of another type": lambda shard: np.save(shard.place / "features.npy", np.zeros((12, 512), np.float32)),
-    "manifest cut short": lambda shard: os.truncate(shard.place / "manifest.json", 100),
-    "manifest empty": lambda shard: (shard.place / "manifest.json").write_text(""),
-    "manifest lost": lambda shard: (shard.place / "manifest.json").unlink(),
-    "manifest a list": lambda shard: (shard.place / "manifest.json").write_text("[1]"),
-    "manifest not text": lambda shard: (shard.place / "manifest.json").write_bytes(b"\xff\x00"),
-    "another identity": lambda shard: edit_manifest(shard, "identity", {}),
-    "pictures lost": lambda shard: edit_manifest(shard, "pictures", []),
-    "rows_done a word": lambda shard: edit_manifest(shard, "rows_done", "all"),
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "rows cut short": lambda folder: os.truncate(folder / "00000.npy", 5000),
+    "rows empty": lambda folder: (folder / "00000.npy").write_bytes(b""),
+    "rows lost": lambda folder: (folder / "00000.npy").unlink(),
+    "rows of another shape": lambda folder: np.save(folder / "00000.npy", np.zeros((12, 5), np.float16)),
+    "rows of another type": lambda folder: np.save(folder / "00000.npy", np.zeros((12, 512), np.float32)),
+    "rows of fewer pictures": lambda folder: np.save(folder / "00000.npy", np.zeros((11, 512), np.float16)),
+    "manifest cut short": lambda folder: os.truncate(folder / "00000.json", 100),
+    "manifest empty": lambda folder: (folder / "00000.json").write_text(""),
+    "manifest lost": lambda folder: (folder / "00000.json").unlink(),
+    "manifest a list": lambda folder: (folder / "00000.json").write_text("[1]"),
+    "manifest not text": lambda folder: (folder / "00000.json").write_bytes(b"\xff\x00"),
+    "pictures lost": lambda folder: edit_manifest(folder, pictures=[]),
+    "pictures of another kind": lambda folder: edit_manifest(folder, pictures=NAMES),
+    "rows_done a word": lambda folder: edit_manifest(folder, rows_done="all"),
+    "rows_done too many": lambda folder: edit_manifest(folder, rows_done=13),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_is_encoded_again(
-    damage: str, cache: FeatureCache, encoded: list[int], tiny_model: CaptionModel
+def test_what_is_damaged_is_encoded_again_and_never_counted(
+    damage: str, cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
 ) -> None:
-    cache.fill()
-    encoded.clear()
-    DAMAGES[damage](cache.shards[0])
-    assert cache.find() is None
-    rows = cache.fill().take(NAMES)
-    assert sum(encoded) == 12
-    torch.testing.assert_close(rows.float(), direct(tiny_model, cache.folder, NAMES), rtol=2e-3, atol=2e-3)
+    cache.fill(ALL)
+    DAMAGES[damage](cache.place / ALL.key)
+    assert cache.find(ALL) is None
+    stop_after(1, cache)
+    assert cache.look_up(ALL)[1] == list(range(12))  # nor what is left of it beside the new rows
+    opened.clear()
+    [filled] = cache.fill(ALL)
+    assert sorted(opened) == NAMES
+    assert_direct(filled.take(NAMES), tiny_model)
+    assert len(files(cache)) == 2 or os.name != "posix"
 
 
-@pytest.fixture
-def in_shards(archive: Path, tiny_model: CaptionModel, tiny_config: Callable) -> FeatureCache:
-    """The same pictures in shards of five."""
-    model = copy.copy(tiny_model)
-    model.config = tiny_config("data.shard_rows=5")
-    return FeatureCache(model, NAMES, archive / "images", CPU)
+def test_another_encoder_transform_precision_view_or_folder_has_rows_of_its_own(
+    cache: FeatureCache, tiny_model: CaptionModel
+) -> None:
+    cache.fill(ALL)
+    spatial, other = copy.copy(tiny_model.encoder), copy.copy(tiny_model.encoder)
+    spatial.spatial = True
+    other.identity = other.identity | {"sha256": "0" * 64}
+    given = {name: getattr(cache, name) for name in ("encoder", "transform", "precision", "device", "rows_per_file")}
+    for change in (
+        {"encoder": spatial},
+        {"encoder": other},
+        {"transform": replace(tiny_model.transform, interpolation="bicubic")},
+        {"precision": torch.bfloat16},
+        {"view": View(corner=1)},
+    ):
+        assert FeatureCache(Path("cache"), **given | change).find(ALL) is None
+    shutil.copytree(FOLDER, "copies")
+    assert cache.find(Files(NAMES, Path("copies"))) is None
+    moved = copy.copy(tiny_model.encoder)
+    moved.identity = moved.identity | {"source": "/another/venv/resnet18.pth"}  # where weights lie does not matter
+    assert FeatureCache(Path("cache"), **given | {"encoder": moved, "rows_per_file": 7}).find(ALL)
 
 
-def test_shards_hold_what_one_file_does(in_shards: FeatureCache, tiny_model: CaptionModel) -> None:
-    rows = in_shards.fill()
-    assert [len(shard.open()) for shard in in_shards.shards] == [5, 5, 2]
-    mixed = NAMES[::-3] + NAMES[:3]
-    torch.testing.assert_close(
-        rows.take(mixed).float(), direct(tiny_model, in_shards.folder, mixed), rtol=2e-3, atol=2e-3
-    )
+def test_mirror_images_are_encoded_mirrored(
+    archive: Path, tiny_model: CaptionModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [mirrored] = feature_cache(tiny_model, View(mirrored=True)).fill(ALL, note=", view 2 of 3")
+    assert "encoding 12 pictures, view 2 of 3, once, into cache/resnet18-" in capsys.readouterr().out
+    for name in NAMES:
+        ImageOps.mirror(open_picture(FOLDER / name)).save(FOLDER / name, lossless=True, format="WEBP")
+    assert_direct(mirrored.take(NAMES), tiny_model)
 
 
-def test_a_change_costs_its_own_shard_alone(in_shards: FeatureCache, encoded: list[int]) -> None:
-    in_shards.fill()
-    encoded.clear()
-    DAMAGES["rows lost"](in_shards.shards[1])
-    assert in_shards.find() is None
-    in_shards.fill()
-    assert sum(encoded) == 5
+def test_a_broken_or_missing_picture_is_named(cache: FeatureCache, tiny_model: CaptionModel, refused: Callable) -> None:
+    (FOLDER / "06.jpg").write_bytes((FOLDER / "06.jpg").read_bytes()[:500])
+    extractor = Extractor(tiny_model.encoder, tiny_model.transform, torch.float32, torch.device("cpu"))
+    for fill in (lambda: cache.fill(ALL), lambda: encode_files(extractor, NAMES, FOLDER)):
+        with refused("archive/images/06.jpg", "replace it"):
+            fill()
+    [*_, last] = [item for batch in extractor.encode(ALL.openers(range(5, 8))) for item in batch]
+    assert isinstance(last, torch.Tensor)  # those beside it are encoded all the same
+    (FOLDER / "06.jpg").unlink()
+    with refused("archive/images/06.jpg", "put it back"):
+        cache.fill(ALL)
 
 
-def test_a_broken_picture_is_named(cache: FeatureCache, encoded: list[int], refused: Callable) -> None:
-    (cache.folder / "06.jpg").write_bytes((cache.folder / "06.jpg").read_bytes()[:500])
-    with refused("06.jpg"):
-        cache.fill()
+def test_a_picture_that_changes_while_it_is_encoded_is_named(
+    cache: FeatureCache, tiny_model: CaptionModel, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_and_change(path: Path) -> Image.Image:
+        picture = open_picture(path)
+        if path.name == "05.jpg":
+            replace_picture(path.name)
+        return picture
+
+    monkeypatch.setattr(features, "open_picture", open_and_change)
+    with refused("05.jpg has changed while it was encoded", "start again"):
+        cache.fill(ALL)
+    monkeypatch.setattr(features, "open_picture", open_picture)
+    assert_direct(cache.fill(ALL)[0].take(NAMES), tiny_model)
 
 
-def test_a_picture_that_is_gone_is_named(cache: FeatureCache, refused: Callable) -> None:
-    (cache.folder / "06.jpg").unlink()
-    with refused("06.jpg"):
-        cache.fill()
+def test_a_trained_backbone_encodes_anew_into_memory(archive: Path, tiny_model: CaptionModel) -> None:
+    extractor = Extractor(tiny_model.encoder, tiny_model.transform, torch.float32, torch.device("cpu"))
+    names = NAMES[::-3]
+    assert_direct(encode_files(extractor, names, FOLDER).take(names), tiny_model, names)
+    assert not Path("cache").exists()
 
 
 @pytest.mark.parametrize("already_begun", [False, True])
 def test_a_full_disk_is_one_sentence_and_encoding_goes_on_later(
-    already_begun: bool, cache: FeatureCache, encoded: list[int], full_disk: Callable, refused: Callable
+    already_begun: bool, cache: FeatureCache, opened: list[str], full_disk: Callable, refused: Callable
 ) -> None:
     if already_begun:
-        interrupt_after(3, cache)
-    with full_disk(7000), refused(str(cache.place), "data.cache"):
-        cache.fill()
-    assert cache.find() is None
-    assert len(cache.fill().take(NAMES)) == 12
-
-
-def test_a_full_disk_ends_a_script_with_code_2(cache: FeatureCache, full_disk: Callable) -> None:
+        stop_after(3, cache)
+    with full_disk(7000), refused(f"cannot keep encoded pictures in {cache.place}", "File too large", "data.cache="):
+        cache.fill(ALL)
     with full_disk(7000):
-        assert run_script(cache.fill) == 2  # type: ignore[arg-type]
+        assert run_script(lambda: len(cache.fill(ALL))) == 2
+    assert cache.find(ALL) is None
+    opened.clear()
+    assert len(cache.fill(ALL)[0].take(NAMES)) == 12
+    assert sorted(opened) == NAMES[4 * already_begun :]
 
 
-def test_a_cache_that_cannot_be_made_is_one_sentence(archive: Path, tiny_model: CaptionModel) -> None:
+def test_a_cache_that_cannot_be_made_is_one_sentence(cache: FeatureCache) -> None:
     Path("cache").touch()
-    with pytest.raises(UserError, match=r"data\.cache"):
-        FeatureCache(tiny_model, NAMES, archive / "images", CPU).fill()
+    with pytest.raises(UserError, match=r"data\.cache=FOLDER"):
+        cache.fill(ALL)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds a file by its handle, as Linux shows it")
 def test_rows_are_on_the_disk_before_the_manifest_counts_them(
-    cache: FeatureCache, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+    cache: FeatureCache, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
-    cache.fill()
-    kinds = [
-        Path(path).name.partition(".json")[0].strip(".") for path in synced if Path(path).is_file() or "json" in path
-    ]
-    assert kinds == ["features.npy", "manifest"] * 3
+    cache.fill(ALL)
+    kinds = ["manifest" if ".json" in path else Path(path).suffix for path in synced if not Path(path).is_dir()]
+    assert kinds == [".npy", "manifest"] * 3

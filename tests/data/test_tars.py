@@ -1,41 +1,56 @@
-"""WebDataset tars: written from any table, taken apart once, encoded tar by tar; and what may be wrong with them."""
-
-from cli import UserError
+"""WebDataset tars: written from any dataset, read once, trained on like files, and refused by name where they fail."""
 
 import io
 import json
 import os
+import re
+import shlex
+import signal
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
+from dataset_files import load, put, run
 from PIL import Image
 
-from config import DataConfig, load_config
-from data import annotations, features, tars
-from data.features import Extractor
-from data.stream import StreamedDataset
+import evaluate
+import inference_visualize
+import train
+from captioning import feature_cache
+from config import load_config
+from data import annotations, features, tars, write_tars
+from data.dataset import Flickr8kDataset
+from data.features import Extractor, Features, concatenate
 from data.tars import Tar
-from data.transforms import open_picture
 from data.vocab import EnglishTokeniser
 from models.model import CaptionModel
+from training.monitor import Monitor
+from training.runs import Run
+from training.setup import Captions, make_datasets, make_model, tar_captions
+from utils import load_checkpoint
 
-CPU = torch.device("cpu")
-SHARDS = "tars/{00000..00002}.tar"
+SHARDS = "data.shards=tars/{00000..00002}.tar"
 
 
 @pytest.fixture
-def exported(archive: Path) -> DataConfig:
+def written(archive: Path) -> None:
     """The twelve pictures of `archive` in three tars of four."""
-    assert tars.export(load_config().data, Path("tars"), 4) == 3
-    return load_config(overrides=[f"data.shards={SHARDS}"]).data
+    assert run(write_tars.main, "tars", "data.root=archive", "--pictures", 4) == 0
 
 
-def write_tar(path: Path, files: dict[str, bytes | dict | str]) -> None:
-    path.parent.mkdir(exist_ok=True)
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write_tar(path: str, files: dict[str, bytes | dict | str]) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in files.items():
             content = json.dumps(content).encode() if isinstance(content, dict) else content
@@ -51,142 +66,211 @@ def picture(colour: str = "red") -> bytes:
     return buffer.getvalue()
 
 
-def found(shards: str) -> list[Tar]:
-    return tars.find(load_config(overrides=[f"data.shards={shards}"]).data)
+def entries() -> dict[str, dict]:
+    """Return, by key, what the JSON files in tars/ say."""
+    found = {}
+    for path in Path("tars").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                content = tar.extractfile(member)
+                if content and member.name.endswith(".json"):
+                    found[member.name.removesuffix(".json")] = json.loads(content.read())
+    return found
 
 
-def stream(shards: list[Tar], model: CaptionModel) -> StreamedDataset:
-    return StreamedDataset(shards, model, [], CPU)
+def find(shards: str = SHARDS) -> list[Tar]:
+    return tars.find(load_config(overrides=[shards]).data)
 
 
-def rows(dataset: StreamedDataset) -> dict[str, torch.Tensor]:
-    """Return the features of every train picture by its key."""
-    opened = [window.open() for window in dataset.windows([0])]
-    return {
-        name.rpartition("/")[2]: each.features.take([name])[0]
-        for each in opened
-        for name in each.images
-        if each.features
-    }
+def encode(found: list[Tar], model: CaptionModel) -> Features:
+    return concatenate(feature_cache(model).fill(*(tar for tar in found if tar.captions)))
 
 
-def test_tars_hold_what_the_table_does(archive: Path, exported: DataConfig) -> None:
-    table = annotations.load(load_config().data)
-    shards = tars.find(exported)
-    train = table[table["split"] == "train"]
-    assert [sum(getattr(tar, name) for tar in shards) for name in ("pictures", "captions", "held_out")] == [8, 40, 4]
-    assert tars.count_words(shards) == Counter(w for text in train["caption"] for w in EnglishTokeniser()(text))
-    assert sorted(tars.train_captions(exported)) == sorted(" ".join(EnglishTokeniser()(t)) for t in train["caption"])
+def rows(found: list[Tar], model: CaptionModel) -> dict[str, torch.Tensor]:
+    """Return the features of every training picture by its key."""
+    encoded = encode(found, model)
+    return {name.rpartition("/")[2]: encoded.take([name])[0] for name in encoded.names}
 
 
-def test_what_is_held_out_is_a_dataset_like_any_other(archive: Path, exported: DataConfig) -> None:
-    before = annotations.load(load_config().data).query("split != 'train'").set_index("image_id")
-    held_out = annotations.load(exported).set_index("image_id")
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One more item for each picture that is encoded, one at a time; counted as done at once."""
+    monkeypatch.setattr(features, "BATCH", {"cpu": 1})
+    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    encode_batch, counts = Extractor.__call__, list[int]()
+
+    def count_and_encode(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
+        counts.append(len(pixels))
+        if len(counts) == 5:  # of eight
+            raise KeyboardInterrupt
+        return encode_batch(self, pixels)
+
+    monkeypatch.setattr(Extractor, "__call__", count_and_encode)
+    return counts
+
+
+# ---- what tars hold --------------------------------------------------------------------------------------------------
+
+
+def test_tars_hold_what_the_table_does(written: None) -> None:
+    train_captions = load(Path("archive")).query("split == 'train'")["caption"]
+    found = find()
+    assert [sum(getattr(tar, name) for tar in found) for name in ("pictures", "captions", "held_out")] == [8, 40, 4]
+    words = [EnglishTokeniser()(text) for text in train_captions]
+    assert tars.count_words(found) == Counter(word for each in words for word in each)
+    config = load_config(overrides=[SHARDS]).data
+    assert sorted(tars.train_captions(config)) == sorted(" ".join(each) for each in words)
+
+
+def test_what_is_held_out_is_a_dataset_like_any_other(written: None) -> None:
+    config = load_config(overrides=[SHARDS]).data
+    before = load(Path("archive")).query("split != 'train'").set_index("image_id")
+    held_out = annotations.load(config).set_index("image_id")
     columns = ["caption", "split"]
     assert held_out.loc[before.index.unique(), columns].equals(before[columns])
     for image_id, name in held_out["image"].items():
-        unpacked = annotations.image_folder(exported) / name
-        assert unpacked.read_bytes() == (archive / "images" / str(image_id)).read_bytes()
+        unpacked = annotations.image_folder(config) / name
+        assert unpacked.read_bytes() == Path("archive/images", str(image_id)).read_bytes()
 
 
-def test_a_train_picture_has_the_features_of_its_file(
-    archive: Path, exported: DataConfig, tiny_model: CaptionModel
-) -> None:
-    dataset = stream(tars.find(exported), tiny_model)
-    names = annotations.load(load_config().data).query("split == 'train'")["image"].unique()
-    with torch.inference_mode():
-        pixels = torch.stack([tiny_model.transform(open_picture(archive / "images" / name)) for name in names])
-        expected = tiny_model.encoder(pixels)  # (P, D)
-    own = torch.stack(list(rows(dataset).values())).float()  # (P, D), in another order
-    assert (
-        torch.cdist(own, expected).min(1).values.max() < 0.1 * torch.cdist(expected, expected).fill_diagonal_(9).min()
-    )
+def train_set(config: str) -> Flickr8kDataset:
+    opened = Run(load_config(overrides=[*TINY, config, "train.mirror=true"]))
+    captions = Captions(opened)
+    return make_datasets(make_model(opened, captions, []), captions)[0]
 
 
-def test_encoding_goes_on_in_the_middle_of_a_tar(
-    exported: DataConfig, tiny_model: CaptionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(features, "BATCH", {"cpu": 1})
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
-    encode, left = Extractor.__call__, [4]
-
-    def encode_or_stop(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Extractor, "__call__", encode_or_stop)
-    shards = tars.find(exported)
-    with pytest.raises(KeyboardInterrupt):
-        stream(shards, tiny_model)
-    left[0] = 4  # of eight
-    interrupted = rows(stream(shards, tiny_model))
-    assert left == [0]
-    left[0] = 8
-    other = DataConfig(**exported.model_dump() | {"cache": "afresh"})
-    model = CaptionModel(
-        tiny_model.config.model_copy(update={"data": other}),
-        *(tiny_model.vocab, tiny_model.transform, tiny_model.encoder, tiny_model.decoder),
-    )
-    whole = rows(stream(shards, model))
-    assert left == [0] and all(torch.equal(interrupted[key], row) for key, row in whole.items())
-
-
-def test_a_tar_that_changed_is_read_and_encoded_again(exported: DataConfig, tiny_model: CaptionModel) -> None:
-    before = rows(stream(tars.find(exported), tiny_model))
-    write_tar(Path("tars/00001.tar"), {"new.jpg": picture(), "new.json": {"captions": ["a new word"]}})
-    shards = tars.find(exported)
-    assert tars.count_words(shards)["new"] == 1
-    after = rows(stream(shards, tiny_model))
-    assert "new" in after
-    kept = after.keys() & before.keys()
-    assert len(kept) + 1 == len(after) and all(torch.equal(before[key], after[key]) for key in kept)
-
-
-def test_a_tar_may_go_once_it_is_encoded(exported: DataConfig, tiny_model: CaptionModel, refused: Callable) -> None:
-    shards = tars.find(exported)
-    Path("tars/00000.tar").rename("away.tar")
-    with refused("tars/00000.tar", "put it back"):
-        stream(shards, tiny_model)
-    Path("away.tar").rename("tars/00000.tar")
-    whole = rows(stream(shards, tiny_model))
-    for path in Path("tars").iterdir():
-        path.unlink()
-    assert rows(stream(tars.find(exported), tiny_model)).keys() == whole.keys()
+def test_a_training_reads_the_same_from_tars_as_from_files(written: None) -> None:
+    files, streamed = train_set("data.root=archive"), train_set(SHARDS)
+    assert streamed.tokens.types == files.tokens.types  # the same vocabulary
+    file_of = {key: entry["image"] for key, entry in entries().items()}
+    for number, name in enumerate(streamed.images):
+        image = files.images.index(file_of[name.rpartition("/")[2]])
+        for view in (0, 1):
+            read = []
+            for dataset, place in ((streamed, number), (files, image)):
+                dataset.view_of[:] = view
+                read.append(dataset.__getitems__((dataset.image_of == place).nonzero()[0]))
+            assert len(read[0].tokens) == 5 and torch.equal(read[0].tokens, read[1].tokens)
+            torch.testing.assert_close(read[0].features, read[1].features, rtol=2e-3, atol=2e-3)
 
 
 def test_each_caption_has_its_picture_where_tars_share_keys_and_differ_in_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: CaptionModel
+    empty: None, tiny_model: CaptionModel
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder, colours in (("a", ["red"]), ("b", ["blue", "green", "white"])):
-        write_tar(
-            Path(folder, "0.tar"),
-            {
-                f"{number}.{ending}": content
-                for number, colour in enumerate(colours)
-                for ending, content in (("jpg", picture(colour)), ("json", {"captions": [f"all {colour}"]}))
-            },
-        )
-    [window] = stream(found("{a,b}/0.tar"), tiny_model).windows([0])
-    opened = window.open()
-    assert len(opened) == 4
-    for index in range(4):
-        colour = tiny_model.vocab.decode(opened[index].tokens[0, 1:].tolist()).split()[-1]
-        Path("own.jpg").write_bytes(picture(colour))
-        with torch.inference_mode():
-            own = tiny_model.encoder(tiny_model.transform(open_picture("own.jpg"))[None])
-        torch.testing.assert_close(opened[index].pictures.float(), own, rtol=2e-3, atol=2e-3)
+    colours = {"a/0.tar": ["red"], "b/0.tar": ["blue", "green", "white"]}
+    for path, several in colours.items():
+        files: dict[str, bytes | dict | str] = {}
+        for number, colour in enumerate(several):
+            files |= {f"{number}.jpg": picture(colour), f"{number}.json": {"captions": ["all", colour]}}
+        write_tar(path, files)
+    found = find("data.shards={a,b}/0.tar")
+    images, image_of, tokens = tar_captions(found)
+    assert len(set(images)) == 4 and image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for caption in range(1, 8, 2):
+        Path("own.jpg").write_bytes(picture(tokens.types[tokens[caption][0]]))
+        with Image.open("own.jpg") as own, torch.inference_mode():
+            expected = tiny_model.encoder(tiny_model.transform(own)[None])
+        taken = encode(found, tiny_model).take([images[image_of[caption]]])
+        torch.testing.assert_close(taken.float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_a_key_cannot_lead_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    entry = {"captions": ["a dog"], "split": "val"}
-    write_tar(Path("tars/0.tar"), {"../../../evil.jpg": picture(), "../../../evil.json": entry})
-    [tar] = found("tars/0.tar")
-    assert {path.name for path in tmp_path.iterdir()} == {"tars", "cache"} and tar.held_out == 1
-    assert not list(tmp_path.rglob("evil*"))
+# ---- the caches ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tar_is_read_once_unless_what_was_kept_is_damaged(written: None, capsys: pytest.CaptureFixture[str]) -> None:
+    first = find()
+    assert "reading the captions of 3 tars, once, into cache/tars/" in capsys.readouterr().out
+    assert [tar.tokens().ids.tolist() for tar in find()] == [tar.tokens().ids.tolist() for tar in first]
+    assert capsys.readouterr().out == ""
+    os.truncate(first[1].place / tars.INDEX, 100)
+    assert [tar.captions for tar in find()] == [tar.captions for tar in first]
+    assert "reading the captions of 1 tar, once" in capsys.readouterr().out
+    tars.find(load_config(overrides=[SHARDS, "data.language=zh-characters"]).data)
+    assert "reading the captions of 3 tars" in capsys.readouterr().out  # other words
+
+
+def test_encoding_goes_on_in_the_middle_of_a_tar(
+    written: None, tiny_model: CaptionModel, encoded: list[int], tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find()
+    with pytest.raises(KeyboardInterrupt):
+        encode(found, tiny_model)
+    encoded[:] = [1] * 5
+    interrupted = rows(found, tiny_model)
+    assert len(encoded) == 5 + 4
+    monkeypatch.setattr(tiny_model, "config", tiny_config("data.cache=afresh"))
+    whole = rows(found, tiny_model)
+    assert len(encoded) == 5 + 4 + 8
+    assert len(whole) == 8 and all(torch.equal(interrupted[key], row) for key, row in whole.items())
+
+
+def test_a_tar_that_changed_is_read_and_encoded_again_alone(
+    written: None, tiny_model: CaptionModel, encoded: list[int]
+) -> None:
+    encoded[:] = [1] * 5
+    before, kept = rows(find(), tiny_model), [tar.pictures for tar in find()]
+    encoded.clear()
+    write_tar("tars/00001.tar", {"new.jpg": picture(), "new.json": {"captions": ["a new word"]}})
+    found = find()
+    assert tars.count_words(found)["new"] == 1
+    after = rows(found, tiny_model)
+    assert len(encoded) == 1 and len(after) == 1 + kept[0] + kept[2]
+    assert all(torch.equal(before[key], row) for key, row in after.items() if key != "new")
+
+
+def test_a_tar_may_go_once_it_is_encoded(written: None, tiny_model: CaptionModel, refused: Callable) -> None:
+    found = find()
+    Path("tars/00000.tar").rename("away.tar")
+    with refused("tars/00000.tar", "put it back"):
+        encode(found, tiny_model)
+    Path("away.tar").rename("tars/00000.tar")
+    whole = rows(found, tiny_model)
+    for path in Path("tars").iterdir():
+        path.unlink()
+    again = rows(find(), tiny_model)
+    assert len(again) == 8 and all(torch.equal(again[key], row) for key, row in whole.items())
+
+
+def test_the_command_that_is_advised_trains_stops_and_goes_on_digit_for_digit_without_tars(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(write_tars.main, "tars", "data.root=archive", "--pictures", 4) == 0
+    [command] = re.findall(r"^wrote 3 tars; train on them with: python train.py (.*)$", capsys.readouterr().out, re.M)
+    assert shlex.split(command) == [SHARDS]
+    settings = ("train.epochs=2", "train.batch_size=6", "train.mirror=true", "decoder.dropout=0.3", "train.lr=1e-2")
+    training = partial(run, train.main, *shlex.split(command), *TINY, *settings, "train.warmup_steps=1")
+    assert training("run=whole") == 0
+    assert f"data: {SHARDS[12:]}: train 8 pictures with 40 captions, val 2 pictures" in capsys.readouterr().out
+
+    step, left = Monitor.step, [10]
+
+    def step_and_stop(self: Monitor, *given: torch.Tensor) -> None:
+        step(self, *given)
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Monitor, "step", step_and_stop)
+    assert training("run=stopped") == 130
+    for path in Path("tars").iterdir():
+        path.unlink()
+    assert run(train.main, "--resume", "--run", "stopped") == 0
+    assert "encoding" not in capsys.readouterr().out
+    logs = [Path(f"runs/{name}/loss_log.txt").read_text() for name in ("whole", "stopped")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    whole, stopped = (load_checkpoint(f"runs/{name}/last.pth")["decoder"] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+    assert run(evaluate.main, "--run", "whole", "--split", "val", "--tokeniser", "words") == 0
+    assert run(inference_visualize.main, "--run", "whole", "--split", "test") == 0
+    said = capsys.readouterr().out
+    assert "encoding" not in said and "cached features" in said
+    assert len(list(Path("runs/whole/outputs").glob("*.jpg"))) == 2
+    assert run(evaluate.main, "--run", "whole", "--split", "train") == 2
+    assert f"{SHARDS[12:]} has no train pictures" in capsys.readouterr().err
+
+
+# ---- what may be wrong with them -------------------------------------------------------------------------------------
 
 
 GOOD = {"captions": ["a dog"], "split": "train"}
@@ -208,74 +292,69 @@ FAULTS: dict[str, tuple[dict[str, bytes | dict | str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_sample_is_named_with_its_tar(
-    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_faulty_sample_is_named_with_its_tar(fault: str, empty: None, refused: Callable) -> None:
     files, named = FAULTS[fault]
-    write_tar(Path("tars/0.tar"), files)
+    write_tar("tars/0.tar", files)
     with refused(*named):
-        found("tars/0.tar")
+        find("data.shards=tars/0.tar")
 
 
-def test_a_broken_picture_is_named_with_its_tar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: CaptionModel, refused: Callable
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_tar(Path("tars/0.tar"), {"1.jpg": picture(), "1.json": GOOD, "2.jpg": picture()[:300], "2.json": GOOD})
-    shards = found("tars/0.tar")
+def test_a_broken_picture_or_tar_is_named(empty: None, tiny_model: CaptionModel, refused: Callable) -> None:
+    write_tar("tars/0.tar", {"1.jpg": picture(), "1.json": GOOD, "2.jpg": picture()[:300], "2.json": GOOD})
+    found = find("data.shards=tars/0.tar")
     with refused("tars/0.tar/2.jpg"):
-        stream(shards, tiny_model)
+        encode(found, tiny_model)
+    for size in (2800, 2560, 2100, 1800, 800, 300, 100, 0):  # in a header, between two pictures, in a JSON, ...
+        write_tar("tars/0.tar", {"1.jpg": picture(), "1.json": GOOD, "2.jpg": picture(), "2.json": GOOD})
+        os.truncate("tars/0.tar", size)
+        with refused("tars/0.tar is ", "take a whole copy"):
+            find("data.shards=tars/0.tar")
 
 
-def test_a_tar_cut_short_is_named(exported: DataConfig, refused: Callable) -> None:
-    os.truncate("tars/00002.tar", 3000)
-    with refused("tars/00002.tar"):
-        tars.find(exported)
-
-
-def test_a_pattern_that_matches_nothing_is_refused(exported: DataConfig, refused: Callable) -> None:
-    with refused("tar/00000.tar", "data.shards"):
-        found("tar/{00000..00002}.tar")
-    with refused("tars/00003.tar", "data.shards"):
-        found("tars/{00000..00003}.tar")
+def test_a_key_cannot_lead_out_of_the_cache(empty: None) -> None:
+    write_tar("tars/0.tar", {"../../../evil.jpg": picture(), "../../../evil.json": GOOD | {"split": "val"}})
+    [tar] = find("data.shards=tars/0.tar")
+    assert tar.held_out == 1 and {path.name for path in Path().iterdir()} == {"tars", "cache"}
+    assert not list(Path().rglob("evil*"))
 
 
 @pytest.mark.parametrize("pattern", ["tars/*.tar", "tars/?????.tar", "tars/[0-9]*.tar"])
-def test_a_pattern_for_shells_is_refused_with_the_one_to_write(
-    pattern: str, exported: DataConfig, refused: Callable
+def test_a_pattern_for_shells_is_refused_with_the_one_to_write(pattern: str, written: None, refused: Callable) -> None:
+    with refused(f"data.shards = {pattern}", '"data.shards=tars/{000..127}.tar"', "your first and last number"):
+        find(f"data.shards={pattern}")
+
+
+def test_what_cannot_be_trained_on_is_refused(
+    written: None, refused: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with refused(f"data.shards = {pattern}", '"data.shards=tars/{000..127}.tar"'):
-        found(pattern)
+    with refused("tar/00000.tar", "data.shards"):
+        find("data.shards=tar/{00000..00002}.tar")
+    with refused("tars/00003.tar", "numbers in braces"):
+        find("data.shards=tars/{00000..00003}.tar")
+    with refused("data.shards", "quotes"):  # a shell has taken the braces
+        load_config(overrides=["data.shards=tars/00000.tar", "data.shards=tars/00001.tar"])
+    with refused("data.shards", "encoder.frozen=true"):
+        load_config(overrides=[SHARDS, "encoder.frozen=false"])
+    write_tar("tars/9.tar", {"1.jpg": picture(), "1.json": GOOD})
+    assert run(train.main, *TINY, "data.shards=tars/9.tar") == 2
+    assert "has no val pictures; name val in the JSON of some pictures" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with refused("webdataset", "pip install -r requirements-extras.txt"):
+        find()
 
 
-def test_what_is_exported_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_only_what_can_be_read_again_is_written(empty: None, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["a.JPG", "b.png", "c.webp", "d.gif", "e.bmp", "f.tif"]
     Path("archive/images").mkdir(parents=True)
     for name in [*names, "g.ppm"]:
         Image.new("RGB", (40, 40)).save(Path("archive/images", name))
     captions = "image,caption,split\n" + "".join(f"{name},A dog,train\n" for name in names)
-    Path("archive/captions.csv").write_text(captions)
-    tars.export(load_config().data, Path("tars"), 20)
-    [tar] = found("tars/00000.tar")
-    assert sum(opener().size == (40, 40) for opener in tar.openers()) == len(names)
-    Path("archive/captions.csv").write_text(f"{captions}g.ppm,A cat,train\n")
-    with refused("g.ppm", ".jpg", "rename"):
-        tars.export(load_config().data, Path("others"), 20)
-
-
-def test_tars_are_not_written_over(exported: DataConfig, refused: Callable) -> None:
-    with refused("tars"):
-        tars.export(load_config().data, Path("tars"), 4)
-
-
-def test_braces_that_the_shell_has_taken_are_refused(refused: Callable) -> None:
-    with refused("data.shards", "quotes"):
-        load_config(overrides=["data.shards=tars/00000.tar", "data.shards=tars/00001.tar"])
-
-
-def test_what_training_on_tars_cannot_do_is_refused() -> None:
-    for word in ("encoder.frozen=false", "train.self_critical_epochs=1"):
-        with pytest.raises(UserError, match=r"data\.shards"):
-            load_config(overrides=[f"data.shards={SHARDS}", word])
+    put(Path("archive"), "captions.csv", text=captions)
+    assert run(write_tars.main, "tars") == 0
+    [tar] = find("data.shards=tars/{00000..00000}.tar")
+    assert [opener().size for opener in tar.openers(range(6))] == [(40, 40)] * 6
+    assert run(write_tars.main, "tars") == 2
+    assert "tars has tars already; name another folder" in capsys.readouterr().err
+    put(Path("archive"), "captions.csv", text=f"{captions}g.ppm,A cat,train\n")
+    assert run(write_tars.main, "others") == 2
+    assert "g.ppm ends in none of .jpg," in capsys.readouterr().err

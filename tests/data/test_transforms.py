@@ -1,4 +1,4 @@
-"""Any picture file is seen as it is meant to be, or refused by name; never cropped, never black."""
+"""Any picture file is read as it is meant to be seen, or refused by name; never cropped, never black."""
 
 from cli import UserError
 
@@ -17,7 +17,16 @@ import torch
 from PIL import Image
 
 from data import transforms
-from data.transforms import Transform, View, open_picture, other_views
+from data.transforms import (
+    AUGMENTATIONS,
+    PICTURE_SUFFIXES,
+    Transform,
+    View,
+    augment,
+    check_augmentations,
+    open_picture,
+    other_views,
+)
 
 ROOT = Path(transforms.__file__).parents[1]
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -33,6 +42,7 @@ PICTURES = {
     "grey.jpg": (plain("L", 120), (120, 120, 120)),
     "one-bit.png": (plain("1", 1), WHITE),
     "palette.gif": (plain("RGB", BLUE).convert("P", palette=Image.Palette.ADAPTIVE), BLUE),
+    "transparent-colour.png": (plain("P", 0), WHITE),
     "opaque.png": (plain("RGBA", (*RED, 255)), RED),
     "transparent.png": (plain("RGBA", (*BLACK, 0)), WHITE),
     "half-transparent.png": (plain("RGBA", (*BLACK, 128)), (127, 127, 127)),
@@ -51,15 +61,10 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_every_kind_of_picture_is_seen_in_its_colours(name: str, tmp_path: Path) -> None:
     picture, colour = PICTURES[name]
-    picture.save(tmp_path / name)
+    picture.save(tmp_path / name, transparency=0 if name == "transparent-colour.png" else None)
     seen = open_picture(tmp_path / name)
     assert (seen.mode, seen.size) == ("RGB", (6, 4))
     assert np.abs(np.asarray(seen, dtype=int) - colour).max() <= 3
-
-
-def test_a_transparent_colour_of_a_palette_turns_white(tmp_path: Path) -> None:
-    plain("P", 0).save(tmp_path / "a.png", transparency=0)
-    assert open_picture(tmp_path / "a.png").getpixel((0, 0)) == WHITE
 
 
 def test_a_16_bit_picture_keeps_its_contrast(tmp_path: Path) -> None:
@@ -81,50 +86,41 @@ def test_a_picture_turned_by_exif_is_seen_upright(tmp_path: Path) -> None:
     assert np.abs(np.asarray(seen, dtype=int)[[5, 35], 10] - [RED, BLUE]).max() <= 5
 
 
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_the_first_picture_of_an_animation_is_seen(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"moving.{suffix}"
-    plain("RGB", GREEN).save(path, save_all=True, append_images=[plain("RGB", RED)], duration=50, lossless=True)
-    assert open_picture(path).getpixel((0, 0)) == GREEN
+def test_the_first_picture_of_an_animation_is_seen(tmp_path: Path) -> None:
+    for path in (tmp_path / "a.gif", tmp_path / "a.png", tmp_path / "a.webp"):
+        plain("RGB", GREEN).save(path, save_all=True, append_images=[plain("RGB", RED)], duration=50, lossless=True)
+        assert open_picture(path).getpixel((0, 0)) == GREEN
 
 
 def noisy() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "avif", "bmp", "tif"])
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_a_picture_cut_short_is_refused_by_name(suffix: str, share: float, tmp_path: Path, refused: Callable) -> None:
-    path = tmp_path / f"cut.{suffix}"
-    noisy().save(path)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with refused(str(path)):
-        open_picture(path)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "avif", "bmp", "tif"])
+@pytest.mark.parametrize("suffix", [*PICTURE_SUFFIXES, ".avif"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_picture_with_a_wrong_byte_is_read_or_refused(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"wrong.{suffix}"
-    noisy().resize((16, 16)).save(path)
+def test_a_damaged_picture_is_refused_by_name_or_read_whole(suffix: str, tmp_path: Path, refused: Callable) -> None:
+    path = tmp_path / f"damaged{suffix}"
+    noisy().save(path)
     content = path.read_bytes()
-    for place in range(min(len(content), 200)):
+    for share in (0.02, 0.5, 0.9):
+        path.write_bytes(content[: int(share * len(content))])
+        with refused(str(path)):
+            open_picture(path)
+    for place in range(200):
         path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
         with contextlib.suppress(UserError):
             assert open_picture(path).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes, tmp_path: Path, refused: Callable) -> None:
-    (tmp_path / "odd.jpg").write_bytes(content)
-    with refused("odd.jpg"):
-        open_picture(tmp_path / "odd.jpg")
-
-
-@pytest.mark.parametrize("name", ["absent.jpg", "."])
-def test_a_picture_that_is_not_there_is_refused_by_name(name: str, tmp_path: Path, refused: Callable) -> None:
-    with refused(str(tmp_path / name)):
-        open_picture(tmp_path / name)
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", None])
+def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes | None, tmp_path: Path, refused: Callable) -> None:
+    path = tmp_path / "odd.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with refused(str(path)):
+        open_picture(path)
+    with refused(str(tmp_path)):  # a folder
+        open_picture(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(300, 80), (80, 300), (20, 20)])
@@ -138,6 +134,45 @@ def test_the_whole_picture_is_resized_without_a_crop(size: tuple[int, int]) -> N
     assert (pixels.shape, pixels.dtype) == ((3, 40, 40), torch.uint8)
     corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].T.int()
     assert (corners - torch.tensor([RED, GREEN, BLUE, BLACK])).abs().max() <= 3
+
+
+def test_pictures_are_resized_as_the_backbone_asks() -> None:
+    resized = {name: Transform(32, interpolation=name).resize(noisy()) for name in ("bilinear", "bicubic")}
+    assert torch.equal(Transform(32).resize(noisy()), resized["bilinear"])
+    for name, pixels in resized.items():
+        by_pillow = noisy().resize((32, 32), Image.Resampling[name.upper()])
+        assert np.abs(pixels.permute(1, 2, 0).numpy() - np.asarray(by_pillow, dtype=int)).max() <= 1
+    assert not torch.equal(resized["bilinear"], resized["bicubic"])
+
+
+def augmented(seed: int, *names: str, size: tuple[int, int] = (50, 40)) -> np.ndarray:
+    return np.asarray(augment(noisy().resize(size), names, np.random.default_rng(seed)), dtype=int)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_is_drawn_from_its_generator_alone(name: str) -> None:
+    assert np.array_equal(augmented(1, name), augmented(1, name))
+    assert len({augmented(seed, name).tobytes() for seed in range(20)}) == 20
+    assert augmented(0, name, size=(1, 1)).shape == (1, 1, 3)
+    assert np.array_equal(augmented(0), np.asarray(noisy().resize((50, 40))))
+
+
+def test_augmentations_change_a_picture_and_keep_what_captions_say_of_it() -> None:
+    whole, red = noisy().resize((50, 40)), plain("RGB", (200, 60, 60))
+    for seed in range(50):
+        height, width = augmented(seed, "random_crop").shape[:2]
+        assert 40 <= width <= 50 and 32 <= height <= 40
+        r, g, b = np.asarray(augment(red, ["color_jitter"], np.random.default_rng(seed)), dtype=int)[0, 0]
+        assert g == b and r > g + 20  # still red
+    crop = augmented(3, "random_crop")
+    parts = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), crop.shape)
+    assert (parts == crop).all((-3, -2, -1)).sum() == 1  # a part of it, as it is
+
+
+def test_an_unknown_augmentation_is_refused_with_those_there_are(refused: Callable) -> None:
+    check_augmentations(list(AUGMENTATIONS))
+    with refused("train.augment", "flip", "color_jitter, random_crop"):
+        check_augmentations(["random_crop", "flip"])
 
 
 def test_a_view_is_the_mirror_image_or_a_corner() -> None:
@@ -169,9 +204,9 @@ def test_pixels_are_normalised_with_the_mean_and_std_of_the_weights() -> None:
 
 
 def test_a_transform_is_plain_values_and_comes_back_equal() -> None:
-    transform = Transform(224, mean=(0.1, 0.2, 0.3))
+    transform = Transform(224, mean=(0.1, 0.2, 0.3), interpolation="bicubic")
     values = asdict(transform)
-    assert all(isinstance(value, int | tuple) for value in values.values())
+    assert all(isinstance(value, int | str | tuple) for value in values.values())
     assert Transform(**values) == transform
 
 
@@ -186,7 +221,7 @@ def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
 
 def test_a_picture_is_never_handed_to_another_program(tmp_path: Path, refused: Callable) -> None:
     (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
-    with refused("a.jpg", "of no format known here"):
+    with refused("a.jpg", "unknown format"):
         open_picture(tmp_path / "a.jpg")
 
 

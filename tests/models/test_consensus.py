@@ -1,20 +1,22 @@
-"""Captions of a beam are ranked by what people say of pictures that look alike."""
+"""Captions of a beam are ranked by what people say of similar pictures, which consensus.pth holds."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import make_dataset
 
-from data.dataset import Features, Flickr8kDataset
+from data.dataset import pad
 from data.vocab import build_vocab
-from models.consensus import Consensus, NGrams, forget
+from models.checkpoint import load_model, model_state
+from models.consensus import Consensus, KernelRegression, NGrams
 from models.ensemble import load_ensemble
 from models.model import CaptionModel
 from models.search import Hypothesis
-from training.objectives import CiderReward
+from training.losses import CiderReward
 from utils import load_checkpoint, save_checkpoint
 
 # What is said of dogs, of cats and of boats, each of two pictures, so that every n-gram is known.
@@ -25,9 +27,14 @@ SAID = {
 }
 IMAGES = [f"{kind}{number}.jpg" for kind in SAID for number in (1, 2)]
 ROWS = [(image, caption) for image in IMAGES for caption in SAID[image[:-5]]]
-TABLE = pd.DataFrame(ROWS, columns=["image", "caption"])
-VOCAB = build_vocab(TABLE["caption"].tolist(), 1)
-LOOKS = torch.eye(6, 8).reshape(3, 2, 8).cumsum(1).flatten(0, 1)  # (6, 8): two of a kind look alike
+VOCAB = build_vocab([caption for _, caption in ROWS], 1)
+ALIKE = torch.eye(6, 8).reshape(3, 2, 8).cumsum(1).flatten(0, 1)  # (6, 8): two of a kind have similar features
+UNIT = F.normalize(ALIKE)
+
+
+def remember(features: torch.Tensor, rows: list[tuple[str, str]] = ROWS) -> Consensus:
+    dataset = make_dataset(rows, VOCAB, features)
+    return Consensus.fit(dataset.features.take, dataset, IMAGES)  # type: ignore[union-attr]
 
 
 def ids(caption: str) -> list[int]:
@@ -38,177 +45,200 @@ def hypotheses(*captions: str) -> list[Hypothesis]:
     return [Hypothesis(ids(caption), -1.0, -1.0) for caption in captions]
 
 
-@pytest.fixture
-def consensus(tiny_model: CaptionModel) -> Consensus:
-    features = Features([LOOKS.half()], IMAGES)
-    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), tiny_model.transform, features)
-    return Consensus.of(features.take, dataset, IMAGES)
+@pytest.fixture(scope="module")
+def consensus() -> Consensus:
+    return remember(ALIKE)
+
+
+# ---- kernel ridge regression -----------------------------------------------------------------------------------------
+
+
+def test_weights_sum_to_one_and_are_largest_for_similar_pictures() -> None:
+    weights = KernelRegression(UNIT, 2.0, 0.1).weights(UNIT)
+    torch.testing.assert_close(weights.sum(1), torch.ones(6))
+    assert weights.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
+    assert weights[0, :2].min() > weights[0, 2:].max()
+
+
+def test_they_predict_what_kernel_ridge_regression_on_the_difference_from_the_mean_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known, others = (F.normalize(torch.randn(count, 8, generator=generator)) for count in (6, 3))
+    target = torch.randn(6, generator=generator)
+    kernel = torch.exp(3 * (known @ known.T - 1)) + 0.5 * torch.eye(6)
+    similar = torch.exp(3 * (others @ known.T - 1))
+    predicted = target.mean() + similar @ torch.linalg.solve(kernel, target - target.mean())
+    torch.testing.assert_close(KernelRegression(known, 3.0, 0.5).weights(others) @ target, predicted)
+
+
+def test_a_picture_is_left_out_as_if_it_had_never_been_remembered() -> None:
+    known = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    whole = KernelRegression(known, 2.0, 0.1)
+    weights = whole.weights(known, own=torch.tensor([0, 1, 2, -1, 4, 5]))
+    for left_out in (0, 1, 2, 4, 5):
+        others = [row for row in range(6) if row != left_out]
+        without = KernelRegression(known[others], 2.0, 0.1).weights(known[[left_out]])
+        torch.testing.assert_close(weights[left_out, others], without[0], atol=1e-5, rtol=1e-4)
+        assert weights[left_out, left_out] == 0
+    torch.testing.assert_close(weights[3], whole.weights(known)[3], atol=1e-5, rtol=1e-4)
+    assert KernelRegression(UNIT[:1], 2.0, 0.1).weights(UNIT[:1], own=torch.tensor([0])).tolist() == [[0.0]]
+
+
+# ---- ranking ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_caption_most_like_those_of_similar_pictures_comes_first(consensus: Consensus) -> None:
     found = [hypotheses(*(captions[0] for captions in SAID.values()))] * 3
-    best = [ranked[0].ids for ranked in consensus.rank(LOOKS[[0, 2, 4]], found, weight=1.0)]
+    best = [ranked[0].ids for ranked in consensus.rank(ALIKE[[0, 2, 4]], found, weight=1.0)]
     assert best == [ids(captions[0]) for captions in SAID.values()]
 
 
-def test_the_regression_that_ranks_is_not_the_one_that_training_goes_by(consensus: Consensus) -> None:
-    assert consensus.for_ranking.sharpness < consensus.for_learning.sharpness
-    found, weight = [hypotheses(SAID["dog"][0])], 1.0
-    [[ranked]] = consensus.rank(LOOKS[:1], found, weight)
-    votes = consensus.for_ranking.votes(consensus.looks(LOOKS[:1]))
-    expected = consensus.expect(votes, torch.tensor([found[0][0].ids]), torch.tensor([0]))
-    assert ranked.score == pytest.approx(-1.0 + float(expected))
-
-
 def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
-    liked, probable = hypotheses("the dog is running", "the boat floats")
-    probable = Hypothesis(probable.ids, -0.5, -0.5)
+    [liked], probable = hypotheses("the dog is running"), Hypothesis(ids("the boat floats"), -0.5, -0.5)
     for weight, first in ((0.01, probable), (1.0, liked)):
-        [ranked] = consensus.rank(LOOKS[:1], [[probable, liked]], weight)
+        [ranked] = consensus.rank(ALIKE[:1], [[probable, liked]], weight)
         assert ranked[0].ids == first.ids
         assert ranked[0].score > first.score
         assert ranked[0].log_prob == first.log_prob
+    smoother, sharper = consensus.ranking, consensus.reward  # search ranks by another regression than training rewards
+    assert smoother.sharpness < sharper.sharpness
+    expected = consensus.expected_cider(
+        smoother.weights(consensus.embed(ALIKE[:1])), torch.tensor([liked.ids]), torch.tensor([0])
+    )
+    [[ranked_alone]] = consensus.rank(ALIKE[:1], [[liked]], 1.0)
+    assert ranked_alone.score == pytest.approx(-1.0 + float(expected))
 
 
-def test_what_is_expected_is_the_cider_that_voting_pictures_would_give() -> None:
-    """With one vote alone it is CIDEr-D itself, but for the length, of which the mean counts: so take equal ones."""
+def test_a_caption_without_words_expects_nothing(consensus: Consensus) -> None:
+    [ranked] = consensus.rank(ALIKE[:1], [[Hypothesis([], -0.1, -0.1), *hypotheses("a dog")]], weight=5.0)
+    assert [len(each.ids) for each in ranked] == [2, 0]
+    assert ranked[1].score == pytest.approx(-0.1)
+
+
+def test_what_is_expected_is_the_cider_that_similar_pictures_would_give() -> None:
+    """With all weight on one picture it is CIDEr-D, but for the length, of which the mean counts: so all are equal."""
     captions = ["a brown dog runs over the sofa", "a man in the grass on sofa", "two cats sleep on a lake", "the dog"]
-    table = TABLE.assign(caption=[caption for image in IMAGES for caption in [SAID[image[:-5]][0]] * 2])
-    features = Features([LOOKS.half()], IMAGES)
-    dataset = Flickr8kDataset(table, VOCAB, Path(), None, features)  # type: ignore[arg-type]
-    alone = Consensus.of(features.take, dataset, IMAGES)
-    reward = CiderReward([[ids(caption) for caption in table["caption"][table["image"] == image]] for image in IMAGES])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids(caption)) for caption in captions], batch_first=True)
+    rows = [(image, SAID[image[:-5]][0]) for image in IMAGES for _ in range(2)]
+    reward = CiderReward([[ids(caption) for image, caption in rows if image == each] for each in IMAGES])
+    tokens, alone = pad(list(map(ids, captions))), remember(ALIKE, rows)
     for picture in range(6):
-        owner = torch.full((len(captions),), picture)
-        expected = alone.expect(torch.eye(6), tokens, owner)
+        expected = alone.expected_cider(torch.eye(6), tokens, torch.full((len(captions),), picture))
         torch.testing.assert_close(expected, torch.tensor(reward(list(map(ids, captions)), picture)))
 
 
-def test_grids_are_seen_as_the_mean_of_their_cells(consensus: Consensus) -> None:
-    cells = torch.stack([LOOKS - 1, LOOKS + 1], dim=1)  # (6, 2, 8)
-    torch.testing.assert_close(consensus.looks(cells), consensus.looks(LOOKS))
+def test_regions_are_compared_by_their_mean(consensus: Consensus) -> None:
+    regions = torch.stack([ALIKE - 1, ALIKE + 1], dim=1)  # (6, 2, 8)
+    torch.testing.assert_close(consensus.embed(regions), consensus.embed(ALIKE))
 
 
 def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
     captions = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 8, 0]])
     ngrams = NGrams(captions, torch.tensor([0, 1, 2]))
     assert ngrams.count == 3  # 4, 5 and "4 5"
-    row, number, weight = ngrams.weigh(torch.tensor([[5, 0], [5, 99], [99, 98]]))
+    row, number, weight = ngrams.tf_idf(torch.tensor([[5, 0], [5, 99], [99, 98]]))
     assert row.tolist() == [0, 1]
     assert number[0] == number[1]
     assert weight[0] == 1 > weight[1] > 0
 
 
-def test_a_caption_without_words_expects_nothing(consensus: Consensus) -> None:
-    [ranked] = consensus.rank(LOOKS[:1], [[Hypothesis([], -0.1, -0.1), *hypotheses("a dog")]], weight=5.0)
-    assert [len(each.ids) for each in ranked] == [2, 0]
-    assert ranked[1].score == pytest.approx(-0.1)
+def test_very_long_captions_are_cut() -> None:
+    assert remember(ALIKE, [(image, caption + " a dog" * 500) for image, caption in ROWS]).captions.shape == (12, 50)
 
 
-# ---- in a checkpoint ------------------------------------------------------------------------------------------------
+# ---- consensus.pth ---------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def state(tiny_config: Callable[..., Any]) -> dict[str, Any]:
-    """What a model holds that ranks by consensus, of six pictures with features of 512 numbers."""
-    model = CaptionModel.build(tiny_config("search.beam=4", "search.consensus=5"), VOCAB)
-    features = Features([torch.randn(6, 512, generator=torch.Generator().manual_seed(0)).half()], IMAGES)
-    dataset = Flickr8kDataset(TABLE, VOCAB, Path(), model.transform, features)
-    model.consensus = Consensus.of(features.take, dataset, IMAGES)
-    return model.state()
-
-
-@pytest.fixture
-def trained(state: dict[str, Any], tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "checkpoints.pth", state)
-    return tmp_path / "checkpoints.pth"
-
-
+RANKED = ("search.beam=4", "search.consensus=5", "search.no_repeat_ngram=1", "search.max_length=6")
 FEATURES = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
 
 
-def test_it_reorders_what_the_beam_found(trained: Path) -> None:
-    model = CaptionModel.from_checkpoint(trained)
-    plain = model.config.search.model_copy(update={"consensus": 0.0})
-    by_score, ranked = model.describe(FEATURES, plain, num_captions=4), model.describe(FEATURES, num_captions=4)
+@pytest.fixture(scope="module")
+def run(tiny_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a model that ranks by consensus, with consensus.pth beside it, of six pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(
+        folder / "checkpoints.pth",
+        model_state(CaptionModel.build(tiny_config(*RANKED), VOCAB)),
+    )
+    remember(torch.randn(6, 512, generator=torch.Generator().manual_seed(0))).save(folder / "consensus.pth")
+    return folder / "checkpoints.pth"
+
+
+@pytest.fixture
+def alone(run: Path, tmp_path: Path) -> Path:
+    """The same checkpoint without consensus.pth beside it."""
+    (tmp_path / "checkpoints.pth").hardlink_to(run)
+    return tmp_path / "checkpoints.pth"
+
+
+def texts(model: CaptionModel) -> list[str]:
+    return [each[0].text for each in model.generate(FEATURES)]
+
+
+def test_it_reorders_what_the_beam_found(run: Path) -> None:
+    model = load_model(run)
+    plain, narrow = (model.config.search.model_copy(update=each) for each in ({"consensus": 0.0}, {"beam": 1}))
+    by_score, ranked = model.generate(FEATURES, plain, num_captions=4), model.generate(FEATURES, num_captions=4)
     for before, after in zip(by_score, ranked, strict=True):
         assert {each.words for each in before} == {each.words for each in after}
         assert [each.score for each in after] == sorted((each.score for each in after), reverse=True)
-    assert [each[0].text for each in model.describe(FEATURES)] == [each[0].text for each in ranked]
+    assert [each[0].text for each in by_score] != [each[0].text for each in ranked]
+    assert texts(model) == texts(load_ensemble([run, run])) == [each[0].text for each in ranked]
+    assert model.generate(FEATURES, narrow, num_captions=4) == ranked  # captions asked for are ranked too
 
 
-def test_very_long_captions_are_cut(tiny_model: CaptionModel) -> None:
-    table = TABLE.assign(caption=TABLE["caption"] + " a dog" * 500)
-    dataset = Flickr8kDataset(table, VOCAB, Path(), tiny_model.transform)
-    known = Consensus.of(Features([LOOKS.half()], IMAGES).take, dataset, IMAGES)
-    assert known.captions.shape == (12, 50)
+def test_a_checkpoint_copied_alone_captions_and_says_that_it_searches_without(
+    alone: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(alone)
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"searching without consensus: there is no {alone.with_name('consensus.pth')}, which training writes at its "
+        "end\n"
+    )
+    assert texts(model) == texts(load_model(run, ["search.consensus=0"]))
+    assert not capsys.readouterr().out
 
 
-def test_captions_that_are_asked_for_beside_a_beam_of_one_are_ranked(trained: Path) -> None:
-    model = CaptionModel.from_checkpoint(trained)
-    narrow = model.config.search.model_copy(update={"beam": 1})
-    assert model.describe(FEATURES, narrow, num_captions=4) == model.describe(FEATURES, num_captions=4)
-
-
-def test_greedy_search_and_drawing_do_without(trained: Path) -> None:
-    model = CaptionModel.from_checkpoint(trained)
-    model.consensus = None
-    for changes in ({"beam": 1}, {"temperature": 1.0}, {"consensus": 0.0}):
-        assert model.describe(FEATURES, model.config.search.model_copy(update=changes))
-
-
-def test_a_checkpoint_without_says_how_to_add_it(trained: Path, refused: Callable[..., Any]) -> None:
-    save_checkpoint(trained, load_checkpoint(trained) | {"consensus": None})
-    with refused("search.consensus = 5", "set it to 0", "--resume --run NAME search.consensus=5"):
-        CaptionModel.from_checkpoint(trained).describe(FEATURES)
-
-
-def test_a_checkpoint_gives_back_what_it_was_given(trained: Path) -> None:
-    one, other = CaptionModel.from_checkpoint(trained), CaptionModel.from_checkpoint(trained)
-    save_checkpoint(trained, other.state())
-    again = CaptionModel.from_checkpoint(trained)
-    assert one.describe(FEATURES) == again.describe(FEATURES)
+def test_consensus_that_is_asked_for_and_not_there_is_refused(alone: Path, refused: Callable[..., Any]) -> None:
+    told = ("search.consensus = 5", "no consensus.pth beside", "set it to 0", "--resume --run NAME search.consensus=5")
+    with refused(*told):
+        load_model(alone, ["search.consensus=5"])
+    model = load_model(alone)
+    with refused(*told):
+        model.generate(FEATURES, model.config.search.model_copy(update={"consensus": 5.0}))
+    for changes in ({"beam": 1}, {"temperature": 1.0}):  # greedy search and drawing do without
+        assert model.generate(FEATURES, model.config.search.model_copy(update={"consensus": 5.0, **changes}))
 
 
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        ("pictures", torch.zeros(6, 4)),
-        ("pictures", torch.full((6, 512), float("nan"))),
-        ("pictures", torch.zeros(0, 512)),
-        ("pictures", torch.ones(8001, 512)),
+        ("embeddings", torch.zeros(6, 4)),
+        ("embeddings", torch.full((6, 512), float("nan"))),
+        ("embeddings", torch.zeros(0, 512)),
+        ("embeddings", torch.ones(8001, 512)),
+        ("embeddings", "many"),
         ("centre", torch.zeros(3)),
         ("words", torch.tensor([9999] * 60)),
         ("lengths", torch.tensor([1] * 12)),
         ("lengths", torch.tensor([-1] * 12)),
-        ("owner", torch.tensor([6] * 12)),
-        ("owner", torch.tensor([0] * 11)),
-        ("owner", torch.tensor(3)),
+        ("image_index", torch.tensor([6] * 12)),
+        ("image_index", torch.tensor([0] * 11)),
+        ("image_index", torch.tensor(3)),
     ],
 )
 def test_a_damaged_one_is_refused(
-    state: dict[str, Any], part: str, value: torch.Tensor, refused: Callable[..., Any]
+    part: str, value: object, alone: Path, run: Path, refused: Callable[..., Any]
 ) -> None:
-    with refused("a.pth is damaged", "consensus"):
-        Consensus.from_state(state["consensus"] | {part: value}, 512, len(VOCAB), "a.pth")
+    saved = load_checkpoint(run.with_name("consensus.pth"))
+    save_checkpoint(alone.with_name("consensus.pth"), saved | {part: value})
+    told = ("consensus.pth is damaged", f"python train.py --resume --run {alone.parent.name}", "search.consensus=0")
+    with refused(*told):
+        load_model(alone)
 
 
-def test_looks_without_measure_are_brought_to_it(state: dict[str, Any]) -> None:
-    for pictures in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
-        known = Consensus.from_state(state["consensus"] | {"pictures": pictures}, 512, len(VOCAB), "a.pth")
-        assert known.for_ranking.votes(known.looks(FEATURES)).isfinite().all()
-
-
-def test_several_captioners_are_ranked_by_what_the_first_remembers(trained: Path) -> None:
-    together = load_ensemble([trained, trained])
-    assert [each[0].text for each in together.describe(FEATURES)] == [
-        each[0].text for each in CaptionModel.from_checkpoint(trained).describe(FEATURES)
-    ]
-
-
-def test_forgetting_leaves_the_same_model_without_anybodys_captions(trained: Path) -> None:
-    model = CaptionModel.from_state(forget(load_checkpoint(trained)), "forgotten").eval()
-    assert model.consensus is None
-    assert model.config.search.consensus == 0
-    assert model.describe(FEATURES)
+def test_embeddings_of_any_length_are_made_unit_vectors(alone: Path, run: Path) -> None:
+    saved = load_checkpoint(run.with_name("consensus.pth"))
+    for embeddings in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
+        save_checkpoint(alone.with_name("consensus.pth"), saved | {"embeddings": embeddings})
+        known = Consensus.load(alone.with_name("consensus.pth"), 512, len(VOCAB))
+        assert known.ranking.weights(known.embed(FEATURES)).isfinite().all()

@@ -1,0 +1,136 @@
+"""The command line of every script, and how scripts end: a mistake in one sentence with exit code 2, no traceback."""
+
+import cli
+from cli import Parser, UserError, run_script
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import setting_names
+
+ROOT = Path(cli.__file__).parent
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("there is no dog; bring one"), "there is no dog; bring one"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "dogs.csv"),
+            "dogs.csv: No such file or directory; check the path, its permissions and the disk",
+        ),
+        (OSError("odd"), "a file: odd; check the path, its permissions and the disk"),
+        (  # file names could rewrite what a terminal shows
+            UserError("there is no \x1b]0;title\x07 \u202efile\n of that name; check it"),
+            r"there is no \x1b]0;title\x07 \u202efile\n of that name; check it",
+        ),
+        *(
+            (
+                error,
+                "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam",
+            )
+            for error in (
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+                RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9."),
+                MemoryError(),
+            )
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_code_2(
+    error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script(partial(fail, error)) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied")])
+def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_script(partial(fail, error))
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run_script(lambda: None), run_script(lambda: 7)] == [0, 7]
+    assert capsys.readouterr().err == ""
+    for interrupt in (KeyboardInterrupt(), KeyboardInterrupt("half is done")):
+        assert run_script(partial(fail, interrupt)) == 130
+    assert capsys.readouterr().err == "interrupted\ninterrupted; half is done\n"
+
+
+def test_the_reader_of_the_output_may_leave_early() -> None:
+    script = "import sys, cli; sys.exit(cli.run_script(lambda: [print(n) for n in range(99_999)] and None))"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_characters_that_no_encoding_has_are_printed_escaped() -> None:
+    script = "import cli, sys; sys.exit(cli.run_script(lambda: print('caf\\udce9.jpg')))"
+    printed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).stdout
+    assert printed.strip() == rb"caf\udce9.jpg"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
+    script = "import cli, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
+    stopped = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (-signal.SIGINT, "interrupted\n")
+    for name in ("train", "evaluate", "inference_visualize", "visualize_loss"):
+        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        assert next(line for line in lines if re.match("import|from", line)).startswith("from cli import")
+
+
+def parse() -> None:
+    parser = Parser()
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--resume", action="store_true")
+    parser.parse_options_and_settings(setting_names())
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--epochs 3", "there is no --epochs; write train.epochs=3"),
+        ("run=mine --batch-size=32 --resume", "there is no --batch-size; write train.batch_size=32"),
+        ("--train.lr 1e-3", "there is no --train.lr; write train.lr=1e-3"),
+        ("--frozen --resume", "there is no --frozen; write encoder.frozen=…"),
+        ("--name x", "there is no --name; write encoder.name=x or decoder.name=x"),
+        ("--fast", "there is no --fast; there are --config, --resume, and settings such as train.epochs=3"),
+        ("-e 3", "there is no -e; there are --config, --resume, and settings such as train.epochs=3"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_setting_that_was_meant(
+    line: str, sentence: str, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(parse, *line.split()) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+
+
+def test_settings_may_stand_anywhere_and_a_value_may_look_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = Parser()
+    parser.add_argument("--images", nargs="+")
+    parser.add_argument("--out")
+    line = "train.lr=1 --images a b search.beam=5 --out beam=5 run=mine"
+    monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
+    args = parser.parse_options_and_settings(setting_names())
+    assert (args.images, args.out) == (["a", "b"], "beam=5")
+    assert args.overrides == ["train.lr=1", "search.beam=5", "run=mine"]
