@@ -115,7 +115,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} was written by an older version of this project (its format is {found}, that of today "
             f"{CHECKPOINT_FORMAT}); train it again, or use that version"
         )
-    if found != CHECKPOINT_FORMAT:
+    if checkpoint is None or found != CHECKPOINT_FORMAT:
         raise UserError(damaged)
     return checkpoint
 

@@ -99,7 +99,8 @@ def measure(captions: dict[str, str], references: evaluate.References) -> dict[s
     written = [[tokenise(caption)] for caption in captions.values()]
     people = [[tokenise(text) for text in references.captions[image]] for image in captions]
     one_each = [references.captions[image][0] for image in captions]
-    scores = references.score(captions)
+    batched, names = references.tokeniser.tokenise, ["bleu4", "cider"]
+    scores = metrics.evaluate(captions, references.captions, batched, references.language, names)
     return {
         "by_length": by_length(scores, people),
         "by_content": by_content(scores, people),

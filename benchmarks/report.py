@@ -140,18 +140,19 @@ def ablations() -> str:
 
 
 def all_settings(result: Found) -> Found:
-    """Return all settings of a result by their names of today, also those that are younger than it.
+    """Return all settings of a result by their names of today, also those that are younger than it."""
+    return named_as_today(flatten(load_config().model_dump())) | named_as_today(result["config"])
 
-    Once, self-critical epochs were the last ones of a run and had a learning rate of their own.
-    """
-    settings = flatten(load_config().model_dump()) | result["config"]
+
+def named_as_today(settings: Found) -> Found:
+    """Name a loss where self-critical epochs were the last ones of a run and had a learning rate of their own."""
+    settings = dict(settings)
     epochs, rate = settings.pop("train.self_critical_epochs", None), settings.pop("train.self_critical_lr", None)
+    if epochs is None:
+        return settings
     if epochs == settings["train.epochs"]:
-        settings |= {"train.loss": "self_critical", "train.lr": rate}
-    elif epochs is not None:
-        after = f", then {epochs} epochs of self_critical at {rate}" if epochs else ""
-        settings["train.loss"] = f"cross_entropy{after}"
-    return settings
+        return settings | {"train.loss": "self_critical", "train.lr": rate}
+    return settings | {"train.loss": f"cross_entropy, then self_critical at {rate}" if epochs else "cross_entropy"}
 
 
 def speed(template: str) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from matplotlib.axes import Axes
@@ -29,11 +30,14 @@ from PIL import Image
 
 import metrics
 import visualize_loss
-from data import annotations, sample
+from config import SearchConfig
+from data import annotations, sample, splits
 from data.transforms import open_picture
 from data.vocab import EOS, SOS
+from models import search
+from models.checkpoint import load_model
 from models.model import Caption, CaptionModel
-from models.search import Running, Search
+from models.search import Beam, Found
 from render.attention import AttentionMaps, heat_map
 from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
@@ -56,7 +60,7 @@ class Scene:
 
 def main() -> None:
     lstm, attention = (load(name) for name in ("sample", "sample-attention"))
-    table = annotations.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
+    table = splits.choose_split(annotations.load(lstm.config.data), "test", lstm.config.data.source)[1]
     scenes = list(annotations.references(table).items())
     large, unsure = scenes[3], scenes[6]
     seen = [encode_scene(lstm, *each) for each in scenes]
@@ -76,7 +80,7 @@ def load(run: str) -> CaptionModel:
     path = RUNS / run / "checkpoints.pth"
     if not path.is_file():
         raise UserError(f"there is no {path}; train it as the first lines of {Path(__file__).name} say")
-    return CaptionModel.from_checkpoint(path)
+    return load_model(path)
 
 
 def encode_scene(model: CaptionModel, name: str, references: list[str]) -> Scene:
@@ -192,7 +196,7 @@ def photographs() -> list[Path]:
 
 def draw_photographs() -> Figure:
     """Draw two photographs, the captions that pretrained/ gives them, and the attention of the longest words."""
-    model = CaptionModel.from_checkpoint(PRETRAINED)
+    model = load_model(PRETRAINED)
     gap, side = 0.14, 3.1
     small = (side - gap) / 2
     figure, axes = paper(4 * side + 5 * gap + 0.2, side + 0.85)
@@ -220,7 +224,7 @@ def longest_words(words: Sequence[str], number: int = 4) -> list[int]:
 
 def draw_attention() -> Figure:
     """Draw the attention of the captioner in pretrained/ on a photograph, word by word."""
-    model = CaptionModel.from_checkpoint(PRETRAINED)
+    model = load_model(PRETRAINED)
     seen = encode_file(model, photographs()[1], [])
     attention = AttentionMaps.of(best(model, seen, keep_attention=True))
     assert attention
@@ -297,18 +301,22 @@ def draw_teacher_forcing(model: CaptionModel, seen: Scene) -> Figure:
     return figure
 
 
-class Traced(Search):
-    """A search that records the words and the log-probability of every hypothesis in its beams."""
+def trace(
+    model: CaptionModel, seen: Scene, options: SearchConfig
+) -> tuple[search.Hypothesis, dict[tuple[int, ...], float]]:
+    """Return the caption of a beam search, and the log-probability of every hypothesis that its beams held."""
+    held: dict[tuple[int, ...], float] = {}
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.held: dict[tuple[int, ...], float] = {}
+    class Traced(Found):
+        def collect_ended(self, beam: Beam) -> None:
+            for ids, log_prob in zip(beam.words[:, 1:].tolist(), beam.log_prob.flatten().tolist(), strict=True):
+                if log_prob > -math.inf:
+                    held[tuple(ids)] = log_prob
+            super().collect_ended(beam)
 
-    def collect(self, running: Running) -> None:
-        for ids, log_prob in zip(running.words[:, 1:].tolist(), running.log_prob.flatten().tolist(), strict=True):
-            if log_prob > -math.inf:
-                self.held[tuple(ids)] = log_prob
-        super().collect(running)
+    with mock.patch.object(search, "Found", Traced):
+        [[winner]] = search.search(model.decoder, model.standardise(seen.features), options)
+    return winner, held
 
 
 @dataclass
@@ -343,9 +351,8 @@ def parted(model: CaptionModel, scenes: list[Scene]) -> Scene:
 def draw_tree(model: CaptionModel, seen: Scene) -> Figure:
     """Draw a beam search of three: each hypothesis in its beams, how it ended, and the caption of greedy search."""
     options = model.config.search.model_copy(update={"beam": 3})
-    search = Traced(model.decoder, model.standardise(seen.features), options, 1, (), False)
-    [[winner]] = search.run()
-    tree = grow(search.held)
+    winner, held = trace(model, seen, options)
+    tree = grow(held)
     leaves = count_leaves(tree)
     alone = best(model, seen, beam=1)
     greedy = (*model.vocab.look_up(alone.words), EOS)

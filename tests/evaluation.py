@@ -1,4 +1,4 @@
-"""A tiny run to score, and how its scripts are called: shared by the tests of evaluate.py."""
+"""A tiny run to score, and how evaluate.py is called: shared by its tests."""
 
 from cli import run_script
 
@@ -19,7 +19,6 @@ import pytest
 from conftest import TINY
 
 import evaluate
-import metrics
 import train
 from data import formats
 
@@ -27,8 +26,7 @@ Run = Callable[..., int]
 Refusal = Callable[..., None]
 Captions = dict[Any, str]
 
-METRICS = ["bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider", "spice"]
-SCORED = f"scorer:pycocoevalcap-1.2|tok:nltk-words-{nltk.__version__}|refs:raw-5|split:test|n:2"
+SIGNED = f"scorer:pycocoevalcap-1.2|tok:nltk-words-{nltk.__version__}|refs:raw-5|split:test|n:2"
 THEIRS = {"10.jpg": "A small blue triangle on grey .", "11.jpg": "A large red circle at the bottom of the picture"}
 LEARNING = (
     *("train.epochs=11", "train.lr=3e-2", "train.warmup_steps=1", "train.ema=0.5", "train.seed=1"),
@@ -37,10 +35,8 @@ LEARNING = (
 SEARCH = ("beam=5", "length_penalty=0.7", "max_length=25")
 RUN_PREDICTIONS = "runs/flickr8k/predictions-test.json"
 
-needs_java = pytest.mark.skipif(not metrics.has_java(), reason="needs Java")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scored(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the tiny dataset and a run, trained until its captions are right in part, then scored.
 
@@ -72,21 +68,17 @@ def folder(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def run_with_java(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the script and return its exit code."""
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("--split", "val")` runs the script and returns its exit code; without Java, which would take its time."""
 
-    def command(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        return run_script(evaluate.main)
+    def command(*words: str, java: bool = False) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["evaluate.py", *words])
+            if not java:
+                patch.setenv("PATH", str(folder / "nothing"))
+            return run_script(evaluate.main)
 
     return command
-
-
-@pytest.fixture
-def run(run_with_java: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the script where there is no Java, which would take its time."""
-    monkeypatch.setenv("PATH", str(folder / "nothing"))
-    return run_with_java
 
 
 @pytest.fixture
@@ -114,8 +106,12 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(formats.READERS, "csv", read)
 
 
-def read_scores(path: str = "runs/flickr8k/scores-test.json") -> dict[str, Any]:
+def read_scores(path: str = "scores-test.json") -> dict[str, Any]:
     return json.loads(Path(path).read_text())
+
+
+def read_run_scores() -> dict[str, Any]:
+    return read_scores("runs/flickr8k/scores-test.json")
 
 
 def read_captions(path: str = RUN_PREDICTIONS) -> Captions:

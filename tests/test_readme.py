@@ -17,6 +17,7 @@ from conftest import TINY
 
 from data import download
 from models import model
+from models.checkpoint import load_model
 from models.search import search
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def test_the_decoder_shown_is_one_file_and_one_line(archive: Path, monkeypatch: 
     [command] = [command for command in COMMANDS if "decoder.name=gru" in command]
     monkeypatch.setitem(model.DECODERS, "gru", shown["DecoderGRU"])
     assert run(command, monkeypatch) == 0
-    trained = model.CaptionModel.from_checkpoint("runs/gru/checkpoints.pth")
+    trained = load_model("runs/gru/checkpoints.pth")
     assert type(trained.decoder).__name__ == "DecoderGRU"
 
     features, tokens = torch.randn(2, trained.encoder.feature_shape[-1]), torch.tensor([[1, 5, 6, 7]])

@@ -1,10 +1,8 @@
 """What a model card says of limits and biases is counted as it says."""
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import metrics
@@ -16,8 +14,8 @@ MIXED = ["a woman", "a woman", "a man", "a woman", "a woman"]
 
 def references(*pictures: list[str]) -> References:
     captions = {f"{number}.jpg": texts for number, texts in enumerate(pictures)}
-    tokenise = partial(metrics.by_words, str.split)
-    return References("val", pd.DataFrame(), captions, ["a dog"], "en", "split", tokenise)
+    tokeniser = metrics.Tokeniser("split", metrics.batched(str.split))
+    return References("val", {}, captions, ["a dog"], "en", tokeniser)
 
 
 def words(*pictures: list[str]) -> limits.Texts:
@@ -62,7 +60,7 @@ def test_groups_of_pictures_have_the_scores_of_these_pictures_alone() -> None:
     found = limits.measure(captions, given)
     assert [third["words"] for third in found["by_length"]] == [[3, 3], [5, 5], [9, 9]]
     assert [third["pictures"] for third in found["by_length"]] == [2, 1, 1]
-    by_picture = metrics.score(captions, given.captions, given.tokenise).cider
+    by_picture = given.score(captions).per_image["cider"]
     kinds = ["people, no animals", "animals, no people", "both", "neither"]
     assert [found["by_content"][kind]["cider"][0] for kind in kinds] == pytest.approx(by_picture, abs=0.01)
     assert found["by_length"][0]["cider"][0] == pytest.approx(by_picture[[0, 3]].mean(), abs=0.01)

@@ -86,9 +86,9 @@ def test_self_critical_epochs_of_older_results_are_told_by_their_settings_of_tod
     keep(58.0, "faster", older | {"train.self_critical_lr": 1e-4})
     keep(50.0, "plain", older | {"train.self_critical_epochs": 0, "train.lr": 3e-5})
     assert report.ablations().splitlines()[3:] == [
+        "| lstm-seed0 | `train.lr=0.0001` | 20.0 | 58.0 | -2.0 |",
         "| lstm-seed0 |  | 20.0 | 60.0 | +0.0 |",
         "| lstm-seed0 | `train.loss=cross_entropy` | 20.0 | 50.0 | -10.0 |",
-        "| lstm-seed0 | `train.lr=0.0001` | 20.0 | 58.0 | -2.0 |",
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 import torchvision
 
 from config import Config
-from data.vocab import build_vocab
+from data.vocab import EOS, SOS, build_vocab
 from models import checkpoint
 from models.checkpoint import load_model, model_from_start, model_from_state, model_state
 from models.encoder import EncoderCNN
@@ -35,7 +35,7 @@ def build(config: Config) -> CaptionModel:
 
 @torch.inference_mode()
 def hidden(model: CaptionModel) -> torch.Tensor:
-    return model(PIXELS, torch.tensor([VOCAB.encode("a brown dog runs")] * 3), torch.arange(3))[0]
+    return model(PIXELS, torch.tensor([[SOS, *VOCAB.numericalize("a brown dog runs"), EOS]] * 3), torch.arange(3))[0]
 
 
 @torch.inference_mode()

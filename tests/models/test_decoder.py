@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from training.objectives import caption_loss
 
 from config import load_config
 from data.vocab import EOS, PAD, SOS
 from models.decoder import Decoder, group_by_image
 from models.model import DECODERS
 from models.search import search
+from training.losses import cross_entropy
 
 V, D, L = 300, 24, 9
 TOKENS = torch.tensor([[SOS, 5, 6, 7, 8, EOS], [SOS, 9, 5, EOS, PAD, PAD], [SOS, 7, 7, 10, EOS, PAD]])
@@ -42,7 +42,7 @@ def read(
 
 
 def loss_of(decoder: Decoder, seen: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-    return caption_loss(decoder.output, decoder(seen, tokens[:, :-1], image_index)[0], tokens[:, 1:], 0)[0]
+    return cross_entropy(decoder.output, decoder(seen, tokens[:, :-1], image_index)[0], tokens[:, 1:], 0)[0]
 
 
 def take_gradients(decoder: Decoder) -> list[torch.Tensor]:

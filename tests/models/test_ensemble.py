@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.vocab import Vocabulary, build_vocab
+from models.checkpoint import load_model, model_state
 from models.ensemble import load_ensemble
 from models.model import CaptionModel
 from utils import save_checkpoint
@@ -28,7 +29,7 @@ def save(tmp_path: Path, tiny_config: Callable) -> Callable[..., Path]:
             for parameter in model.decoder.parameters():
                 parameter.mul_(3)
         path = tmp_path / f"{name}.pth"
-        save_checkpoint(path, model.state())
+        save_checkpoint(path, model_state(model))
         return path
 
     return build_and_save
@@ -48,7 +49,7 @@ def probabilities(model: CaptionModel, ids: list[int]) -> torch.Tensor:
 def test_their_probabilities_are_averaged_at_each_word(save: Callable) -> None:
     paths = [save("one", "train.seed=1"), save("other", "train.seed=2", "decoder.name=transformer")]
     ids = [1, *VOCAB.numericalize("a dog sit on")]
-    one, other = (probabilities(CaptionModel.from_checkpoint(path), ids) for path in paths)
+    one, other = (probabilities(load_model(path), ids) for path in paths)
     assert not torch.allclose(one, other, atol=1e-3)
     torch.testing.assert_close(probabilities(load_ensemble(paths), ids), (one + other) / 2)
 
@@ -56,7 +57,7 @@ def test_their_probabilities_are_averaged_at_each_word(save: Callable) -> None:
 def test_twice_the_same_model_writes_as_it_does_alone(save: Callable) -> None:
     path = save("one")
     features = torch.randn(3, 1, 512)
-    together, alone = (load_ensemble(paths).describe(features, keep_attention=True) for paths in ([path] * 2, [path]))
+    together, alone = (load_ensemble(paths).generate(features, keep_attention=True) for paths in ([path] * 2, [path]))
     for (several,), (single,) in zip(together, alone, strict=True):
         assert several.text == single.text
         assert several.score == pytest.approx(single.score, rel=1e-4)
@@ -65,7 +66,7 @@ def test_twice_the_same_model_writes_as_it_does_alone(save: Callable) -> None:
 
 def test_members_that_look_with_other_heads_show_no_attention(save: Callable) -> None:
     paths = [save("one"), save("other", "decoder.name=transformer")]
-    ((caption,),) = load_ensemble(paths).describe(torch.randn(1, 1, 512), keep_attention=True)
+    ((caption,),) = load_ensemble(paths).generate(torch.randn(1, 1, 512), keep_attention=True)
     assert caption.attention is None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.vocab import SPECIALS, build_vocab
+from data.vocab import EOS, SOS, SPECIALS, build_vocab
 from models.model import CaptionModel
 
 VOCAB = build_vocab(["a brown dog runs through the tall grass", "two cats sit on a red mat"], 1)
@@ -19,7 +19,7 @@ def build(tiny_config: Callable, *overrides: str) -> CaptionModel:
 
 @torch.inference_mode()
 def test_a_model_is_drawn_from_the_seed(tiny_config: Callable) -> None:
-    tokens = torch.tensor([VOCAB.encode("a brown dog runs")] * 3)
+    tokens = torch.tensor([[SOS, *VOCAB.numericalize("a brown dog runs"), EOS]] * 3)
     models = [build(tiny_config, f"train.seed={seed}") for seed in (3, 3, 4)]
     first, same, other = (model(PIXELS, tokens, torch.arange(3))[0] for model in models)
     assert torch.equal(first, same)
@@ -30,7 +30,7 @@ def test_a_model_is_drawn_from_the_seed(tiny_config: Callable) -> None:
 def test_pixels_and_their_features_give_the_same(tiny_config: Callable) -> None:
     model = build(tiny_config)
     features = model.encoder(model.transform.normalise(PIXELS))
-    tokens, image_index = torch.tensor([VOCAB.encode("two cats sit")] * 2), torch.tensor([2, 0])
+    tokens, image_index = torch.tensor([[SOS, *VOCAB.numericalize("two cats sit"), EOS]] * 2), torch.tensor([2, 0])
     assert torch.equal(model(PIXELS, tokens, image_index)[0], model(features, tokens, image_index)[0])
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from fuzz import GROWTH, memory
 from PIL import Image
@@ -118,6 +119,9 @@ def absurd(good: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.filterwarnings(
+    "error::PIL.Image.DecompressionBombWarning"
+)  # as data.transforms asks, but pytest resets it
 def test_odd_pictures(tally: Tally, whole: Path) -> None:
     """pictures of all kinds: bombs, broken, animated, 16-bit, links, pipes …"""
     file = Path("archive/images/00.jpg")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def logits() -> torch.Tensor:
 def test_the_loss_is_pytorchs_own_label_smoothing_and_what_is_logged_is_never_smoothed(
     logits: torch.Tensor, smoothing: float
 ) -> None:
-    flat = {"input": logits.flatten(0, 1), "target": TARGETS.flatten(), "ignore_index": PAD}
+    flat: dict[str, Any] = {"input": logits.flatten(0, 1), "target": TARGETS.flatten(), "ignore_index": PAD}
     loss, nll = cross_entropy(IDENTITY, logits, TARGETS, smoothing)
     torch.testing.assert_close(loss, F.cross_entropy(**flat, label_smoothing=smoothing))
     torch.testing.assert_close(nll, F.cross_entropy(**flat))
@@ -99,7 +100,7 @@ def toy_model(tiny_config: Callable, *overrides: str) -> CaptionModel:
 
 
 def toy_batch(model: CaptionModel) -> Batch:
-    captions = [model.vocab.encode(text) for text in ("a dog runs", "two cats sit")]
+    captions = [[SOS, *model.vocab.numericalize(text), EOS] for text in ("a dog runs", "two cats sit")]
     features = torch.randn(2, *model.encoder.feature_shape, generator=torch.Generator().manual_seed(0))
     return Batch(features, pad(captions), torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.bool))
 
