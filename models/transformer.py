@@ -13,6 +13,7 @@ from torch import nn
 
 from config import DecoderConfig
 from models.decoder import Decoder, Memory, State, group_by_image
+from models.dropout import Dropout
 
 
 class TransformerDecoder(Decoder):
@@ -33,7 +34,7 @@ class TransformerDecoder(Decoder):
                 "make it a multiple of twice as many"
             )
         self.heads = config.num_heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.project = nn.Linear(feature_size, width)
         self.encoder = nn.ModuleList(Layer(config, cross=False) for _ in range(config.encoder_layers))
         self.key_value = nn.Linear(width, config.num_layers * 2 * width)
@@ -95,7 +96,7 @@ class Layer(nn.Module):
             self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, config.num_heads)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, hidden: torch.Tensor, past: torch.Tensor | None = None, regions: torch.Tensor | None = None

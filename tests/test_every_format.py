@@ -1,19 +1,16 @@
 """Whatever format captions come in, the same three scripts train on them, score them and draw pictures."""
 
-from cli import run_script
-
 import csv
 import json
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import TINY
+from dataset_files import run
 
 import evaluate
 import inference_visualize
@@ -87,13 +84,9 @@ def test_a_dataset_is_trained_on_scored_and_drawn(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # no Java, which would take its time
 
-    def run(script: ModuleType, *words: str) -> None:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
-        assert run_script(script.main) == 0, capsys.readouterr().err
-
-    run(train, *TINY, "data.root=dataset", f"data.language={language}", "run=it", "train.epochs=2", "train.lr=0.01")
-    run(evaluate)
-    run(inference_visualize)
+    settings = (f"data.language={language}", "run=it", "train.epochs=2", "train.lr=0.01")
+    assert run(train.main, *TINY, "data.root=dataset", *settings) == 0, capsys.readouterr().err
+    assert run(evaluate.main) == run(inference_visualize.main) == 0, capsys.readouterr().err
     written = json.loads(Path("runs/it/predictions.json").read_text())
     assert len(written) == len(list(Path("runs/it/outputs").glob("*.jpg"))) == shown
     scores = json.loads(next(Path("runs/it").glob("scores-*.json")).read_text())

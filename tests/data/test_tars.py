@@ -44,11 +44,6 @@ def written(archive: Path) -> None:
     assert run(write_tars.main, "tars", "data.root=archive", "--pictures", 4) == 0
 
 
-@pytest.fixture
-def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def write_tar(path: str, files: dict[str, bytes | dict | str]) -> None:
     Path(path).parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -64,18 +59,6 @@ def picture(colour: str = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), colour).save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def entries() -> dict[str, dict]:
-    """Return, by key, what the JSON files in tars/ say."""
-    found = {}
-    for path in Path("tars").glob("*.tar"):
-        with tarfile.open(path) as tar:
-            for member in tar.getmembers():
-                content = tar.extractfile(member)
-                if content and member.name.endswith(".json"):
-                    found[member.name.removesuffix(".json")] = json.loads(content.read())
-    return found
 
 
 def find(shards: str = SHARDS) -> list[Tar]:
@@ -142,7 +125,8 @@ def train_set(config: str) -> Flickr8kDataset:
 def test_a_training_reads_the_same_from_tars_as_from_files(written: None) -> None:
     files, streamed = train_set("data.root=archive"), train_set(SHARDS)
     assert streamed.tokens.types == files.tokens.types  # the same vocabulary
-    file_of = {key: entry["image"] for key, entry in entries().items()}
+    samples = [sample for path in Path("tars").iterdir() for sample in tars.samples(path)]
+    file_of = {sample["__key__"]: json.loads(sample["json"])["image"] for sample in samples}
     for number, name in enumerate(streamed.images):
         image = files.images.index(file_of[name.rpartition("/")[2]])
         for view in (0, 1):
@@ -155,7 +139,7 @@ def test_a_training_reads_the_same_from_tars_as_from_files(written: None) -> Non
 
 
 def test_each_caption_has_its_picture_where_tars_share_keys_and_differ_in_size(
-    empty: None, tiny_model: CaptionModel
+    archive: Path, tiny_model: CaptionModel
 ) -> None:
     colours = {"a/0.tar": ["red"], "b/0.tar": ["blue", "green", "white"]}
     for path, several in colours.items():
@@ -292,14 +276,14 @@ FAULTS: dict[str, tuple[dict[str, bytes | dict | str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_sample_is_named_with_its_tar(fault: str, empty: None, refused: Callable) -> None:
+def test_a_faulty_sample_is_named_with_its_tar(fault: str, archive: Path, refused: Callable) -> None:
     files, named = FAULTS[fault]
     write_tar("tars/0.tar", files)
     with refused(*named):
         find("data.shards=tars/0.tar")
 
 
-def test_a_broken_picture_or_tar_is_named(empty: None, tiny_model: CaptionModel, refused: Callable) -> None:
+def test_a_broken_picture_or_tar_is_named(archive: Path, tiny_model: CaptionModel, refused: Callable) -> None:
     write_tar("tars/0.tar", {"1.jpg": picture(), "1.json": GOOD, "2.jpg": picture()[:300], "2.json": GOOD})
     found = find("data.shards=tars/0.tar")
     with refused("tars/0.tar/2.jpg"):
@@ -311,10 +295,10 @@ def test_a_broken_picture_or_tar_is_named(empty: None, tiny_model: CaptionModel,
             find("data.shards=tars/0.tar")
 
 
-def test_a_key_cannot_lead_out_of_the_cache(empty: None) -> None:
+def test_a_key_cannot_lead_out_of_the_cache(archive: Path) -> None:
     write_tar("tars/0.tar", {"../../../evil.jpg": picture(), "../../../evil.json": GOOD | {"split": "val"}})
     [tar] = find("data.shards=tars/0.tar")
-    assert tar.held_out == 1 and {path.name for path in Path().iterdir()} == {"tars", "cache"}
+    assert tar.held_out == 1 and {path.name for path in Path().iterdir()} == {"archive", "tars", "cache"}
     assert not list(Path().rglob("evil*"))
 
 
@@ -343,18 +327,19 @@ def test_what_cannot_be_trained_on_is_refused(
         find()
 
 
-def test_only_what_can_be_read_again_is_written(empty: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_can_be_read_again_is_written(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["a.JPG", "b.png", "c.webp", "d.gif", "e.bmp", "f.tif"]
-    Path("archive/images").mkdir(parents=True)
     for name in [*names, "g.ppm"]:
-        Image.new("RGB", (40, 40)).save(Path("archive/images", name))
+        Image.new("RGB", (40, 40)).save(archive / "images" / name)
+    for path in archive.glob("*.txt"):
+        path.unlink()
     captions = "image,caption,split\n" + "".join(f"{name},A dog,train\n" for name in names)
-    put(Path("archive"), "captions.csv", text=captions)
+    put(archive, "captions.csv", text=captions)
     assert run(write_tars.main, "tars") == 0
     [tar] = find("data.shards=tars/{00000..00000}.tar")
     assert [opener().size for opener in tar.openers(range(6))] == [(40, 40)] * 6
     assert run(write_tars.main, "tars") == 2
     assert "tars has tars already; name another folder" in capsys.readouterr().err
-    put(Path("archive"), "captions.csv", text=f"{captions}g.ppm,A cat,train\n")
+    put(archive, "captions.csv", text=f"{captions}g.ppm,A cat,train\n")
     assert run(write_tars.main, "others") == 2
     assert "g.ppm ends in none of .jpg," in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """What is exported writes the captions of the checkpoint, with PyTorch and without; else nothing is written."""
 
-from cli import run_script
-
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,19 @@ import torch
 from conftest import SCENES
 from PIL import Image
 
+from captioning import Captioner
 from data import sample
 from data.transforms import Transform
 from data.vocab import build_vocab
 from models import export
-from models.consensus import Consensus
+from models.checkpoint import model_from_state, model_state
 from models.decoder import Decoder, State
 from models.model import DECODERS, CaptionModel
 from utils import load_checkpoint, save_checkpoint
 
 pytest.importorskip("safetensors")
 DOCS = str(Path(export.__file__).parents[1] / "docs")
-ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four cells
+ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four regions
 DEEP = {
     "lstm": ["decoder.num_layers=2"],
     "attention": [],
@@ -40,28 +40,14 @@ def save(name: str, folder: Path, tiny_config: Callable) -> Path:
         model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
         for parameter in model.decoder.parameters():
             parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
-    save_checkpoint(folder / "checkpoints.pth", model.state() | {"scores": {"val_cider": 12.5}, "optimiser": {}})
+    save_checkpoint(folder / "checkpoints.pth", model_state(model) | {"scores": {"val_cider": 12.5}, "optimiser": {}})
     return folder / "checkpoints.pth"
 
 
-def remember(path: Path) -> None:
-    """Give a checkpoint a consensus, which stays behind when it is exported."""
-    saved = load_checkpoint(path)
-    size = len(saved["feature_mean"])
-    known = Consensus(torch.eye(2, size), torch.zeros(size), torch.tensor([[4, 5], [5, 4]]), torch.arange(2))
-    search = saved["config"]["search"] | {"consensus": 5.0}
-    save_checkpoint(path, saved | {"consensus": known.state(), "config": saved["config"] | {"search": search}})
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run models/export.py's `main` with these words on the command line and return its exit code."""
-
-    def command(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-        return run_script(export.main)
-
-    return command
+def run(call: Callable[..., int]) -> Callable[..., int]:
+    """Run models/export.py with these words on the command line and return its exit code."""
+    return lambda *words: call(export.main, *words)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -71,14 +57,13 @@ def test_captions_without_pytorch_are_those_with_it(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     path = save(name, tmp_path, tiny_config)
-    remember(path)
     assert run("--checkpoint", path, "search.beam=4") == 0
     monkeypatch.syspath_prepend(DOCS)
-    from caption_with_onnx import Captioner
+    import caption_with_onnx
 
-    captioner = Captioner(tmp_path / "export")
+    captioner = caption_with_onnx.Captioner(tmp_path / "export")
     pictures = sorted((drawn / "images").iterdir())[:6]
-    expected = CaptionModel.from_checkpoint(path).caption(pictures, beam=4, consensus=0)
+    expected = Captioner.load(path).caption(pictures, beam=4)
     assert [captioner(Image.open(picture)) for picture in pictures] == expected
     assert len(set(expected)) > 2
 
@@ -104,15 +89,14 @@ def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, ti
     for name, content in export.separate(saved).items():
         (tmp_path / name).write_bytes(content)
     again = export.load(tmp_path)
+    assert again.keys() == saved.keys()
     for part in ("decoder", "backbone"):
         assert again[part].keys() == saved[part].keys()
         assert all(torch.equal(again[part][name], saved[part][name]) for name in saved[part])
-    assert again["scores"] == {"val_cider": 12.5}
-    assert again["vocabulary"] == saved["vocabulary"]
+    assert (again["scores"], again["vocabulary"]) == (saved["scores"], saved["vocabulary"])
     picture = drawn / "images/00.jpg"
-    model = CaptionModel.from_state(again, "here").eval()
-    assert model.caption(picture) == CaptionModel.from_checkpoint(path).caption(picture)
-    assert model.state().keys() | {"scores", "format"} == again.keys()
+    model = model_from_state(again, "here").eval()
+    assert Captioner(model).caption(picture) == Captioner.load(path).caption(picture)
 
 
 class Off(Decoder):
@@ -154,18 +138,14 @@ def test_graphs_that_differ_are_not_written(
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoints.pth"]
 
 
-def test_a_package_that_is_missing_is_named(
+def test_what_cannot_be_exported_is_refused(
     run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert run("--checkpoint", tmp_path / "none.pth") == 2
-    assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
     save_checkpoint(tmp_path / "a.pth", {"config": {}})
-    monkeypatch.setattr("sys.argv", ["export", "--checkpoint", str(tmp_path / "a.pth")])
-    with refused("a.pth lacks", "take another one"):
-        export.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "require", lambda *packages: None)
+        assert run("--checkpoint", tmp_path / "a.pth") == 2
+        assert re.search("error: .*a.pth lacks .*; take another one", capsys.readouterr().err)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run("--checkpoint", tmp_path / "a.pth") == 2
+    assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
