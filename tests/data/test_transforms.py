@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from data import transforms
+from data.formats import PICTURE_SUFFIXES
 from data.transforms import (
     AUGMENTATIONS,
-    PICTURE_SUFFIXES,
     Transform,
     View,
     augment,
