@@ -26,7 +26,7 @@ from models.ensemble import load_ensemble
 from models.model import Caption, CaptionModel
 from utils import pick_device
 
-SEARCH_BATCH = 160  # pictures searched together: fewer waste calls, and beams of more overflow a processor's cache
+SEARCH_BATCH = 160  # pictures per search: fewer cost more overhead, more overflow a processor's cache
 LONGEST_SIDE = 800  # pixels of a picture kept to be drawn
 
 
@@ -35,8 +35,8 @@ class Picture:
     """A picture to caption: a file, or what a file holds.
 
     Attributes:
-        image_id: names it in predictions.json; references: captions by people, where they are known.
-        content: the bytes of the file, where it lies on no disk.
+        image_id: names it in predictions.json; references: human captions, if known.
+        content: the bytes of the file, if it is not a file on disk.
     """
 
     path: Path
@@ -51,7 +51,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture that was read: `shown` is it, upright and small enough to keep; features (D,) or (L, D)."""
+    """A picture with its features (D,) or (L, D); `shown` is the picture, upright, and shrunk to be drawn."""
 
     picture: Picture
     shown: Image.Image
@@ -75,7 +75,7 @@ class Captioner:
 
     @classmethod
     def load(cls, paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> "Captioner":
-        """Return the captioner in a checkpoint, or of several that write together, on the best device there is.
+        """Load a captioner from one checkpoint, or an ensemble from several, onto the best available device.
 
         `overrides` are settings such as "search.beam=3". Raises UserError for files that cannot be used.
         """
@@ -88,7 +88,7 @@ class Captioner:
         return Extractor(model.encoder, model.transform, model.precision, model.device)
 
     def caption(self, images: str | os.PathLike | Image.Image | Iterable, **settings: Any) -> list[str]:
-        """Return a caption of each of these pictures, files or PIL images, or of the one.
+        """Return one caption per picture; takes one path or PIL image, or several, and always returns a list.
 
         `settings` are those of `search` in config.yaml, such as beam=3 or length_penalty=1, in place of the model's
         own. Raises UserError for an unknown setting, and for a file that cannot be read.
@@ -208,7 +208,8 @@ def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
 def encode_dataset(
     model: CaptionModel, names: Sequence[str], folder: Path, view: View = WHOLE, note: str = ""
 ) -> Features:
-    """Return the features of pictures in a folder: from the cache, filled, or anew where the backbone is trained.
+    """Return the features of pictures in a folder: from the cache, where missing ones are encoded first, or freshly
+    encoded if the backbone is trained.
 
     Raises UserError for a picture that cannot be read.
     """

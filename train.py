@@ -2,8 +2,8 @@
 
 python train.py                                     Flickr8k at archive/; without it, the built-in sample
 python train.py --config configs/attention.yaml train.epochs=10 run=longer
-python train.py --resume                            go on with the newest run, digit for digit
-torchrun --nproc_per_node=8 train.py                several processes work as one
+python train.py --resume                            resume the newest run, as if it had never stopped
+torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
 from cli import Parser, UserError, run_script
@@ -44,10 +44,10 @@ def parse_args() -> argparse.Namespace:
         epilog="Example: python train.py train.epochs=10 run=longer",
     )
     parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on with a run from its last step")
+    parser.add_argument("--resume", action="store_true", help="resume a run from its last checkpoint")
     parser.add_argument("--run", metavar="NAME", help="with --resume: the run to go on with (default: the newest)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="start again where a run of this name exists, and lose what it wrote"
+        "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
     )
     return parser.parse_options_and_settings(setting_names())
 
@@ -55,12 +55,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     with distributed.processes(), open_run(args) as run:  # its folder is locked until the end
-        # data and model: one row per caption, whatever the source; the vocabulary is of training captions alone
+        # data and model: one row per caption, whatever the source; the vocabulary is built from training captions alone
         captions = Captions(run)
         model = make_model(run, captions, args.overrides)
         train_set, val_set = make_datasets(model, captions)
 
-        # loss: cross-entropy or self-critical; state: optimiser, averaged weights, and how far they have come
+        # loss: cross-entropy or self-critical; state: optimiser, averaged weights, progress
         loss_fn = distributed.parallel(LOSSES[run.config.train.loss](model, train_set), model.precision)
         state = TrainState(model)
         if run.saved:
@@ -86,7 +86,7 @@ def fit(
     val_set: Flickr8kDataset,
     val_references: dict[str, list[str]],
 ) -> bool:
-    """Train to the last epoch, or to early stopping; returns False when asked to stop before."""
+    """Train to the last epoch, or to early stopping; returns False if interrupted first."""
     progress, monitor = state.progress, Monitor(run, state)
     monitor.save()
     run.log(progress.history)
@@ -96,12 +96,12 @@ def fit(
                 monitor.save()
                 return False
             monitor.check()
-            with state.ema.swapped_in():  # captions use the averaged weights
+            with state.ema.swapped_in():  # validate and save the best checkpoint with the EMA weights
                 row = validate(state, val_set, val_references, monitor)
                 state.end_epoch(row)
                 if row is progress.best and distributed.rank() == 0:
                     save_checkpoint(run.best, model_state(state.model) | {"scores": row})
-            monitor.save()  # only last.pth says that the epoch is over
+            monitor.save()  # the epoch counts as finished once this is written
             run.log(progress.history)
     monitor.end()
     return True
@@ -110,10 +110,10 @@ def fit(
 def train_one_epoch(
     state: TrainState, loss_fn: nn.Module, dataset: Flickr8kDataset, monitor: Monitor, stop: StopRequest
 ) -> bool:
-    """Make the steps of the epoch that are still to be made; returns False when asked to stop before its end."""
+    """Make the remaining steps of the current epoch; returns False if interrupted first."""
     model, optimiser, progress, config = state.model, state.optimiser, state.progress, state.model.config.train
-    rng = np.random.default_rng([config.seed, progress.epoch])  # the order of the epoch, and its views
-    batches = make_batches(dataset, config.batch_size, reads_whole_images(model), rng)
+    rng = np.random.default_rng([config.seed, progress.epoch])  # for the order of batches, and views
+    batches = make_batches(dataset, config.batch_size, groups_by_image(model), rng)
     dataset.start_epoch(config.seed, progress.epoch, rng)
     loss_fn.train()
     left = read_shares(dataset, batches[progress.batch :], config.num_workers)
@@ -121,12 +121,12 @@ def train_one_epoch(
         done, total = progress.epoch * len(batches) + progress.batch, config.epochs * len(batches)
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * learning_rate(done, total, config.warmup_steps, config.lr)
-        seed_step(config.seed, progress.step, distributed.rank())  # all noise is drawn from (seed, step, rank)
+        seed_step(config.seed, progress.step, distributed.rank())  # so dropout and samples are repeatable
 
         with model.autocast():
             loss, nll = loss_fn(batch.to(model.device))
         optimiser.zero_grad()
-        (loss * share.fraction * distributed.size()).backward()  # processes weigh by their words
+        (loss * share.fraction * distributed.size()).backward()  # gradients are averaged: weight by words
         norm = clip_gradients(optimiser, config.clip_norm)
         optimiser.step()
 
@@ -143,10 +143,12 @@ def validate(
 ) -> dict[str, float]:
     """Score the val captions, by teacher forcing and by greedy search; returns a row of loss_log.txt."""
     model = state.model.eval()
-    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # anew if it is trained
+    features = val_set.features or encode_dataset(
+        model, val_set.images, val_set.folder
+    )  # re-encoded if the backbone is trained
     val_set = val_set.with_features(features)
     total, words = 0.0, 0
-    for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, reads_whole_images(model), None)):
+    for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):
         batch = batch.to(model.device)
         with model.autocast():
             hidden, _ = model(batch.features, batch.inputs, batch.image_index)  # (N, T, H)
@@ -174,18 +176,18 @@ def validate(
     return row
 
 
-def reads_whole_images(model: CaptionModel) -> bool:
-    """Whether captions of a picture share a batch, so that its regions, or its pixels, are read once for all."""
+def groups_by_image(model: CaptionModel) -> bool:
+    """Whether all captions of a picture go into the same batch, so that it is read and encoded only once."""
     loss = LOSSES[model.config.train.loss]
     return loss.by_image or model.decoder.spatial or not model.config.encoder.frozen
 
 
 def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -> None:
-    """Write consensus.pth, by which search ranks the captions of a beam: what people say of training pictures."""
+    """Write consensus.pth, which re-ranks the captions of a beam by the human captions of similar training pictures."""
     best, path = load_checkpoint(run.best), run.best.with_name(consensus.FILE)
     if best["config"] != run.config.model_dump():
         distributed.on_first_rank(save_checkpoint, run.best, best | {"config": run.config.model_dump()})
-    with contextlib.suppress(UserError):  # it is missing or damaged
+    with contextlib.suppress(UserError):  # missing or damaged: fitted below
         consensus.Consensus.load(path, model.encoder.feature_shape[-1], len(model.vocab))
         return
     if best["backbone"] is not None:
@@ -193,7 +195,7 @@ def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -
     images = train_set.sample_images(consensus.MAX_IMAGES)
     found = consensus.Consensus.fit(lambda part: features_of(model, train_set, list(part)), train_set, images)
     distributed.on_first_rank(found.save, path)
-    print(f"wrote {path}: a beam's captions are ranked by what people say of {len(images):,} training pictures, too")
+    print(f"wrote {path}: a beam's captions are re-ranked by the human captions of {len(images):,} training pictures")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from data.features import Features
 from data.tokens import tokenise
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from train import reads_whole_images, train_one_epoch
+from train import groups_by_image, train_one_epoch
 from training.losses import CrossEntropy
 from training.monitor import Monitor
 from training.runs import Run
@@ -105,7 +105,7 @@ class Training:
         self.state, loss_fn = TrainState(self.model), CrossEntropy(self.model, self.train_set)
         self.loss_fn: nn.Module = distributed.parallel(loss_fn, self.model.precision)
         self.monitor = Monitor(Run(config), self.state)
-        self.batches = make_batches(self.train_set, config.train.batch_size, reads_whole_images(self.model), rng=None)
+        self.batches = make_batches(self.train_set, config.train.batch_size, groups_by_image(self.model), rng=None)
 
     def read(self) -> list[Batch]:
         return [self.train_set.__getitems__(batch).to(self.device) for batch in self.batches]

@@ -13,10 +13,9 @@ from models.product_over_time import ProductOverTime
 class AttentionRNN(Decoder):
     """Soft attention over regions (equation 13 of the paper) with a gate (4.2.1) and a deep output (equation 7).
 
-    Unlike the paper's, a region's score is the scaled product of its key with a query (Luong et al. 2015), not a small
-    network, and the query depends on the last word, too. Attention and gate only weigh regions and add them up, so the
-    linear maps from the context vector to the LSTM's gates and to the output are applied to the regions beforehand:
-    once per image, not once per word.
+    Unlike the paper's small network, the score is the scaled dot product of a region's key and a query (Luong et
+    al. 2015), which also depends on the last word. The gated context is a weighted sum of regions, so its linear maps to the
+    LSTM's gates and to the output are applied to the regions beforehand: once per image, not once per word.
     L regions of size D, H hidden size, E embedding size, N = B K captions, K of each image.
     """
 
@@ -93,7 +92,7 @@ class AttentionRNN(Decoder):
         return self.output(self.deep_output(words, h, context)), (h, c), alpha.flatten(0, 1).unsqueeze(1)
 
     def attend(self, query: torch.Tensor, h: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention weights alpha, of sum 1, and beta alpha, as far as the gate beta is open (B, K, L).
+        """Return the attention weights alpha, of sum 1, and the gated weights beta * alpha (B, K, L).
 
         Args:
             query: (N, H); h: the LSTM's state before the word (N, H); keys: (B, H, L).
@@ -108,7 +107,7 @@ class AttentionRNN(Decoder):
 
 
 def lstm(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the next h and c (N, H) of an LSTM, of the sums of its gates' inputs (N, 4 H) and the last c (N, H)."""
+    """Return the next h and c (N, H) of an LSTM, from its gates' pre-activations (N, 4 H) and the last c (N, H)."""
     i, f, g, o = gates.chunk(4, dim=1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c

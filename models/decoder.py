@@ -13,11 +13,9 @@ from config import DecoderConfig
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
 
-ROWS = 64  # words that are computed come in multiples of so many
-
 
 class Decoder(nn.Module):
-    """Writes captions of encoded images. B images, N captions or hypotheses, T time steps, H hidden size, V words.
+    """Generates captions for encoded images. B images, N captions or hypotheses, T time steps, H hidden size, V words.
 
     Attributes:
         spatial: whether it reads one feature per region (B, L, D) or one per image (B, D); both come standardised.
@@ -81,20 +79,11 @@ def group_by_image(tokens: torch.Tensor, image_index: torch.Tensor, images: int)
     return tokens.new_zeros(images * per_image, tokens.shape[1]).index_copy_(0, row, tokens), row
 
 
-def first_rows(real: torch.Tensor) -> torch.Tensor:
-    """Return the indices of what is `real` (N, T) in all of it, flattened, in order, and of some that is not.
-
-    There are a multiple of ROWS, or all: oneDNN makes a kernel for each number of rows that it has not met yet.
-    """
-    rows = -(-int(real.sum()) // ROWS) * ROWS
-    return real.flatten().argsort(descending=True, stable=True)[:rows]
-
-
 class DecoderRNN(Decoder):
     """Show and Tell (Vinyals et al. 2015): an LSTM that reads the image as its first word.
 
     The LSTM's inputs are `[image, <sos>, w1 … wn]`. Its output after the image is not scored: the target there would
-    always be `<sos>`, which costs nothing and would make the loss look better than it is.
+    always be `<sos>`, which is trivial to predict and would understate the loss.
     """
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int) -> None:
@@ -110,7 +99,7 @@ class DecoderRNN(Decoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Let the image, which is read first and only once, count until the end of the sentence from the beginning.
+        """Let the LSTM remember the image, which it sees at the first step alone, to the end of the caption.
 
         It enters with variance 1, as words do, and a forget bias of 1 (Jozefowicz et al. 2015) keeps it in memory.
         """

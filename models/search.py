@@ -79,7 +79,7 @@ def search(
 def penalise_length(log_prob: torch.Tensor, length: int, options: SearchConfig) -> torch.Tensor:
     """Return the scores that rank captions: log-probabilities divided by length ** penalty, the length with `<eos>`.
 
-    Without it (a penalty of 0) short captions win, since each word makes a caption less probable (Wu et al. 2016).
+    Without it (a penalty of 0) short captions win, since each word makes a caption less probable.
     """
     return log_prob / length**options.length_penalty
 

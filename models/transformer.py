@@ -17,7 +17,7 @@ from models.dropout import Dropout
 
 
 class TransformerDecoder(Decoder):
-    """Pre-norm layers with a feed-forward network of size `decoder.hidden_size`; output weights are the embeddings.
+    """Pre-norm layers with a feed-forward network of size `decoder.hidden_size`; output weights are tied to embeddings.
 
     With `decoder.encoder_layers` the regions attend to each other first. The state is each layer's keys and values of
     the words so far (N, t, 2 E), so that a step computes one word only. The alphas are those of the last layer.
@@ -31,7 +31,7 @@ class TransformerDecoder(Decoder):
         if width % (2 * config.num_heads):
             raise UserError(
                 f"decoder.embed_size = {width} cannot be shared by decoder.num_heads = {config.num_heads}; "
-                "make it a multiple of twice as many"
+                "make it a multiple of 2 x decoder.num_heads"
             )
         self.heads = config.num_heads
         self.dropout = Dropout(config.dropout)

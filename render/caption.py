@@ -26,7 +26,7 @@ def frame_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
-    """Return an RGB image: the picture, scaled to `frame_size(picture.size)`, above a strip with the caption."""
+    """Return an RGB image: the picture, at its `display_size` and centred in its frame, above the caption's strip."""
     width, height = frame_size(picture.size)
     caption, font = choose_font(plain_text(caption) or NO_WORDS, 16 + width // 100)
     if len(caption) > MAX_CHARACTERS:

@@ -30,7 +30,7 @@ def plain_text(text: str) -> str:
 
 
 def choose_font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Return the font with the most characters of `text`, `size` pixels high, and `text` without those it lacks."""
+    """Return `text` without the characters that its font lacks, and this font, the one that has the most of them."""
     path, characters = best_font(text)
     return "".join(character for character in text if character in characters), load_font(path, size)
 

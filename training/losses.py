@@ -15,16 +15,16 @@ from config import SearchConfig
 from data.dataset import Batch, Flickr8kDataset, pad
 from data.vocab import EOS, PAD, SOS
 from models.consensus import MAX_IMAGES, MAX_NGRAM, SIGMA, Consensus
-from models.decoder import first_rows
 from models.model import CaptionModel
 from models.search import NEVER, search
 
+ROWS = 64
 Words = Sequence[Hashable]
 Output = Callable[[torch.Tensor], torch.Tensor]  # from hidden states (…, H) to logits (…, V)
 
 
 class CrossEntropy(nn.Module):
-    """Teacher forcing: the next word is predicted from the right words before it."""
+    """Teacher forcing: each word is predicted from the preceding words of the human caption."""
 
     by_image = False  # captions of similar length share a batch, unless the model reads whole pictures
 
@@ -46,7 +46,7 @@ def cross_entropy(
     """Return the label-smoothed cross-entropy, and the plain negative log-likelihood; both are means over real words.
 
     Args:
-        hidden: (N, T, H); targets: (N, T), `<pad>` where a caption has ended: there neither is counted.
+        hidden: (N, T, H); targets: (N, T), `<pad>` where a caption has ended: padding counts in neither.
     """
     real = targets != PAD  # (N, T)
     log_probs = real_logits(output, hidden, real).float().log_softmax(1)  # (words, V)
@@ -57,14 +57,19 @@ def cross_entropy(
 
 
 def real_logits(output: Output, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Return the logits (words, V) of hidden (N, T, H) at real words, which `real` (N, T) marks."""
-    return output(hidden.flatten(0, 1)[first_rows(real)])[: int(real.sum())]
+    """Return the logits (words, V) of hidden (N, T, H) where `real` (N, T) is True: not at padding.
+
+    Rows of padding fill up to a multiple of ROWS: oneDNN compiles a kernel for each number of rows that it has not met.
+    """
+    words = int(real.sum())
+    first = real.flatten().argsort(descending=True, stable=True)[: -(-words // ROWS) * ROWS]  # the real ones, in order
+    return output(hidden.flatten(0, 1)[first])[:words]
 
 
 def doubly_stochastic_penalty(alphas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14), which wants each region attended to once.
+    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): a region's attention should sum to 1 in time.
 
-    It is the mean over regions, where the paper has the sum: a weight of 1 here is one of 1 / L there.
+    It is the mean over captions, heads and regions, where the paper sums over regions: a weight of 1 is 1 / L there.
 
     Args:
         alphas: (N, T, A, L), each of sum 1 over L; targets: (N, T), `<pad>` where a caption has ended.
@@ -76,13 +81,13 @@ def doubly_stochastic_penalty(alphas: torch.Tensor, targets: torch.Tensor) -> to
 class SelfCritical(nn.Module):
     """Self-critical sequence training (Rennie et al. 2017): REINFORCE, with CIDEr-D as reward.
 
-    Of each picture `train.self_critical_samples` captions are drawn, or, with `train.self_critical_beam`, found by a
-    beam of that width (Cornia et al. 2020), so that training improves what beam search will choose from. The baseline
-    of each caption is the mean reward of the others (Luo 2020); that of a single one, the greedy caption's reward.
+    For each picture `train.self_critical_samples` captions are sampled, or, with `train.self_critical_beam`, found by
+    beam search of that width (Cornia et al. 2020): training then improves what search will choose from. The baseline is
+    the mean reward of the picture's other captions (Luo 2020); with a single one, the greedy caption's reward.
 
-    The reward is CIDEr-D against the picture's own captions, which the decoder has come to know by heart. With
-    `train.self_critical_consensus` it is also the CIDEr-D that the captions of all other pictures let one expect
-    (models.consensus): what that teaches holds for new pictures, too.
+    The reward is CIDEr-D against the picture's own captions, which the decoder may have memorised. With
+    `train.self_critical_consensus` the CIDEr-D predicted from the captions of all other pictures is added
+    (models.consensus), which generalises better to new pictures.
 
     Args:
         dataset: its captions are the references of the reward.
@@ -95,7 +100,7 @@ class SelfCritical(nn.Module):
         self.model = model
         self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
-        plain = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}  # whatever search may be set to later
+        plain = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}  # not the limits set for inference
         sampling = {"beam": self.samples} if model.config.train.self_critical_beam else {"temperature": 1.0}
         self.sampling = self.greedy.model_copy(update=plain | sampling)
         references: list[list[Words]] = [[] for _ in dataset.images]
@@ -110,17 +115,17 @@ class SelfCritical(nn.Module):
             self.consensus = Consensus.fit(dataset.features.take, dataset, remembered)
 
     def train(self, mode: bool = True) -> "SelfCritical":
-        """Leave dropout off: the captions drawn are then those whose probability is trained."""
+        """Keep dropout off, so that captions are sampled from the distribution whose gradient is taken."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
             if isinstance(module, nn.LSTM):
-                module.dropout = 0.0  # eval() would not do: cuDNN's LSTM has gradients in training mode alone
+                module.dropout = 0.0  # not eval(): cuDNN's LSTM has a backward pass in training mode alone
         return self
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss, whose gradient is that of the expected reward, and the captions' own NLL per word."""
+        """Return the policy-gradient loss (REINFORCE), a mean over words, and the captions' own NLL per word."""
         model = self.model
         features = model.encode(batch.features)
         captions = self.sample(features, self.sampling, self.samples)  # B K captions
@@ -151,7 +156,7 @@ class SelfCritical(nn.Module):
         return [ids if len(ids) == options.max_length else [*ids, EOS] for ids in captions]
 
     def rewards(self, captions: list[list[int]], batch: Batch) -> torch.Tensor:
-        """Return the reward (B, K) of K captions of each picture; for a mirrored picture left counts as right."""
+        """Return the reward (B, K) of K captions of each picture; for a mirrored one, left and right are swapped."""
         count = len(captions) // len(batch.image_ids)
         mirrored = batch.mirrored.repeat_interleave(count).tolist()  # (B K,)
         captions = [
@@ -192,7 +197,7 @@ class CiderReward:
         self.log_images = math.log(len(references))
 
     def __call__(self, captions: Sequence[Words], image: int) -> list[float]:
-        """Return the score of each caption of the picture at this place of the references; 10 is the highest."""
+        """Return the score of each caption of picture number `image`; the maximum is 10."""
         references = [(len(words), *self.tf_idf(words)) for words in self.references[image]]
         scores = []
         for caption in captions:
