@@ -143,9 +143,7 @@ def validate(
 ) -> dict[str, float]:
     """Score the val captions, by teacher forcing and by greedy search; returns a row of loss_log.txt."""
     model = state.model.eval()
-    features = val_set.features or encode_dataset(
-        model, val_set.images, val_set.folder
-    )  # re-encoded if the backbone is trained
+    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # a trained backbone's
     val_set = val_set.with_features(features)
     total, words = 0.0, 0
     for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):

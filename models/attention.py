@@ -13,9 +13,9 @@ from models.product_over_time import ProductOverTime
 class AttentionRNN(Decoder):
     """Soft attention over regions (equation 13 of the paper) with a gate (4.2.1) and a deep output (equation 7).
 
-    Unlike the paper's small network, the score is the scaled dot product of a region's key and a query (Luong et
-    al. 2015), which also depends on the last word. The gated context is a weighted sum of regions, so its linear maps to the
-    LSTM's gates and to the output are applied to the regions beforehand: once per image, not once per word.
+    Unlike the paper's small network, the score is the scaled dot product of a region's key and a query (Luong et al.
+    2015), which also depends on the last word. The gated context is a weighted sum of regions, so its linear maps to
+    the LSTM's gates and to the output are applied to the regions beforehand: once per image, not once per word.
     L regions of size D, H hidden size, E embedding size, N = B K captions, K of each image.
     """
 
