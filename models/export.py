@@ -7,14 +7,12 @@ says what they hold.
 from cli import Parser, UserError, run_script
 
 import argparse
-import contextlib
 import importlib
 import itertools
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,39 +147,34 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
     token, state = torch.full((6,), SOS), tuple(part.repeat_interleave(3, 0) for part in start)
     for _ in range(2):
         _, state, attention = model.decoder.step(token, state, memory)
-    grown = [axis_names(before, after) for before, after in zip(start, state, strict=True)]
-    memories, states = names("memory", memory), names("state", state)
-    first = to_onnx(EncodeAndStart(model), [pixels], [{0: "pictures"}], ["pixels"], [*memories, *states])
+    pictures, hypotheses = {0: "pictures"}, {0: "hypotheses"}
+    growing = [  # the axes of each part of the state that grow with each word
+        {axis: "written" for axis in range(1, after.ndim) if before.shape[axis] != after.shape[axis]}
+        for before, after in zip(start, state, strict=True)
+    ]
+    states = {f"state_{number}": part for number, part in enumerate(state)}
+    memories = {f"memory_{number}": part for number, part in enumerate(memory)}
+    first = to_onnx(EncodeAndStart(model), {"pixels": pixels}, [pictures], [*memories, *states])
     step = to_onnx(
         OneStep(model.decoder, len(state)),
-        [token, *state, *memory],
-        [{0: "hypotheses"}, *grown, *({0: "pictures"} for _ in memory)],
-        ["token", *states, *memories],
-        ["logits", *names("next_state", state), *([] if attention is None else ["attention"])],
+        {"token": token} | states | memories,
+        [hypotheses, *(hypotheses | axes for axes in growing), *[pictures] * len(memory)],
+        ["logits", *(f"next_{name}" for name in states), *([] if attention is None else ["attention"])],
     )
     return first, step
 
 
-def names(kind: str, tensors: tuple[torch.Tensor, ...]) -> list[str]:
-    return [f"{kind}_{number}" for number in range(len(tensors))]
-
-
-def axis_names(before: torch.Tensor, after: torch.Tensor) -> dict[int, str]:
-    """Return which axes of a part of the state change: the first, and those that grow with each word."""
-    growing = {axis: "written" for axis in range(1, after.ndim) if before.shape[axis] != after.shape[axis]}
-    return {0: "hypotheses", **growing}
-
-
 def to_onnx(
-    module: nn.Module, inputs: list[torch.Tensor], axes: list[dict[int, str]], given: list[str], returned: list[str]
+    module: nn.Module, inputs: dict[str, torch.Tensor], axes: list[dict[int, str]], outputs: list[str]
 ) -> bytes:
-    """Return the graph of `module`; `axes` names those of each input that may change, `given` and `returned` it all."""
-    contiguous = tuple(part.contiguous() for part in inputs)  # strides are traced otherwise, and ONNX has none
+    """Return the graph of `module`; `axes` names, for each input, those that may change, `outputs` what is returned."""
+    contiguous = tuple(part.contiguous() for part in inputs.values())  # strides are traced too, and ONNX has none
     several = isinstance(module, OneStep)  # its other inputs are one argument, *known
     shapes = (axes[0], tuple(axes[1:])) if several else (axes[0],)
-    options: dict[str, Any] = {"dynamic_shapes": shapes, "input_names": given, "output_names": returned}
+    options: dict[str, Any] = {"dynamic_shapes": shapes, "input_names": list(inputs), "output_names": outputs}
+    logging.disable(logging.WARNING)  # it warns of LSTM weights in one piece, and of its own old functions
     try:
-        with quietly():
+        with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(module.eval(), contiguous, dynamo=True, verbose=False, **options)
     except torch.onnx.OnnxExporterError as error:
         what = str(error.__cause__ or error).strip().partition("\n")[0]
@@ -189,20 +182,10 @@ def to_onnx(
             f"PyTorch {torch.__version__} cannot write this {'decoder' if several else 'encoder'} as ONNX ({what}); "
             "try another version of torch and onnxscript"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     assert program is not None
     return program.model_proto.SerializeToString()
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep the exporter from warning of what is as it should be: LSTM weights in one piece, its own old functions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
 
 
 class OnnxDecoder(Decoder):

@@ -19,6 +19,7 @@ import torch
 from config import setting_names
 
 ROOT = Path(cli.__file__).parent
+FULL_MEMORY = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
 
 
 def fail(error: BaseException) -> None:
@@ -38,17 +39,9 @@ def fail(error: BaseException) -> None:
             UserError("there is no \x1b]0;title\x07 \u202efile\n of that name; check it"),
             r"there is no \x1b]0;title\x07 \u202efile\n of that name; check it",
         ),
-        *(
-            (
-                error,
-                "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam",
-            )
-            for error in (
-                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
-                RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9."),
-                MemoryError(),
-            )
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), FULL_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), FULL_MEMORY),
+        (MemoryError(), FULL_MEMORY),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(

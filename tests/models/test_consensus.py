@@ -154,10 +154,7 @@ FEATURES = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
 def run(tiny_config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a model that ranks by consensus, with consensus.pth beside it, of six pictures."""
     folder = tmp_path_factory.mktemp("run")
-    save_checkpoint(
-        folder / "checkpoints.pth",
-        model_state(CaptionModel.build(tiny_config(*RANKED), VOCAB)),
-    )
+    save_checkpoint(folder / "checkpoints.pth", model_state(CaptionModel.build(tiny_config(*RANKED), VOCAB)))
     remember(torch.randn(6, 512, generator=torch.Generator().manual_seed(0))).save(folder / "consensus.pth")
     return folder / "checkpoints.pth"
 
@@ -189,11 +186,8 @@ def test_a_checkpoint_copied_alone_captions_and_says_that_it_searches_without(
     alone: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_model(alone)
-    printed = capsys.readouterr().out
-    assert printed == (
-        f"searching without consensus: there is no {alone.with_name('consensus.pth')}, which training writes at its "
-        "end\n"
-    )
+    missing = f"there is no {alone.with_name('consensus.pth')}, which training writes at its end"
+    assert capsys.readouterr().out == f"searching without consensus: {missing}\n"
     assert texts(model) == texts(load_model(run, ["search.consensus=0"]))
     assert not capsys.readouterr().out
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -32,10 +32,10 @@ def logits() -> torch.Tensor:
 def test_the_loss_is_pytorchs_own_label_smoothing_and_what_is_logged_is_never_smoothed(
     logits: torch.Tensor, smoothing: float
 ) -> None:
-    flat: dict[str, Any] = {"input": logits.flatten(0, 1), "target": TARGETS.flatten(), "ignore_index": PAD}
+    pytorchs = partial(F.cross_entropy, logits.flatten(0, 1), TARGETS.flatten(), ignore_index=PAD)
     loss, nll = cross_entropy(IDENTITY, logits, TARGETS, smoothing)
-    torch.testing.assert_close(loss, F.cross_entropy(**flat, label_smoothing=smoothing))
-    torch.testing.assert_close(nll, F.cross_entropy(**flat))
+    torch.testing.assert_close(loss, pytorchs(label_smoothing=smoothing))
+    torch.testing.assert_close(nll, pytorchs())
     assert not nll.requires_grad
     assert cross_entropy(IDENTITY, torch.zeros(2, 4, 9), TARGETS)[1] == pytest.approx(math.log(9))
 
@@ -100,7 +100,7 @@ def toy_model(tiny_config: Callable, *overrides: str) -> CaptionModel:
 
 
 def toy_batch(model: CaptionModel) -> Batch:
-    captions = [[SOS, *model.vocab.numericalize(text), EOS] for text in ("a dog runs", "two cats sit")]
+    captions = [model.vocab.encode(text) for text in ("a dog runs", "two cats sit")]
     features = torch.randn(2, *model.encoder.feature_shape, generator=torch.Generator().manual_seed(0))
     return Batch(features, pad(captions), torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.bool))
 
