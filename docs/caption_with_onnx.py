@@ -15,12 +15,16 @@ from PIL import Image, ImageOps
 PAD, SOS, EOS, UNK = range(4)
 
 
-def squeeze(pixels: np.ndarray, size: int) -> np.ndarray:
+def squeeze(pixels: np.ndarray, size: int, bicubic: bool = False) -> np.ndarray:
     """Resize (H, W, 3) to a square as training did, to the bit; Pillow's bilinear `resize` is 1 of 255 off at most."""
     for axis in (1, 0):
         length = pixels.shape[axis]
         centre, place = length / size * (np.arange(size)[:, None] + 0.5), np.arange(length) + 0.5
-        weights = np.maximum(0, 1 - np.abs(place - centre) / max(length / size, 1))  # (size, length) triangles
+        x = np.abs(place - centre) / max(length / size, 1)  # (size, length)
+        if bicubic:
+            weights = np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2) * (x < 2)
+        else:
+            weights = np.maximum(0, 1 - x)
         weights /= weights.sum(1, keepdims=True)
         unit = 2 ** int(np.log2((2**15 - 0.5) / weights.max()))  # training's are integers of 16 bits
         total = np.tensordot(np.floor(weights * unit + 0.5), pixels.astype(float), (1, axis))
@@ -32,6 +36,7 @@ class Captioner:
     def __init__(self, folder: str | Path) -> None:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         self.words, self.size = config["vocabulary"]["words"], config["transform"]["image_size"]
+        self.bicubic = config["transform"]["interpolation"] == "bicubic"
         self.search = config["config"]["search"]
         self.encoder = onnxruntime.InferenceSession(Path(folder) / "encoder.onnx")
         self.decoder = onnxruntime.InferenceSession(Path(folder) / "decoder_step.onnx")
@@ -39,7 +44,7 @@ class Captioner:
         self.states = [name for name in self.known if name.startswith("state")]
 
     def __call__(self, picture: Image.Image) -> str:
-        pixels = squeeze(np.asarray(ImageOps.exif_transpose(picture).convert("RGB")), self.size)
+        pixels = squeeze(np.asarray(ImageOps.exif_transpose(picture).convert("RGB")), self.size, self.bicubic)
         seen = self.encoder.run(None, {"pixels": pixels.transpose(2, 0, 1)[None]})  # of (1, 3, S, S)
         known = dict(zip(self.known, seen, strict=True))
         written, log_prob = [[SOS]], np.zeros(1)  # of K hypotheses

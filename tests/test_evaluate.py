@@ -74,11 +74,11 @@ def test_what_is_printed_is_what_is_written() -> None:
 
 
 def test_each_picture_gets_its_own_caption_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def caption_all(self: CaptionModel, features: object, names: list[str]) -> dict[str, str]:
-        assert len(names) == 2
-        return {name: f"picture {name}" for name in names}
+    def caption(model: CaptionModel, features: object, images: list[str]) -> dict[str, str]:
+        assert images == ["10.jpg", "11.jpg"]
+        return {image: f"picture {image}" for image in images}
 
-    monkeypatch.setattr(CaptionModel, "caption_all", caption_all)
+    monkeypatch.setattr(evaluate, "caption_dataset", caption)
     run()
     rows = [{"image_id": name, "caption": f"picture {name}"} for name in ("10.jpg", "11.jpg")]
     assert json.loads(Path("runs/flickr8k/predictions-test.json").read_text()) == rows
@@ -185,7 +185,7 @@ def test_without_java_meteor_and_spice_are_null_and_it_is_said(refuses: Refusal)
 def test_with_java_its_tokens_are_scored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("meteor", "spice"):  # which take seconds
         monkeypatch.setitem(METRICS, name, METRICS["rouge_l"])
-    assert run("--predictions", write_captions(), java=True) == 0
+    assert run("--predictions", write_captions(THEIRS | {"11.jpg": "half an emoji \ud83d"}), java=True) == 0
     assert "|tok:ptb-java-3.4.1|" in read_scores()["signature"]
 
 
