@@ -23,7 +23,7 @@ FREE = "may change after training: where things lie, and what does not touch the
 SHAPES = "the model's tensors depend on it: a run that goes on from another one must have the same value"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]

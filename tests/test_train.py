@@ -370,7 +370,7 @@ def test_a_run_that_ranks_by_consensus_writes_what_people_say_of_training_pictur
     words: list[str], archive: Path, run: Run, capsys: Capture
 ) -> None:
     assert run(*FAST, "train.epochs=1", "search.consensus=5", *words) == 0
-    assert "wrote runs/flickr8k/consensus.pth: a beam's captions are ranked by what people" in capsys.readouterr().out
+    assert "wrote runs/flickr8k/consensus.pth: a beam's captions are re-ranked by the human" in capsys.readouterr().out
     saved = load_checkpoint("runs/flickr8k/consensus.pth")
     assert (len(saved["embeddings"]), len(saved["lengths"])) == (8, 40)
     # What is remembered is what the backbone in the file sees, whose weights are averages, not the last ones.

@@ -100,7 +100,7 @@ def toy_model(tiny_config: Callable, *overrides: str) -> CaptionModel:
 
 
 def toy_batch(model: CaptionModel) -> Batch:
-    captions = [model.vocab.encode(text) for text in ("a dog runs", "two cats sit")]
+    captions = [[SOS, *model.vocab.numericalize(text), EOS] for text in ("a dog runs", "two cats sit")]
     features = torch.randn(2, *model.encoder.feature_shape, generator=torch.Generator().manual_seed(0))
     return Batch(features, pad(captions), torch.arange(2), torch.arange(2), torch.zeros(2, dtype=torch.bool))
 
