@@ -295,9 +295,11 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 @pytest.mark.parametrize("words", [("decoder.name=attention",), CRITICAL], ids=["cross_entropy", "self_critical"])
 def test_a_killed_run_goes_on_digit_for_digit(words: tuple[str, ...], first: Path, run: Run) -> None:
-    assert run(*FAST, *words, "run=whole") == 0
-    process = start(*FAST, *words, "run=killed", "train.checkpoint_every=1")
+    words = (*FAST, *words, "train.batch_size=5")  # eight steps in an epoch, of which last.pth is in the middle
+    assert run(*words, "run=whole") == 0
+    process = start(*words, "run=killed", "train.checkpoint_every=1")
     wait_for(process, "Epoch [2/")
+    wait_for(process, "Step [4/8]")
     process.kill()
     process.wait()
     assert run("--resume", "--run", "killed") == 0
