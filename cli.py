@@ -75,42 +75,32 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
-    def parse_options(self) -> argparse.Namespace:
-        """Parse the command line of a script without settings; raises UserError for an unknown option."""
-        args, unknown = self.parse_known_args()
-        if unknown:
-            known = self.option_names()
-            hint = f"there are {', '.join(known)}" if known else "see --help"
-            raise UserError(f"there is no {shorten(unknown[0])}; {hint}")
-        return args
-
-    def parse_options_and_settings(self, settings: Collection[str]) -> argparse.Namespace:
-        """Parse a command line where settings such as `train.lr=1e-3` may stand anywhere; they become `overrides`.
+    def parse_options(self, settings: Collection[str] = ()) -> argparse.Namespace:
+        """Parse the command line; settings such as `train.lr=1e-3` may stand anywhere in it and become `overrides`.
 
         Args:
-            settings: the names of all settings. For an unknown option that is one of them, the message shows how to
-                write it.
+            settings: the names of all settings, for a script that takes any. For an unknown option that is one of them,
+                the message shows how to write it.
 
         Raises UserError for an unknown option.
         """
-        self.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as config.yaml lists them")
         words, overrides = list[str](), list[str]()
         for before, word in itertools.pairwise(["", *sys.argv[1:]]):
-            is_setting = re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
+            is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
             (overrides if is_setting and not self.takes_value(before) else words).append(word)
+        if settings:
+            self.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as in config.yaml")
         args, unknown = self.parse_known_args(words)
         if unknown:
             raise UserError(self.explain_unknown(words[words.index(unknown[0]) :], settings))
-        args.overrides += overrides
+        if settings:
+            args.overrides += overrides
         return args
 
     def takes_value(self, word: str) -> bool:
         """Whether `word` is an option that exactly one value must follow, whatever that looks like."""
         action = self._option_string_actions.get(word)
         return action is not None and action.nargs is None
-
-    def option_names(self) -> list[str]:
-        return re.findall(r"--[a-z-]+", self.format_usage())
 
     def explain_unknown(self, words: list[str], settings: Collection[str]) -> str:
         """Say what is wrong with the first of these words: `--epochs 3` should be `train.epochs=3`."""
@@ -121,8 +111,9 @@ class Parser(argparse.ArgumentParser):
         meant = [name for name in settings if key in (name, name.split(".")[-1])]
         if meant:
             return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in meant)}"
-        known = ", ".join(self.option_names())
-        return f"there is no {shorten(option)}; there are {known}, and settings such as train.epochs=3"
+        known = re.findall(r"--[a-z-]+", self.format_usage()) + ["and settings such as train.epochs=3"] * bool(settings)
+        hint = f"there are {', '.join(known)}" if known else "see --help"
+        return f"there is no {shorten(option)}; {hint}"
 
 
 def shorten(name: str) -> str:

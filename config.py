@@ -266,9 +266,8 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Turn `{"train": {"lr": 1}}` into `{"train.lr": 1}`; settings lie no deeper, and YAML's aliases may be endless."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {f"{key}": value}
-        )
+        inner = {f".{name}": each for name, each in value.items()} if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}{name}": each for name, each in inner.items()}
     return flat
 
 
@@ -304,11 +303,8 @@ def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
 def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     tree: dict[str, Any] = {}
     for name, value in values.items():
-        *sections, key = name.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[key] = value
+        section, _, key = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[key] = value
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

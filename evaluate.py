@@ -97,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)"
     )
-    return parser.parse_options_and_settings(setting_names())
+    return parser.parse_options(setting_names())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

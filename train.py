@@ -6,11 +6,10 @@ python train.py --resume                            resume the newest run, as if
 torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first: Ctrl-C while the others are imported ends quietly
 
 import argparse
 import contextlib
-import math
 import sys
 from functools import partial
 
@@ -22,7 +21,6 @@ import distributed
 import metrics
 from captioning import caption_dataset, encode_dataset
 from config import setting_names
-from data.annotations import references
 from data.dataset import Flickr8kDataset, make_batches, read_shares
 from models import consensus
 from models.checkpoint import model_state
@@ -45,11 +43,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
     parser.add_argument("--resume", action="store_true", help="resume a run from its last checkpoint")
-    parser.add_argument("--run", metavar="NAME", help="with --resume: the run to go on with (default: the newest)")
+    parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
     )
-    return parser.parse_options_and_settings(setting_names())
+    return parser.parse_options(setting_names())
 
 
 def main() -> int:
@@ -57,21 +55,22 @@ def main() -> int:
     with distributed.processes(), open_run(args) as run:  # its folder is locked until the end
         # data and model: one row per caption, whatever the source; the vocabulary is built from training captions alone
         captions = Captions(run)
-        model = make_model(run, captions, args.overrides)
+        model = make_model(run, captions)
         train_set, val_set = make_datasets(model, captions)
 
         # loss: cross-entropy or self-critical; state: optimiser, averaged weights, progress
-        loss_fn = distributed.parallel(LOSSES[run.config.train.loss](model, train_set), model.precision)
+        loss = LOSSES[run.config.train.loss](model, train_set)
+        loss_fn = distributed.parallel(loss, model.precision)  # averages gradients over processes
         state = TrainState(model)
         if run.saved:
             state.restore(run.saved, run.last)
         else:
             if not run.config.train.start:
-                fit_statistics(model, train_set)
-            run.begin(captions.table)
+                fit_statistics(model, train_set)  # mean and scale of the features
+            run.begin(captions.table)  # removes what an earlier run of this name wrote
 
-        if not fit(run, state, loss_fn, train_set, val_set, references(captions.of("val")[0])):
-            print(f"\nstopped; go on with: python train.py --resume --run {run.name}")
+        if not fit(run, state, loss_fn, train_set, val_set, captions.references("val")):
+            print(f"\ninterrupted; resume with: python train.py --resume --run {run.name}")
             return 130
         if run.config.search.consensus:
             write_consensus(run, model, train_set)
@@ -84,54 +83,56 @@ def fit(
     loss_fn: nn.Module,
     train_set: Flickr8kDataset,
     val_set: Flickr8kDataset,
-    val_references: dict[str, list[str]],
+    references: dict[str, list[str]],
 ) -> bool:
     """Train to the last epoch, or to early stopping; returns False if interrupted first."""
     progress, monitor = state.progress, Monitor(run, state)
-    monitor.save()
+    monitor.save_checkpoint()
     run.log(progress.history)
     with StopRequest() as stop:
         while not progress.is_finished(run.config.train):
             if not train_one_epoch(state, loss_fn, train_set, monitor, stop):
-                monitor.save()
+                monitor.save_checkpoint()
                 return False
-            monitor.check()
+            monitor.check_finite(weights=True)
             with state.ema.swapped_in():  # validate and save the best checkpoint with the EMA weights
-                row = validate(state, val_set, val_references, monitor)
+                row, captions = validate(state, val_set, references)
                 state.end_epoch(row)
                 if row is progress.best and distributed.rank() == 0:
                     save_checkpoint(run.best, model_state(state.model) | {"scores": row})
-            monitor.save()  # the epoch counts as finished once this is written
+                monitor.show_epoch(row, captions, val_set)
+            monitor.save_checkpoint()  # the epoch counts as finished once this is written
             run.log(progress.history)
-    monitor.end()
+    monitor.show_end()
     return True
 
 
 def train_one_epoch(
     state: TrainState, loss_fn: nn.Module, dataset: Flickr8kDataset, monitor: Monitor, stop: StopRequest
 ) -> bool:
-    """Make the remaining steps of the current epoch; returns False if interrupted first."""
+    """Take the remaining steps of the current epoch; returns False if interrupted first."""
     model, optimiser, progress, config = state.model, state.optimiser, state.progress, state.model.config.train
-    rng = np.random.default_rng([config.seed, progress.epoch])  # for the order of batches, and views
+    rng = np.random.default_rng([config.seed, progress.epoch])  # for the order of the batches and each image's view
     batches = make_batches(dataset, config.batch_size, groups_by_image(model), rng)
     dataset.start_epoch(config.seed, progress.epoch, rng)
     loss_fn.train()
     left = read_shares(dataset, batches[progress.batch :], config.num_workers)
     for share, batch in monitor.watch(left, dataset, batches):
-        done, total = progress.epoch * len(batches) + progress.batch, config.epochs * len(batches)
         for group in optimiser.param_groups:
-            group["lr"] = group["scale"] * learning_rate(done, total, config.warmup_steps, config.lr)
+            rate = learning_rate(progress.step, config.epochs * len(batches), config.warmup_steps, config.lr)
+            group["lr"] = group["scale"] * rate
         seed_step(config.seed, progress.step, distributed.rank())  # so dropout and samples are repeatable
 
         with model.autocast():
             loss, nll = loss_fn(batch.to(model.device))
         optimiser.zero_grad()
-        (loss * share.fraction * distributed.size()).backward()  # gradients are averaged: weight by words
+        # Each process weighs as its share of the batch's words, where averaging would weigh all alike.
+        (loss * share.fraction * distributed.size()).backward()
         norm = clip_gradients(optimiser, config.clip_norm)
         optimiser.step()
 
-        state.count(share.words, nll * share.fraction)
-        monitor.step(nll * share.fraction, norm)
+        state.count_step(share.batch_words, nll * share.fraction)
+        monitor.after_step(nll * share.fraction, norm)  # logs, and saves every `checkpoint_every` steps
         if distributed.any_of(stop.requested):
             return False
     return True
@@ -139,11 +140,11 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def validate(
-    state: TrainState, val_set: Flickr8kDataset, val_references: dict[str, list[str]], monitor: Monitor
-) -> dict[str, float]:
-    """Score the val captions, by teacher forcing and by greedy search; returns a row of loss_log.txt."""
+    state: TrainState, val_set: Flickr8kDataset, references: dict[str, list[str]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Score the val set by teacher forcing and by greedy captions; returns a row of loss_log.txt, and the captions."""
     model = state.model.eval()
-    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # a trained backbone's
+    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # while it is fine-tuned
     val_set = val_set.with_features(features)
     total, words = 0.0, 0
     for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):
@@ -151,14 +152,13 @@ def validate(
         with model.autocast():
             hidden, _ = model(batch.features, batch.inputs, batch.image_index)  # (N, T, H)
             _, nll = cross_entropy(model.decoder.output, hidden, batch.targets)
-        total += float(nll) * share.fraction * share.words
-        words += share.words
+        total += float(nll) * share.fraction * share.batch_words
+        words += share.batch_words
     loss = distributed.total(total)[0] / words
-    monitor.check(math.isfinite(loss))
 
     captions = caption_dataset(model, features, val_set.images, model.config.search.greedy())
     tokenise, language = metrics.batched(model.vocab.tokenise), model.config.data.language
-    score = partial(metrics.evaluate, captions, val_references, tokenise, language, ["bleu4", "cider"])
+    score = partial(metrics.evaluate, captions, references, tokenise, language, ["bleu4", "cider"])
     scores = distributed.on_first_rank(score).corpus
     row = {
         "epoch": state.progress.epoch + 1,
@@ -170,8 +170,7 @@ def validate(
         "val_bleu4": round(scores["bleu4"], 2),
         "val_cider": round(scores["cider"], 2),
     }
-    monitor.end_epoch(row, captions, val_set)
-    return row
+    return row, captions
 
 
 def groups_by_image(model: CaptionModel) -> bool:

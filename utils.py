@@ -9,9 +9,9 @@ import itertools
 import json
 import os
 import pickle
+import secrets
 import signal
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from config import flatten, read_yaml
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
-CHECKPOINT_FORMAT, OLDER_FORMAT = "image-captioning/2", "image-captioning/1"
+CHECKPOINT_FORMAT = "image-captioning/2"
 # What torch and zipfile raise for damaged files.
 DAMAGED = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
@@ -40,21 +40,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises UserError when the disk cannot take it; the old file is then still there.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # so that the new name, too, lasts through a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:  # Ctrl-C too
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another place") from None
@@ -73,22 +73,6 @@ def unique_name(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; Windows does not offer this and does not need it."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write plain values and tensors as one file, atomically; raises UserError when the disk is full."""
     buffer = io.BytesIO()
@@ -104,19 +88,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
-    damaged = f"{path} is not a checkpoint of this project, or was cut short; take another one, or train again"
-    try:
+    checkpoint = None
+    with contextlib.suppress(*DAMAGED):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_whole(path) else None
-    except DAMAGED:
-        raise UserError(damaged) from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found == OLDER_FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} was written by an older version of this project (its format is {found}, that of today "
-            f"{CHECKPOINT_FORMAT}); train it again, or use that version"
+            f"{path} is not a checkpoint of this version ({CHECKPOINT_FORMAT}), or was cut short; take another one, or "
+            "train again"
         )
-    if checkpoint is None or found != CHECKPOINT_FORMAT:
-        raise UserError(damaged)
     return checkpoint
 
 

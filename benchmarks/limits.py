@@ -64,7 +64,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
     parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     model = load_model(args.checkpoint, args.overrides)
     table = annotations.load(model.config.data, splits.read_splits(args.checkpoint.parent))
     with tempfile.TemporaryDirectory() as folder:

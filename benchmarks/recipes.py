@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K")
     parser.add_argument("--dataset", default="flickr8k", metavar="NAME", help="the folder of the results (flickr8k)")
     parser.add_argument("--variant", metavar="NAME", help="what the settings given make of the recipe: for ablations")
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     folder, name = RESULTS / args.dataset, args.recipe
     if args.variant:
         folder, name = folder / "ablations", f"{args.recipe}-{args.variant}"

@@ -235,7 +235,7 @@ def draw_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
 def main() -> None:
     parser = Parser(description="Print what a folder of captions and pictures holds.")
     parser.add_argument("path", type=Path, help="the folder, such as archive, or a captions file in it")
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     if not args.path.exists():
         raise UserError(f"there is no folder or captions file {args.path}; check the path")
     root, captions = args.path, list[str]()

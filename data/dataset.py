@@ -197,22 +197,22 @@ def make_batches(
 
 @dataclass(frozen=True)
 class Share:
-    """What of a batch is for one of several processes.
+    """The part of a batch that one process computes.
 
     Attributes:
         indices: its captions.
-        words: targets in the whole batch; fraction: how many of them are in this share, from 0 to 1.
+        batch_words: target words in the whole batch; fraction: of these in this share, from 0 to 1.
     """
 
     indices: np.ndarray
-    words: int
+    batch_words: int
     fraction: float
 
 
 def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) -> Share:
     """Return every `size`-th picture of a batch with its captions, so that each picture is read by one process alone.
 
-    Where no picture is left, a caption stands in with fraction 0, since all processes make each step.
+    A process that gets no picture takes a caption with fraction 0, since every process takes part in each step.
     """
     words = dataset.count_targets(batch)
     if size == 1:
@@ -227,7 +227,7 @@ def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) 
 def read_shares(
     dataset: Flickr8kDataset, batches: Sequence[np.ndarray], workers: int = 0
 ) -> Iterator[tuple[Share, Batch]]:
-    """Yield this process's share of each batch, read by so many further processes where pictures are read.
+    """Yield this process's share of each batch, read by `workers` more processes where pictures are read from disk.
 
     Raises UserError for a picture that cannot be read.
     """

@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="the folder for them")
     parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     config = load_config(overrides=args.overrides).data
     tars.expand("")  # says what to install, before any work
     written = write(config, args.out, max(1, args.pictures))

@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
     which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
-    return parser.parse_options_and_settings(setting_names())
+    return parser.parse_options(setting_names())
 
 
 def require(*packages: str) -> None:

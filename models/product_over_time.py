@@ -40,7 +40,7 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, matrix = ctx.saved_tensors
-        ctx.factors.append((x, grad))
+        ctx.factors.append((x.detach(), grad))  # not x itself: its graph would hold this list, and the list x
         return grad @ matrix.mT, None, None
 
 

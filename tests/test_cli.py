@@ -96,7 +96,7 @@ def parse() -> None:
     parser = Parser()
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("--resume", action="store_true")
-    parser.parse_options_and_settings(setting_names())
+    parser.parse_options(setting_names())
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,6 @@ def test_settings_may_stand_anywhere_and_a_value_may_look_like_one(monkeypatch: 
     parser.add_argument("--out")
     line = "train.lr=1 --images a b search.beam=5 --out beam=5 run=mine"
     monkeypatch.setattr(sys, "argv", ["script.py", *line.split()])
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     assert (args.images, args.out) == (["a", "b"], "beam=5")
     assert args.overrides == ["train.lr=1", "search.beam=5", "run=mine"]

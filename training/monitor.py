@@ -1,4 +1,4 @@
-"""What a run shows while it trains (bar, lines, TensorBoard), and where it stops at a loss that is not finite."""
+"""What a run shows while it trains, its checkpoints every n steps, and the stop at a loss that is not finite."""
 
 from cli import UserError, printable
 
@@ -18,7 +18,7 @@ from models.model import CaptionModel
 from training.runs import TENSORBOARD, Run
 from training.state import TrainState
 
-NEVER = 2**31 - 1  # the first bad step, while there is none
+NO_BAD_STEP = 2**31 - 1
 SHOWN_NAMES = 10  # pictures in a message
 SHOWN_CAPTIONS = 5  # validation captions printed after each epoch
 
@@ -28,66 +28,72 @@ class Monitor:
 
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state, self.config = run, state, run.config.train
-        self.first_bad = torch.tensor(NEVER, dtype=torch.int32, device=state.model.device)
+        self.first_bad = torch.tensor(NO_BAD_STEP, dtype=torch.int32, device=state.model.device)
         shown = self.config.tensorboard and distributed.rank() == 0
         self.board = Board(run.folder / TENSORBOARD if shown else None, state.progress.step + 1)
 
     # ---- steps ----
 
     def watch(
-        self, batches: Iterable[tuple[Share, Batch]], dataset: Flickr8kDataset, order: Sequence[np.ndarray]
+        self, shares: Iterable[tuple[Share, Batch]], dataset: Flickr8kDataset, batches: Sequence[np.ndarray]
     ) -> Iterator[tuple[Share, Batch]]:
-        """Yield this process's part of each batch behind a progress bar; `order` are the epoch's whole batches."""
+        """Yield the shares behind a progress bar; `batches` are all of the epoch, by which `check_finite` names images.
+
+        Args:
+            shares: those that this process still has to read.
+        """
         progress = self.state.progress
-        self.dataset, self.order = dataset, order
-        steps = self.config.epochs * len(order)
+        self.dataset, self.batches = dataset, batches
+        steps = self.config.epochs * len(batches)
         if progress.step == 0 and self.config.warmup_steps > steps:
-            print(
-                f"warning: train.lr is never reached: train.warmup_steps={self.config.warmup_steps}, of {steps} steps "
-                "in all"
-            )
-        done = sum(map(len, order[: progress.batch]))
+            print(f"warning: train.lr is never reached: train.warmup_steps={self.config.warmup_steps} of {steps} steps")
+        done = sum(map(len, batches[: progress.batch]))
         with tqdm(total=len(dataset), initial=done, unit="caption", disable=distributed.bar_hidden()) as self.bar:
             self.bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}")
-            yield from batches
+            yield from shares
 
-    def step(self, nll: torch.Tensor, norm: torch.Tensor) -> None:
-        """Look at the step that was just made: this process's part of the loss per word, and the gradient's norm."""
+    def after_step(self, nll: torch.Tensor, norm: torch.Tensor) -> None:
+        """Log the step just taken, and save a checkpoint where one is due.
+
+        Args:
+            nll: this process's part of the batch's mean negative log-likelihood; norm: of the gradient.
+        """
         progress, config = self.state.progress, self.config
         healthy = torch.stack([nll.detach().float().isfinite(), norm.detach().isfinite()]).all()
         self.first_bad = torch.where(healthy, self.first_bad, self.first_bad.clamp(max=progress.step - 1))
-        self.bar.update(len(self.order[progress.batch - 1]))
-        if progress.batch % config.log_every == 0 or progress.batch == len(self.order):
-            self.check()
+        self.bar.update(len(self.batches[progress.batch - 1]))
+        if progress.batch % config.log_every == 0 or progress.batch == len(self.batches):
+            self.check_finite()
             [loss] = distributed.total(nll.item())
             self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": self.state.learning_rate})
             if self.bar.disable:
-                place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.order)}]"
+                place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.batches)}]"
                 print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)
             else:
                 self.bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity(loss):.1f}")
         if progress.step % config.checkpoint_every == 0:
-            self.save()
+            self.save_checkpoint()
 
     # ---- NaN ----
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """Write last.pth, unless a weight is not finite."""
-        self.check(all(bool(p.isfinite().all()) for p in self.state.model.parameters() if p.requires_grad))
-        self.board.flush()
+        self.check_finite(weights=True)
+        self.board.flush()  # first, so that a resumed run has no gap in its curves
         self.state.save(self.run.last)
 
-    def check(self, healthy: bool = True) -> None:
-        """Raise UserError if the loss or gradient of a step was not finite, or what the caller looked at is not.
+    def check_finite(self, weights: bool = False) -> None:
+        """Raise UserError if the loss or gradient of a step was NaN or infinite, or, on request, if a weight is.
 
-        The step is remembered on the device, so that a GPU need not wait at every step; to be called in all processes.
+        The first bad step is kept on the device, so that a GPU is not waited for at every step. Call it on every rank.
         """
+        trained = [p for p in self.state.model.parameters() if p.requires_grad] if weights else []
         progress = self.state.progress
         step = min(distributed.gather([int(self.first_bad)]))
-        if step == NEVER and healthy:
+        if step == NO_BAD_STEP and all(bool(p.isfinite().all()) for p in trained):
             return
-        step = progress.step - 1 if step == NEVER else step
-        batch = self.order[progress.batch + step - progress.step] if hasattr(self, "order") else ()
+        step = progress.step - 1 if step == NO_BAD_STEP else step
+        batch = self.batches[progress.batch + step - progress.step] if hasattr(self, "batches") else ()
         names = list(dict.fromkeys(self.dataset.images[self.dataset.image_of[caption]] for caption in batch))
         shown = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "")
         raise UserError(
@@ -98,7 +104,7 @@ class Monitor:
 
     # ---- epochs ----
 
-    def end_epoch(self, row: dict[str, float], captions: dict[str, str], val_set: Flickr8kDataset) -> None:
+    def show_epoch(self, row: dict[str, float], captions: dict[str, str], val_set: Flickr8kDataset) -> None:
         """Show a row of loss_log.txt, and some of the captions that it scores."""
         shown = list(captions)[:: max(1, len(captions) // SHOWN_CAPTIONS)][:SHOWN_CAPTIONS]
         print(
@@ -110,10 +116,10 @@ class Monitor:
             print(printable(f"    {image}: {captions[image]}"))
         scores = {f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step", "lr"}}
         self.board.scalars(self.state.progress.step, scores)
-        self.board.pictures(self.state.progress.step, self.state.model, val_set, shown)
+        self.board.captions(self.state.progress.step, self.state.model, val_set, shown)
 
-    def end(self) -> None:
-        """Say how the run has ended, what it wrote, and what to do with it."""
+    def show_end(self) -> None:
+        """Print the best epoch, what was written, and the commands to use it."""
         progress, name = self.state.progress, self.run.name
         if progress.epoch < self.config.epochs:
             print(f"no better CIDEr for {self.config.patience} epochs: stopped early")
@@ -138,17 +144,17 @@ class Board:
     """Curves and captioned pictures for TensorBoard, in runs/<name>/tensorboard/; without a folder, nothing.
 
     Args:
-        first_step: the first one still to be made: what the folder holds of it and later ones is hidden.
+        next_step: what the folder holds from this step on, of a run that was killed, is hidden.
     """
 
-    def __init__(self, folder: Path | None, first_step: int) -> None:
-        self.writer: Any = find_writer()(folder, purge_step=first_step) if folder else None
+    def __init__(self, folder: Path | None, next_step: int) -> None:
+        self.writer: Any = find_writer()(folder, purge_step=next_step) if folder else None
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items() if self.writer else []:
             self.writer.add_scalar(name, value, step)
 
-    def pictures(self, step: int, model: CaptionModel, dataset: Flickr8kDataset, images: Sequence[str]) -> None:
+    def captions(self, step: int, model: CaptionModel, dataset: Flickr8kDataset, images: Sequence[str]) -> None:
         """Show some pictures of a dataset with features, each with its greedy caption and attention."""
         if not self.writer or dataset.features is None:
             return
@@ -165,7 +171,6 @@ class Board:
                 self.writer.add_image(f"{kind}/{image}", np.asarray(sheet), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Have everything on the disk before a checkpoint says that training may go on from there."""
         if self.writer:
             self.writer.flush()
 

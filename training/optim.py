@@ -11,7 +11,7 @@ from models.model import CaptionModel
 
 
 def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, and with a learning rate of its own for a trained backbone.
+    """Return AdamW with weight decay on matrices only, and with a learning rate of its own for a fine-tuned backbone.
 
     Each parameter group's `scale` is the ratio of its learning rate to `train.lr`.
     """
@@ -26,7 +26,7 @@ def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
 
 
 def clip_gradients(optimiser: torch.optim.Optimizer, limit: float) -> torch.Tensor:
-    """Scale the gradients down to the norm `limit` where theirs is larger; returns their norm before."""
+    """Clip the gradients to the total norm `limit`; returns the norm before clipping."""
     return torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], limit)
 
 
@@ -43,7 +43,7 @@ class WeightAverage:
     """The exponential moving average (EMA) of a model's trained weights (Polyak and Juditsky 1992).
 
     Args:
-        decay: how much of the average is kept at each step; with 0 there is no average, and the weights are used.
+        decay: how much of the average is kept at each step; 0 turns averaging off.
 
     Attributes:
         weights: the averages of the parameters that are trained, in their order; none with a decay of 0.
@@ -55,7 +55,7 @@ class WeightAverage:
         self.weights = [parameter.detach().clone() for parameter in self.trained] if decay else []
 
     def update(self, step: int) -> None:
-        """Move the average towards the weights after `step` (from 0); faster at first, to forget the random start."""
+        """Update the average after `step` (from 0); a smaller decay at first lets the random start be forgotten."""
         if self.weights:
             decay = min(self.decay, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(self.weights, self.trained, None)

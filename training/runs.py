@@ -1,4 +1,4 @@
-"""A run's folder, `runs/<name>/`: begun, locked, gone on with, and its loss log."""
+"""A run's folder, `runs/<name>/`: creating, locking and resuming it, and its loss log."""
 
 from cli import UserError
 
@@ -21,7 +21,6 @@ import distributed
 from config import Config, load_config, restore_config
 from data import annotations, splits
 from models import consensus
-from training.state import RESUMED
 from utils import RUNS, find_run, load_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
@@ -35,12 +34,12 @@ TENSORBOARD = "tensorboard"
 FOLDERS = ("outputs", "export", TENSORBOARD)
 
 LOCK, HOLDER = ".lock", ".holder"  # the lock, and who has it: on Windows a locked file cannot be read
-PATIENCE = 10  # seconds: the picture readers of a trainer that was killed outlive it by some 5, and keep its lock
+PATIENCE = 10  # seconds: DataLoader workers of a killed run outlive it by some 5, and keep its lock
 
 
 @dataclass
 class Run:
-    """A run that is open for training; `saved` is what last.pth holds, where it goes on."""
+    """A run that is open for training; `saved` is the content of last.pth if it is resumed."""
 
     config: Config
     saved: dict[str, Any] | None = None
@@ -65,7 +64,7 @@ class Run:
         return splits.read_splits(self.folder) if self.saved else None
 
     def begin(self, table: pd.DataFrame) -> None:
-        """Clear the folder of what an earlier run wrote; write the resolved config and every picture's split."""
+        """Remove what an earlier run wrote to the folder; write the resolved config and every picture's split."""
         if distributed.rank() == 0:
             for name in WRITTEN:
                 (self.folder / name).unlink(missing_ok=True)
@@ -85,9 +84,9 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(args: argparse.Namespace) -> Iterator[Run]:
-    """Open the run that the command line asks for, a new one or one to go on with, and lock its folder for the block.
+    """Open the run that the command line asks for, a new one or one to resume, and lock its folder for the block.
 
-    Raises UserError rather than write over a run, and where another process trains in the folder.
+    Raises UserError rather than write over a run, and while another process trains in its folder.
     """
     if distributed.restarted() and not args.resume:  # by torchrun, in the place of a process that died
         name = choose_config(args).run
@@ -115,28 +114,23 @@ def choose_config(args: argparse.Namespace) -> Config:
 
 
 def resume(args: argparse.Namespace) -> Run:
-    """Return the run to go on with, from its last.pth; `args.overrides` keeps what is not its name."""
+    """Return the run to resume, from its last.pth."""
     if args.config:
-        raise UserError("--resume goes on with a run's own settings; leave --config out and name the run: --run NAME")
+        raise UserError("--resume keeps a run's own settings; leave --config out and name the run: --run NAME")
     names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
     args.overrides = [word for word in args.overrides if not word.startswith("run=")]
     folder = find_run("last.pth", args.run or next(iter(names), None))
     if folder.resolve().parent != RUNS.resolve():
-        raise UserError(f"{folder} is not below {RUNS}/; move it there to go on with it")
+        raise UserError(f"{folder} is not below {RUNS}/; move it there to resume it")
     saved = load_checkpoint(folder / "last.pth")
-    missing = {"config", *RESUMED} - saved.keys()
-    if missing:
-        raise UserError(
-            f"{folder / 'last.pth'} lacks its {sorted(missing)[0]}, so training cannot go on; start the run again"
-        )
-    return Run(restore_config(saved["config"] | {"run": folder.name}, args.overrides), saved)
+    return Run(restore_config(saved.get("config", {}) | {"run": folder.name}, args.overrides), saved)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a run's folder for this process until the block ends, or the process does, in whatever way.
+    """Hold the lock of a run's folder until the block or the process ends.
 
-    Raises UserError, naming it, when another process trains there.
+    Raises UserError, naming the other process, when one trains there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -147,7 +141,7 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder = (folder / HOLDER).read_text(encoding="utf-8")
         raise UserError(
-            f"{folder} is being trained by {holder}; wait for its end, stop it, or train another: run=NAME"
+            f"{holder} is training in {folder}; wait until it ends, stop it, or start another run: run=NAME"
         ) from None
     try:
         write_atomically(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -174,6 +168,6 @@ def refuse_existing(run: Run) -> None:
         print(f"{run.folder} is started again (name another run with run=NAME to keep it)")
         return
     raise UserError(
-        f"{run.folder} exists already; go on with it: --resume --run {run.name}, "
-        "keep it and start another: run=NAME, or lose it: --overwrite"
+        f"{run.folder} already exists; resume it: --resume --run {run.name}, start another: run=NAME, or replace it: "
+        "--overwrite"
     )

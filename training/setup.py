@@ -1,4 +1,4 @@
-"""What training begins with: the captions, the model, and the datasets."""
+"""Sets up training: the captions, the model, and the datasets."""
 
 from cli import UserError
 
@@ -27,11 +27,11 @@ from training.monitor import find_writer
 from training.runs import Run
 from utils import pick_device
 
-STATISTICS = 2000  # training pictures whose features say how to standardise all
+STATISTICS = 2000  # training pictures from which the mean and scale of features are estimated
 
 
 class Captions:
-    """All captions of a run: of val, and of train unless that lies in tar shards.
+    """The captions of a run: of val and test, and of train unless these lie in tar shards.
 
     Attributes:
         table: rows (image, image_id, caption, split), see `data.annotations`; tokens: of the same captions.
@@ -49,6 +49,9 @@ class Captions:
     def of(self, split: str) -> tuple[pd.DataFrame, Tokens]:
         chosen = (self.table["split"] == split).to_numpy()  # (N,)
         return self.table[chosen], self.tokens.select(chosen)
+
+    def references(self, split: str) -> dict[str, list[str]]:
+        return annotations.references(self.of(split)[0])
 
     def count_training_words(self) -> Counter[str]:
         return tars.count_words(self.shards) if self.shards else self.of("train")[1].count()
@@ -74,7 +77,7 @@ class Captions:
 
 
 def check_config(config: Config) -> None:
-    """Raise UserError, before any data is read, for what this config cannot be trained with."""
+    """Raise UserError, before any data is read, for unknown names and for settings that do not go together."""
     decoder_class_of(config)
     pick(LOSSES, config.train.loss, "train.loss")
     pick({"auto": None, **formats.READERS}, config.data.format, "data.format")
@@ -90,11 +93,11 @@ def check_config(config: Config) -> None:
         find_writer()
 
 
-def make_model(run: Run, captions: Captions, overrides: list[str]) -> CaptionModel:
-    """Return the model of last.pth, one that goes on from `train.start`, or a new one with a vocabulary of its own."""
+def make_model(run: Run, captions: Captions) -> CaptionModel:
+    """Return the model: restored from last.pth, started from `train.start`, or new with its own vocabulary."""
     config = run.config
     if run.saved:
-        model = model_from_state(run.saved, str(run.last), overrides)
+        model = model_from_state(run.saved | {"config": config.model_dump()}, str(run.last))
     elif config.train.start:
         model = model_from_start(config)
     else:
@@ -135,14 +138,14 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
 
 
 def index_images(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
-    """Return the pictures of a table, and each caption's place among them (N,)."""
+    """Return the pictures of a table, and the index among them of each caption's picture (N,)."""
     images = table["image"].drop_duplicates().tolist()
     place = {image: number for number, image in enumerate(images)}
     return images, table["image"].map(place).to_numpy(dtype=np.int32)
 
 
 def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
-    """Return the training pictures of tars, each caption's place among them (N,), and the captions' tokens."""
+    """Return the training pictures of tars, the index of each caption's picture (N,), and the captions' tokens."""
     shards = [tar for tar in shards if tar.captions]
     images = [name for tar in shards for name in tar.names]
     captions_per_image = np.concatenate([tar.captions_per_image() for tar in shards])  # (P,)
@@ -151,7 +154,7 @@ def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
 
 
 def fit_statistics(model: CaptionModel, train_set: Flickr8kDataset) -> None:
-    """Let the model standardise features by those of some training pictures."""
+    """Fit the mean and scale by which the model standardises features, on some training pictures."""
     model.fit_statistics(features_of(model, train_set, train_set.sample_images(STATISTICS)))
 
 

@@ -1,4 +1,4 @@
-"""The state of a training: all that last.pth holds, so that a resumed run goes on digit for digit."""
+"""The state of a training run: all that last.pth holds, so that a resumed run ends with the same bits."""
 
 from cli import UserError
 
@@ -15,16 +15,14 @@ from models.model import CaptionModel
 from training.optim import WeightAverage, make_optimiser
 from utils import DAMAGED, save_checkpoint
 
-RESUMED = ("optimiser", "progress", "nll", "averaged")  # what last.pth holds beside the model
-
 
 @dataclass
 class Progress:
     """How far a run has come, as plain values.
 
     Attributes:
-        step: optimiser steps made; epoch: epochs finished.
-        batch, words: batches and real words read in the epoch under way.
+        step: optimiser steps taken; epoch: epochs finished.
+        batch, words: batches and target words (without padding) read in the current epoch.
         history: a row of loss_log.txt for each finished epoch.
     """
 
@@ -36,7 +34,7 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The row of the epoch with the best captions, or of equals the lowest loss; needs a finished epoch."""
+        """The row of the epoch with the highest CIDEr, ties broken by the lower loss; needs a finished epoch."""
         return max(self.history, key=lambda row: (row["val_cider"], -row["val_loss"]))
 
     def is_finished(self, config: TrainConfig) -> bool:
@@ -49,7 +47,7 @@ class TrainState:
     """Model, optimiser, averaged weights and progress.
 
     Attributes:
-        nll: the summed negative log-likelihood of the words read in the epoch under way, of this process.
+        nll: this process's summed negative log-likelihood of the words read in the current epoch.
         saved_step: the step of last.pth.
     """
 
@@ -60,8 +58,8 @@ class TrainState:
         self.nll = torch.zeros((), dtype=kind, device=model.device)
         self.saved_step = 0
 
-    def count(self, words: int, nll: torch.Tensor) -> None:
-        """Note that a step was made, on so many words; `nll` is this process's part of their mean."""
+    def count_step(self, words: int, nll: torch.Tensor) -> None:
+        """Record a step on a batch of `words` target words; `nll` is this process's part of their mean NLL."""
         self.ema.update(self.progress.step)
         self.progress.step += 1
         self.progress.batch += 1
@@ -73,18 +71,18 @@ class TrainState:
         return self.optimiser.param_groups[0]["lr"]
 
     def train_loss(self) -> float:
-        """Return the mean negative log-likelihood per word in the epoch under way, over all processes."""
+        """Return the mean negative log-likelihood per word in the current epoch, over all processes."""
         return distributed.total(float(self.nll))[0] / self.progress.words
 
     def end_epoch(self, row: dict[str, float]) -> None:
-        """Note that the epoch is over; `row` is that of loss_log.txt."""
+        """Record the end of an epoch, whose row of loss_log.txt is `row`."""
         progress = self.progress
         progress.history.append(row)
         progress.epoch, progress.batch, progress.words = progress.epoch + 1, 0, 0
         self.nll.zero_()
 
     def save(self, path: Path) -> None:
-        """Write last.pth; to be called in all processes, of which the first one writes."""
+        """Write last.pth. Call it on every rank; only rank 0 writes."""
         [nll] = distributed.total(float(self.nll))
         if distributed.rank() == 0:
             training = {
@@ -97,14 +95,16 @@ class TrainState:
         self.saved_step = self.progress.step
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
-        """Go on from what `save` wrote to `path`; the model is built from it by `models.checkpoint`."""
+        """Resume from what `save` wrote to `path`; the model is built from it by `models.checkpoint`."""
         try:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.progress = Progress(**saved["progress"])
             self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
             self.ema.restore(saved["averaged"])
         except DAMAGED:
-            raise UserError(f"{path} is damaged, so training cannot go on; start the run again") from None
+            raise UserError(
+                f"{path} does not hold the whole state of a training run, so it cannot be resumed; start the run again"
+            ) from None
         self.saved_step = self.progress.step
         if self.progress.is_finished(self.model.config.train):
             again = (
@@ -112,4 +112,4 @@ class TrainState:
             )
             print(f"{path.parent} is finished; to train on: {again}")
         else:
-            print(f"going on with {path.parent} from step {self.saved_step}")
+            print(f"resuming {path.parent} from step {self.saved_step}")
