@@ -18,15 +18,15 @@ from models.consensus import MAX_IMAGES, MAX_NGRAM, SIGMA, Consensus
 from models.model import CaptionModel
 from models.search import NEVER, search
 
-ROWS = 64
+ROW_MULTIPLE = 64
 Words = Sequence[Hashable]
 Output = Callable[[torch.Tensor], torch.Tensor]  # from hidden states (…, H) to logits (…, V)
 
 
 class CrossEntropy(nn.Module):
-    """Teacher forcing: each word is predicted from the preceding words of the human caption."""
+    """Teacher forcing: each word is predicted from the preceding words of the ground-truth caption."""
 
-    by_image = False  # captions of similar length share a batch, unless the model reads whole pictures
+    by_image = False  # batches are of captions of similar length, unless the model needs those of a picture together
 
     def __init__(self, model: CaptionModel, dataset: Flickr8kDataset) -> None:
         super().__init__()
@@ -43,39 +43,41 @@ class CrossEntropy(nn.Module):
 def cross_entropy(
     output: Output, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the label-smoothed cross-entropy, and the plain negative log-likelihood; both are means over real words.
+    """Return the label-smoothed cross-entropy, and the plain negative log-likelihood; both are means over target words.
 
     Args:
         hidden: (N, T, H); targets: (N, T), `<pad>` where a caption has ended: padding counts in neither.
     """
-    real = targets != PAD  # (N, T)
-    log_probs = real_logits(output, hidden, real).float().log_softmax(1)  # (words, V)
-    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).mean()
+    mask = targets != PAD  # (N, T)
+    log_probs = masked_logits(output, hidden, mask).float().log_softmax(1)  # (words, V)
+    nll = -log_probs.gather(1, targets[mask].unsqueeze(1)).mean()
     if smoothing == 0:
         return nll, nll.detach()
     return (1 - smoothing) * nll - smoothing * log_probs.mean(), nll.detach()
 
 
-def real_logits(output: Output, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Return the logits (words, V) of hidden (N, T, H) where `real` (N, T) is True: not at padding.
+def masked_logits(output: Output, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the logits (words, V) of hidden (N, T, H) where `mask` (N, T) is True: not at padding.
 
-    Rows of padding fill up to a multiple of ROWS: oneDNN compiles a kernel for each number of rows that it has not met.
+    They are computed for a multiple of ROW_MULTIPLE rows: oneDNN compiles a kernel for each new number of rows.
     """
-    words = int(real.sum())
-    first = real.flatten().argsort(descending=True, stable=True)[: -(-words // ROWS) * ROWS]  # the real ones, in order
+    words = int(mask.sum())
+    first = mask.flatten().argsort(descending=True, stable=True)[
+        : -(-words // ROW_MULTIPLE) * ROW_MULTIPLE
+    ]  # words, in order
     return output(hidden.flatten(0, 1)[first])[:words]
 
 
 def doubly_stochastic_penalty(alphas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): a region's attention should sum to 1 in time.
+    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): over time a region's attention should sum to 1.
 
-    It is the mean over captions, heads and regions, where the paper sums over regions: a weight of 1 is 1 / L there.
+    It is the mean over captions, heads and regions, where the paper sums over regions: a weight of 1 here is its 1 / L.
 
     Args:
-        alphas: (N, T, A, L), each of sum 1 over L; targets: (N, T), `<pad>` where a caption has ended.
+        alphas: (N, T, A, L), summing to 1 over L; targets: (N, T), `<pad>` where a caption has ended.
     """
-    real = (targets != PAD)[:, :, None, None]  # (N, T, 1, 1)
-    return (1 - (alphas * real).sum(1)).square().mean()
+    mask = (targets != PAD)[:, :, None, None]  # (N, T, 1, 1)
+    return (1 - (alphas * mask).sum(1)).square().mean()
 
 
 class SelfCritical(nn.Module):
@@ -100,9 +102,9 @@ class SelfCritical(nn.Module):
         self.model = model
         self.samples = model.config.train.self_critical_samples
         self.greedy = model.config.search.greedy()
-        plain = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}  # not the limits set for inference
+        unrestricted = {"top_k": 0, "top_p": 1.0, "min_length": 0, "no_repeat_ngram": 0}  # whatever inference is set to
         sampling = {"beam": self.samples} if model.config.train.self_critical_beam else {"temperature": 1.0}
-        self.sampling = self.greedy.model_copy(update=plain | sampling)
+        self.sampling = self.greedy.model_copy(update=unrestricted | sampling)
         references: list[list[Words]] = [[] for _ in dataset.images]
         for number, image in enumerate(dataset.image_of.tolist()):
             references[image].append([*dataset.tokens[number].tolist(), EOS])
@@ -142,9 +144,9 @@ class SelfCritical(nn.Module):
         # log-probabilities of the captions' words, by teacher forcing
         tokens = pad([[SOS, *ids] for ids in captions]).to(features.device)  # (B K, 1 + T)
         hidden, _ = model.decoder(features, tokens[:, :-1], image_index)  # (B K, T, H)
-        real = tokens[:, 1:] != PAD  # (B K, T)
-        caption, place = real.nonzero(as_tuple=True)  # (words,) each
-        logits = real_logits(model.decoder.output, hidden, real).float()  # (words, V)
+        mask = tokens[:, 1:] != PAD  # (B K, T)
+        caption, place = mask.nonzero(as_tuple=True)  # (words,) each
+        logits = masked_logits(model.decoder.output, hidden, mask).float()  # (words, V)
         log_probs = logits.index_fill(1, torch.tensor(NEVER, device=logits.device), -math.inf).log_softmax(1)
         log_probs = log_probs.gather(1, tokens[caption, place + 1].unsqueeze(1)).squeeze(1)  # (words,)
         return -(advantage[caption] * log_probs).mean(), -log_probs.detach().mean()
