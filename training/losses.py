@@ -69,7 +69,9 @@ def masked_logits(output: Output, hidden: torch.Tensor, mask: torch.Tensor) -> t
 
 
 def doubly_stochastic_penalty(alphas: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): over time a region's attention should sum to 1.
+    """Return the doubly stochastic penalty (Xu et al. 2015, equation 14): regions are attended to about once in all.
+
+    A region's attention should sum to 1 over the words of a caption.
 
     It is the mean over captions, heads and regions, where the paper sums over regions: a weight of 1 here is its 1 / L.
 
