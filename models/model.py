@@ -15,7 +15,7 @@ from models.attention import AttentionRNN
 from models.consensus import Consensus, missing
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
-from models.search import search
+from models.search import Hypothesis, search
 from models.transformer import TransformerDecoder
 from utils import pick_precision
 
@@ -74,8 +74,6 @@ class CaptionModel(nn.Module):
         """Return the context in which the decoder is trained: bfloat16 where that is the precision."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    # ---- features ----
-
     def fit_statistics(self, features: torch.Tensor) -> None:
         """Set what `standardise` needs from the features of P training pictures (P, D) or (P, L, D), on any device."""
         parts = features.flatten(0, -2).split(8192)  # (P or P L, D), as floats a few at a time, since grids are large
@@ -100,8 +98,6 @@ class CaptionModel(nn.Module):
         if features.dtype == torch.uint8:
             features = self.encoder(self.transform.normalise(features))
         return self.standardise(features)
-
-    # ---- captions ----
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
@@ -140,19 +136,12 @@ class CaptionModel(nn.Module):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if rank and self.consensus:
             found = [each[:num_captions] for each in self.consensus.rank(features, found, options.consensus)]
-        return [
-            [
-                Caption(
-                    self.vocab.decode(one.ids),
-                    tuple(self.vocab.words[i] for i in one.ids),
-                    one.log_prob,
-                    one.score,
-                    one.attention,
-                )
-                for one in hypotheses
-            ]
-            for hypotheses in found
-        ]
+        return [[self.caption(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+
+    def caption(self, hypothesis: Hypothesis) -> Caption:
+        words = tuple(self.vocab.words[i] for i in hypothesis.ids)
+        text = self.vocab.decode(hypothesis.ids)
+        return Caption(text, words, hypothesis.log_prob, hypothesis.score, hypothesis.attention)
 
     def forbidden_ids(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for an entry that is several words."""

@@ -5,9 +5,7 @@ only the small state follows the hypotheses. B images, K hypotheses of each side
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -37,6 +35,7 @@ class Hypothesis:
     attention: torch.Tensor | None = field(default=None, compare=False)
 
 
+@torch.inference_mode()
 def search(
     decoder: Decoder,
     features: torch.Tensor,
@@ -58,22 +57,27 @@ def search(
         forbidden: word ids that are never written, besides `<pad>`, `<sos>` and `<unk>`.
         keep_attention: fill `Hypothesis.attention` where the decoder has one.
     """
-    choose: Choose = partial(sample, options=options) if options.temperature else best_of_beam
-    with torch.inference_mode():
-        found = Found(features, options, num_captions)
-        beam: Beam | None = Beam.start(decoder, features)
-        while beam:
-            logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
-            if keep_attention and alphas is not None:
-                beam.add_attention(alphas)
-            log_probs = exclude(logits.float().log_softmax(1), beam.words, options, forbidden)  # (N, V)
-            slots = found.open_slots(beam.images)  # (B,)
-            beam.log_prob, rows, tokens = choose(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
-            beam.follow(rows)
-            beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
-            found.collect_ended(beam)
-            beam = found.narrow(beam)
-    return found.best()
+    memory, images = decoder.prepare(features), torch.arange(len(features), device=features.device)
+    words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1): at first an image has one hypothesis
+    log_prob = torch.zeros(words.shape, device=features.device)
+    beam: Beam | None = Beam(images, memory, decoder.start(memory), words, log_prob)
+    found = Found(features, options, num_captions)
+    while beam:
+        logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
+        if keep_attention and alphas is not None:
+            before = [] if beam.attention is None else [beam.attention]
+            beam.attention = torch.cat([*before, alphas.unsqueeze(1)], dim=1)  # (N, t, A, L)
+        log_probs = exclude(logits.float().log_softmax(1), beam.words, options, forbidden)  # (N, V)
+        slots = found.open_slots(beam.images)  # (B,)
+        if options.temperature:
+            beam.log_prob, rows, tokens = sample(beam.log_prob, log_probs, slots, options)
+        else:
+            beam.log_prob, rows, tokens = best_of_beam(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
+        beam.follow(rows)
+        beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
+        found.collect_ended(beam)
+        beam = found.narrow(beam)
+    return [sorted(each, key=lambda one: -one.score)[:num_captions] for each in found.hypotheses]
 
 
 def penalise_length(log_prob: torch.Tensor, length: int, options: SearchConfig) -> torch.Tensor:
@@ -103,17 +107,6 @@ class Beam:
     words: torch.Tensor
     log_prob: torch.Tensor
     attention: torch.Tensor | None = None
-
-    @classmethod
-    def start(cls, decoder: Decoder, features: torch.Tensor) -> "Beam":
-        """Return one hypothesis per image, `<sos>`."""
-        memory, images = decoder.prepare(features), torch.arange(len(features), device=features.device)
-        words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1)
-        return cls(images, memory, decoder.start(memory), words, torch.zeros(words.shape, device=words.device))
-
-    def add_attention(self, alphas: torch.Tensor) -> None:
-        before = [] if self.attention is None else [self.attention]
-        self.attention = torch.cat([*before, alphas.unsqueeze(1)], dim=1)  # (N, t, A, L)
 
     def follow(self, rows: torch.Tensor) -> None:
         """Keep the hypotheses `rows` alone, in this order; one may be taken several times."""
@@ -176,12 +169,9 @@ class Found:
             return beam
         return beam.part(undecided, width)
 
-    def best(self) -> list[list[Hypothesis]]:
-        return [sorted(each, key=lambda one: -one.score)[: self.num_captions] for each in self.hypotheses]
-
 
 def exclude(
-    log_probs: torch.Tensor, words: torch.Tensor, options: SearchConfig, forbidden: Sequence[int]
+    log_probs: torch.Tensor, words: torch.Tensor, options: SearchConfig, forbidden: tuple[int, ...]
 ) -> torch.Tensor:
     """Set the log-probabilities (N, V) of words that may not follow `words` (N, 1 + t) to minus infinity, in place.
 
@@ -189,7 +179,7 @@ def exclude(
     """
     end = log_probs[:, EOS].clamp(min=-1e9)  # (N,)
     log_probs[:, [*NEVER, *forbidden]] = -INF
-    if options.no_repeat_ngram:
+    if 0 < options.no_repeat_ngram < words.shape[1]:
         rows, repeated = find_repeating(words[:, 1:], options.no_repeat_ngram)
         log_probs[rows, repeated] = -INF
     if words.shape[1] <= options.min_length:
@@ -201,16 +191,10 @@ def exclude(
 
 def find_repeating(words: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (row, word) pairs: the words that would complete an n-gram already in `words` (N, t)."""
-    if words.shape[1] < n:
-        nothing = words.new_empty(0)
-        return nothing, nothing
     windows = words.unfold(1, n, 1)  # (N, t - n + 1, n)
     tail = words[:, words.shape[1] - n + 1 :].unsqueeze(1)  # (N, 1, n - 1)
     rows, starts = (windows[:, :, :-1] == tail).all(2).nonzero(as_tuple=True)
     return rows, windows[rows, starts, -1]
-
-
-Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def best_of_beam(
