@@ -25,23 +25,14 @@ from data.transforms import Transform
 
 @dataclass(frozen=True)
 class Family:
-    """What an encoder has to know of a backbone.
-
-    Attributes:
-        names: () -> the names of its backbones.
-        build: (name, image size) -> the whole network with random weights.
-        cut: (network, name) -> the backbone, from pictures (B, 3, S, S) to (B, D, h, w) or to tokens (B, P + L, D).
-        transform: (name, encoder.weights or "") -> how pictures were prepared when these weights were trained.
-        find_weights: (name, encoder.weights) -> the file of the weights with this name, downloaded if need be.
-        prefix_tokens: network -> P, its class and register tokens, which come before those of regions.
-    """
+    """What an encoder has to know of a backbone."""
 
     names: Callable[[], Iterable[str]]
-    build: Callable[[str, int], nn.Module]
-    cut: Callable[[nn.Module, str], nn.Module]
-    transform: Callable[[str, str], Transform]
-    find_weights: Callable[[str, str], Path]
-    prefix_tokens: Callable[[nn.Module], int] = lambda network: 0
+    build: Callable[[str, int], nn.Module]  # name, image size -> the whole network with random weights
+    cut: Callable[[nn.Module, str], nn.Module]  # network, name -> from (B, 3, S, S) to (B, D, h, w) or (B, P + L, D)
+    transform: Callable[[str, str], Transform]  # name, encoder.weights or "" -> how these were shown pictures
+    find_weights: Callable[[str, str], Path]  # name, encoder.weights -> their file, downloaded if need be
+    prefix_tokens: Callable[[nn.Module], int] = lambda network: 0  # P: class and register tokens, before the regions'
 
 
 def family_of(name: str) -> Family:

@@ -65,10 +65,8 @@ class Consensus:
     def fit(
         cls, encode: Callable[[Sequence[str]], torch.Tensor], dataset: Flickr8kDataset, images: Sequence[str]
     ) -> "Consensus":
-        """Remember these of the dataset's pictures, with their captions.
-
-        Args:
-            encode: returns the raw features of some pictures (b, D) or (b, L, D); it is asked for a few at a time.
+        """Remember these of the dataset's pictures, with their captions; `encode` returns the raw features (b, D) or
+        (b, L, D) of b of them, and is asked for a few at a time.
         """
         parts = [images[first : first + CHUNK] for first in range(0, len(images), CHUNK)]
         pooled = torch.cat([pool(encode(part)) for part in parts]).cpu()  # (P, D)
@@ -114,11 +112,8 @@ class Consensus:
     def rank(
         self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
     ) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each picture, the best first by their score plus `weight` times what is expected.
-
-        Args:
-            features: raw ones, (B, D) or (B, L, D), on any device.
-            weight: of an expected CIDEr-D of 1 (of 10; papers call it 100).
+        """Return the hypotheses of each picture, the best first by their score plus `weight` times the CIDEr-D that they
+        can expect, of 10 at most (papers call it 1,000). The features are raw, (B, D) or (B, L, D), on any device.
         """
         tokens = pad([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
         image_index = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
@@ -134,13 +129,11 @@ class Consensus:
     @torch.inference_mode()
     @torch.autocast("cpu", enabled=False)  # it has no sparse products
     def expected_cider(self, weights: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-        """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `image_index` can expect.
+        """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `image_index` can expect,
+        given the weights of the remembered pictures for these (B, P), from a KernelRegression.
 
         It is that of Vedantam et al. (2015), with the document frequencies of the remembered captions, except that
         n-grams which a caption repeats are not clipped, and that lengths are compared with the expected mean.
-
-        Args:
-            weights: of each remembered picture for each of B pictures (B, P), from a KernelRegression.
         """
         ngrams, mean_weights, mean_lengths = self.statistics
         expected = mean_weights @ weights.T  # (G, B)
@@ -160,21 +153,18 @@ class Consensus:
         row, ngram, weight = ngrams.tf_idf(self.captions)  # (entries,) each
         image = self.image_index[row]
         places, shares = torch.stack([ngram, image]), weight / captions[image]
+        weights = torch.sparse_coo_tensor(places, shares, (ngrams.count, images), check_invariants=True)
         with warnings.catch_warnings(action="ignore"):  # that CSR, three times as fast here, is in beta
-            weights = torch.sparse_coo_tensor(
-                places, shares, (ngrams.count, images), check_invariants=True
-            ).to_sparse_csr()
+            weights = weights.to_sparse_csr()
         words = (self.captions != PAD).sum(1).float()  # (C,)
         total = torch.zeros(images).index_add(0, self.image_index, words)  # (P,)
         return ngrams, weights, torch.where(captions > 0, total / captions, words.mean())
 
 
 class KernelRegression:
-    """Kernel ridge regression with a Gaussian kernel (Saunders et al. 1998) from P remembered pictures to others.
+    """Kernel ridge regression (Saunders et al. 1998) from P remembered pictures, unit vectors (P, D), to others.
 
-    Args:
-        embeddings: unit vectors (P, D).
-        sharpness: of the kernel exp(sharpness (cosine - 1)); ridge: what is added to the equations' diagonal.
+    The kernel is Gaussian, exp(sharpness (cosine - 1)), and `ridge` is added to the diagonal of the equations.
     """
 
     def __init__(self, embeddings: torch.Tensor, sharpness: float, ridge: float) -> None:
@@ -182,15 +172,11 @@ class KernelRegression:
 
     @torch.autocast("cpu", enabled=False)  # in bfloat16 no picture would be left out exactly
     def weights(self, embeddings: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the weight of each remembered picture for B others (B, P); they sum to 1, and some may be negative.
+        """Return the weight of each remembered picture for B others (B, P), given as unit vectors (B, D).
 
-        The weighted sum of anything known of the remembered pictures is its prediction: kernel ridge regression on the
-        difference from the mean.
-
-        Args:
-            embeddings: unit vectors (B, D).
-            own: the row (B,) of those that are remembered themselves, else -1. Their own row gets weight 0, as if it
-                had never been seen: leave-one-out, exactly.
+        Weights sum to 1, and some may be negative. The weighted sum of anything known of the remembered pictures is its
+        prediction: kernel ridge regression on the difference from the mean. Of pictures that are remembered themselves,
+        `own` (B,) is the row, else -1: it gets weight 0, as if it had never been seen (leave-one-out, exactly).
         """
         similar = self.kernel(self.embeddings @ embeddings.T)  # (P, B)
         others = torch.ones_like(similar).T  # (B, P): 0 in a picture's own row
@@ -233,13 +219,8 @@ class NGrams:
     """The n-grams of 1 to 4 words in captions of at least MIN_IMAGES pictures, and their CIDEr-D weights.
 
     They are a tree: the parent of an n-gram is what precedes its last word, and the root is empty. An n-gram's code is
-    its parent's number times `base`, plus its last word; its number is its place among all codes in order.
-
-    Args:
-        captions: word ids (C, T), `<pad>` at their ends; image_index: whose they are (C,).
-
-    Attributes:
-        count: G, how many n-grams there are, with the root, whose number is 0.
+    its parent's number times `base`, plus its last word; its number is its place among all codes in order. The root has
+    number 0, and `count` is G, with the root.
     """
 
     def __init__(self, captions: torch.Tensor, image_index: torch.Tensor) -> None:

@@ -28,14 +28,8 @@ AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet
 class EncoderCNN(nn.Module):
     """A backbone without its classifier. It stays in eval mode, whatever `.train()` is called on the model.
 
-    Args:
-        config: which backbone, which weights.
-        spatial: True gives one feature per region (B, L, D), False their mean (B, D).
-        load: False leaves the weights random, for a caller that has them at hand.
-
-    Attributes:
-        feature_shape: (D,) or (L, D).
-        identity: plain values that name the weights: name, source, sha256, stride_in_1x1.
+    `spatial` gives one feature per region (B, L, D), else their mean (B, D); `load=False` leaves the weights random for
+    a caller that has them. `feature_shape` is (L, D) or (D,), and `identity` names the weights in plain values.
 
     Raises UserError when the weights cannot be found or do not fit, and for a picture size or stage that does not suit
     the backbone.
@@ -124,10 +118,9 @@ def trained_stages(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module
         return [backbone]
     modules = dict(backbone.named_modules())
     for unknown in (stage for stage in config.stages if stage not in modules):
-        known = ", ".join(name for name, part in backbone.named_children() if any(True for _ in part.parameters()))
+        known = ", ".join(name for name, part in backbone.named_children() if list(part.parameters()))
         raise UserError(
-            f"encoder.stages names {unknown:.60}, which {config.name} does not have; take some of {known}, or modules "
-            "inside them"
+            f"encoder.stages names {unknown:.60}, which {config.name} lacks; take some of {known}, or of their parts"
         )
     return [modules[stage] for stage in config.stages]
 
@@ -155,7 +148,7 @@ def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str)
         raise UserError(
             f"{path} does not hold a network's state_dict; save one with torch.save(net.state_dict(), FILE)"
         )
-    state = {str(key): tensor for key, tensor in state.items() if not str(key).startswith(AUXILIARY)}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
     own = network.state_dict(keep_vars=True)
     used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
     head = {key for key, tensor in own.items() if id(tensor) not in used}

@@ -7,7 +7,7 @@ says what they hold.
 from cli import Parser, UserError, run_script
 
 import argparse
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -40,7 +40,9 @@ def main() -> None:
     args = parse_args()
     path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
     out = Path(args.out) if args.out else path.parent / "export"
-    require("safetensors", "onnx", "onnxscript", "onnxruntime")
+    for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
+        if not importlib.util.find_spec(package):
+            raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
     saved = load_checkpoint(path)
     model = model_from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
@@ -70,16 +72,6 @@ def parse_args() -> argparse.Namespace:
     which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
     return parser.parse_options_and_settings(setting_names())
-
-
-def require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise UserError(
-                f"export needs the package {package}; run: pip install -r requirements-extras.txt"
-            ) from None
 
 
 def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:

@@ -34,11 +34,10 @@ class Caption:
 
 
 class CaptionModel(nn.Module):
-    """From features, or pixels, to captions. `models.checkpoint.load_model(path)` returns a trained one.
+    """From features, or pixels, to captions. `models.checkpoint.load_model(path)` returns a trained one."""
 
-    Attributes:
-        consensus: ranks the captions of a beam where `search.consensus` asks for it and consensus.pth is there.
-    """
+    feature_mean: torch.Tensor  # (D,)
+    feature_scale: torch.Tensor  # (1,)
 
     def __init__(
         self, config: Config, vocab: Vocabulary, transform: Transform, encoder: EncoderCNN, decoder: Decoder
@@ -46,9 +45,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
-        self.consensus: Consensus | None = None
-        self.feature_mean: torch.Tensor
-        self.feature_scale: torch.Tensor
+        self.consensus: Consensus | None = None  # ranks a beam's captions where `search.consensus` asks for it
         self.register_buffer("feature_mean", torch.zeros(encoder.feature_shape[-1]))
         self.register_buffer("feature_scale", torch.ones(1))
 
@@ -102,11 +99,9 @@ class CaptionModel(nn.Module):
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: return the decoder's hidden states (N, T, H) and alphas (N, T, A, L) or None.
+        """Teacher forcing: return the hidden states (N, T, H) and alphas (N, T, A, L) or None; see `Decoder.forward`.
 
-        Args:
-            features: raw ones (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
-            tokens: `<sos> w1 … wn` (N, T); image_index: each caption's row in `features` (N,).
+        The features are raw ones, or uint8 pixels (B, 3, S, S).
         """
         return self.decoder(self.encode(features), tokens, image_index)
 
@@ -127,11 +122,9 @@ class CaptionModel(nn.Module):
         rank = options.by_consensus(num_captions)
         if rank and self.consensus is None:
             raise missing(options.consensus)
-        standardised = self.standardise(features.to(self.device))
         wanted = max(num_captions, options.beam) if rank else num_captions
-        found = search(
-            self.decoder, standardised, options, wanted, self.forbidden_ids(options.forbidden), keep_attention
-        )
+        standardised, forbidden = self.standardise(features.to(self.device)), self.forbidden_ids(options.forbidden)
+        found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if rank and self.consensus:

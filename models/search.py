@@ -20,19 +20,12 @@ WORTH_NARROWING = 0.9  # finished hypotheses are dropped where fewer rows than t
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A caption that search has found.
+    """A caption that search has found."""
 
-    Attributes:
-        ids: its words, without `<sos>` and `<eos>`.
-        log_prob: natural logarithm of the decoder's probability, with that of `<eos>` where it was written.
-        score: what ranks it: `log_prob` with the length penalty, and what `models.consensus` adds.
-        attention: the alphas with which each word was written (words, A, L), or None.
-    """
-
-    ids: list[int]
-    log_prob: float
-    score: float
-    attention: torch.Tensor | None = field(default=None, compare=False)
+    ids: list[int]  # without `<sos>` and `<eos>`
+    log_prob: float  # of the decoder, with that of `<eos>` where it was written
+    score: float  # what ranks it: `log_prob` with the length penalty, and what `models.consensus` adds
+    attention: torch.Tensor | None = field(default=None, compare=False)  # alphas of each word (words, A, L)
 
 
 @torch.inference_mode()
@@ -90,23 +83,14 @@ def penalise_length(log_prob: torch.Tensor, length: int, options: SearchConfig) 
 
 @dataclass
 class Beam:
-    """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor.
+    """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor."""
 
-    Attributes:
-        images: the rows of their images in `features` (B,).
-        memory: tensors of one row per image.
-        state: tensors of one row per hypothesis.
-        words: `<sos>` and the words so far (N, 1 + t).
-        log_prob: (B, K).
-        attention: alphas of the words so far (N, t, A, L), where they are kept.
-    """
-
-    images: torch.Tensor
-    memory: Memory
-    state: State
-    words: torch.Tensor
-    log_prob: torch.Tensor
-    attention: torch.Tensor | None = None
+    images: torch.Tensor  # (B,): the rows of their images in `features`
+    memory: Memory  # one row per image
+    state: State  # one row per hypothesis
+    words: torch.Tensor  # (N, 1 + t): `<sos>` and the words so far
+    log_prob: torch.Tensor  # (B, K)
+    attention: torch.Tensor | None = None  # (N, t, A, L): alphas of the words so far, where they are kept
 
     def follow(self, rows: torch.Tensor) -> None:
         """Keep the hypotheses `rows` alone, in this order; one may be taken several times."""
@@ -202,12 +186,8 @@ def best_of_beam(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Extend each image's hypotheses by the words that make the most probable ones.
 
-    Args:
-        log_prob: of the hypotheses so far (B, K).
-        log_probs: of each next word (B K, V).
-        slots: how many hypotheses each image may have (B,).
-
-    Returns the new log_prob (B, K'), and for each of the B K' hypotheses the row it extends and its new word.
+    Given are the log_prob of the hypotheses so far (B, K), that of each next word (B K, V), and how many hypotheses each
+    image may have (B,). Returns the new log_prob (B, K'), and for each of the B K' hypotheses its old row and new word.
     """
     images, beam = log_prob.shape
     width = int(slots.max())  # K'
