@@ -112,8 +112,8 @@ class Consensus:
     def rank(
         self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
     ) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each picture, the best first by their score plus `weight` times the CIDEr-D that they
-        can expect, of 10 at most (papers call it 1,000). The features are raw, (B, D) or (B, L, D), on any device.
+        """Return the hypotheses of each picture, the best first by their score plus `weight` times the CIDEr-D they can
+        expect, of 10 at most (papers call it 1,000). The features are raw, (B, D) or (B, L, D), on any device.
         """
         tokens = pad([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
         image_index = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)

@@ -186,7 +186,7 @@ def best_of_beam(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Extend each image's hypotheses by the words that make the most probable ones.
 
-    Given are the log_prob of the hypotheses so far (B, K), that of each next word (B K, V), and how many hypotheses each
+    Given are the log_prob of the hypotheses so far (B, K), those of each next word (B K, V), and how many hypotheses an
     image may have (B,). Returns the new log_prob (B, K'), and for each of the B K' hypotheses its old row and new word.
     """
     images, beam = log_prob.shape
