@@ -6,7 +6,6 @@ FAMILIES, at the end, is the table of them: another family, such as timm's netwo
 from cli import UserError
 
 import copy
-import difflib
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from config import pick
 from data.transforms import Transform
 
 
@@ -37,12 +37,7 @@ class Family:
 
 def family_of(name: str) -> Family:
     """Return the family of this backbone; raises UserError, with the nearest name, when there is none."""
-    for family in FAMILIES:
-        if name in family.names():
-            return family
-    near = difflib.get_close_matches(name, [known for family in FAMILIES for known in family.names()], n=1)
-    hint = f"did you mean {near[0]}?" if near else "use a torchvision classifier, such as resnet50"
-    raise UserError(f"encoder.name = '{name}' is unknown; {hint}")
+    return pick({known: family for family in FAMILIES for known in family.names()}, name, "encoder.name")
 
 
 # torchvision
@@ -103,19 +98,11 @@ def find_torchvision_weights(name: str, weights: str) -> Path:
 LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}  # of training pictures
 
 
-def build_lite(name: str, size: int) -> nn.Module:
-    return EfficientNet.from_name(name.replace("_", "-"), image_size=size)
-
-
 def cut_lite(network: nn.Module, name: str) -> nn.Module:
     own = dict(network.named_children())  # its one activation is applied twice, after the stem and after the head
     stem = [("_conv_stem", own["_conv_stem"]), ("_bn0", own["_bn0"]), ("_relu0", own["_swish"])]
     head = [("_conv_head", own["_conv_head"]), ("_bn1", own["_bn1"]), ("_relu1", copy.copy(own["_swish"]))]
     return nn.Sequential(OrderedDict([*stem, *own["_blocks"].named_children(), *head]))
-
-
-def lite_transform(name: str, weights: str) -> Transform:
-    return Transform(LITE_SIZES[name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
 
 
 def find_lite_weights(name: str, weights: str) -> Path:
@@ -134,5 +121,11 @@ TORCHVISION = Family(  # its Swin and MaxViT give maps of features, as convoluti
     find_weights=find_torchvision_weights,
     prefix_tokens=lambda network: int(isinstance(network, torchvision.models.VisionTransformer)),
 )
-LITE = Family(lambda: LITE_SIZES, build_lite, cut_lite, lite_transform, find_lite_weights)
+LITE = Family(
+    names=lambda: LITE_SIZES,
+    build=lambda name, size: EfficientNet.from_name(name.replace("_", "-"), image_size=size),
+    cut=cut_lite,
+    transform=lambda name, weights: Transform(LITE_SIZES[name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+    find_weights=find_lite_weights,
+)
 FAMILIES = (TORCHVISION, LITE)

@@ -81,14 +81,9 @@ class Consensus:
     def save(self, path: Path) -> None:
         """Write what cannot be computed again."""
         real = self.captions != PAD  # (C, T)
-        state = {
-            "embeddings": self.embeddings.half(),
-            "centre": self.centre,
-            "words": self.captions[real].int(),
-            "lengths": real.sum(1).int(),
-            "image_index": self.image_index.int(),
-        }
-        save_checkpoint(path, state)
+        captions = {"words": self.captions[real].int(), "lengths": real.sum(1).int()}
+        pictures = {"embeddings": self.embeddings.half(), "centre": self.centre}
+        save_checkpoint(path, captions | pictures | {"image_index": self.image_index.int()})
 
     @classmethod
     def load(cls, path: Path, feature_size: int, vocab_size: int) -> "Consensus":
@@ -178,7 +173,7 @@ class KernelRegression:
         prediction: kernel ridge regression on the difference from the mean. Of pictures that are remembered themselves,
         `own` (B,) is the row, else -1: it gets weight 0, as if it had never been seen (leave-one-out, exactly).
         """
-        similar = self.kernel(self.embeddings @ embeddings.T)  # (P, B)
+        similar = torch.exp(self.sharpness * (self.embeddings @ embeddings.T - 1))  # (P, B)
         others = torch.ones_like(similar).T  # (B, P): 0 in a picture's own row
         if own is None:
             weights = torch.cholesky_solve(similar, self.factor).T  # (B, P)
@@ -193,9 +188,6 @@ class KernelRegression:
         rest = 1 - weights.sum(1, keepdim=True)  # (B, 1): the weight of the mean, to which the others contribute alike
         return weights + rest * others / others.sum(1, keepdim=True).clamp(min=1)
 
-    def kernel(self, cosines: torch.Tensor) -> torch.Tensor:
-        return torch.exp(self.sharpness * (cosines - 1))
-
     @cached_property
     def factor(self) -> torch.Tensor:
         """The Cholesky factor of the equations (P, P): a quarter of a gigabyte for 8,000 pictures."""
@@ -203,7 +195,8 @@ class KernelRegression:
         matrix = torch.empty(count, count)  # of which Cholesky's algorithm reads the lower half
         for first in range(0, count, CHUNK):
             last = min(count, first + CHUNK)
-            matrix[first:last, :last] = self.kernel(self.embeddings[first:last] @ self.embeddings[:last].T)
+            cosines = self.embeddings[first:last] @ self.embeddings[:last].T
+            matrix[first:last, :last] = torch.exp(self.sharpness * (cosines - 1))
         matrix.diagonal().add_(self.ridge)
         return torch.linalg.cholesky(matrix, out=matrix)
 

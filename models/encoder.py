@@ -68,8 +68,7 @@ class EncoderCNN(nn.Module):
                 self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
         except RuntimeError:  # nothing is left of it before the last stage, or it does not divide into MaxViT's windows
             raise UserError(
-                f"encoder.image_size = {size} does not suit {config.name}; "
-                "take a larger one, or null for that of its weights"
+                f"encoder.image_size = {size} does not suit {config.name}; take a larger one, or null"
             ) from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -145,9 +144,7 @@ def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str)
     except DAMAGED as error:
         raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(
-            f"{path} does not hold a network's state_dict; save one with torch.save(net.state_dict(), FILE)"
-        )
+        raise UserError(f"{path} holds no network's state_dict; save one with torch.save(net.state_dict(), FILE)")
     state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
     own = network.state_dict(keep_vars=True)
     used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}

@@ -36,13 +36,13 @@ class Ensemble(Decoder):
         """Return the members' memories. Each standardises the features by itself: these must be raw."""
         memories = [member.decoder.prepare(member.standardise(features)) for member in self.members]
         self.memory_sizes = list(map(len, memories))
-        return join(memories)
+        return tuple(itertools.chain(*memories))
 
     def start(self, memory: Memory) -> State:
         memories = split(memory, self.memory_sizes)
         states = [member.decoder.start(part) for member, part in zip(self.members, memories, strict=True)]
         self.state_sizes = list(map(len, states))
-        return join(states)
+        return tuple(itertools.chain(*states))
 
     def step(
         self, token: torch.Tensor, state: State, memory: Memory
@@ -55,11 +55,7 @@ class Ensemble(Decoder):
             new_states.append(own_state)
             alphas.append(own_alphas)
         mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (N, V): log of the mean probability
-        return mean, join(new_states), torch.stack(alphas).mean(0) if self.heads else None
-
-
-def join(parts: Iterable[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(itertools.chain.from_iterable(parts))
+        return mean, tuple(itertools.chain(*new_states)), torch.stack(alphas).mean(0) if self.heads else None
 
 
 def split(tensors: tuple[torch.Tensor, ...], sizes: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:

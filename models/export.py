@@ -161,12 +161,6 @@ def to_onnx(graph: Graph, inputs: dict[str, torch.Tensor], axes: list[dict[int, 
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(graph.eval(), contiguous, dynamo=True, verbose=False, **options)
-    except torch.onnx.OnnxExporterError as error:
-        what = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise UserError(
-            f"PyTorch {torch.__version__} cannot write this model as ONNX ({what}); try other versions of torch and "
-            "onnxscript"
-        ) from error
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None

@@ -89,9 +89,7 @@ class CaptionModel(nn.Module):
         return (features.float() - self.feature_mean) / self.feature_scale
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return what the decoder reads: standardised features (B, D) or (B, L, D), given raw features or uint8 pixels
-        (B, 3, S, S).
-        """
+        """Return standardised features (B, D) or (B, L, D), given raw ones or uint8 pixels (B, 3, S, S)."""
         if features.dtype == torch.uint8:
             features = self.encoder(self.transform.normalise(features))
         return self.standardise(features)

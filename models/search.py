@@ -73,14 +73,6 @@ def search(
     return [sorted(each, key=lambda one: -one.score)[:num_captions] for each in found.hypotheses]
 
 
-def penalise_length(log_prob: torch.Tensor, length: int, options: SearchConfig) -> torch.Tensor:
-    """Return the scores that rank captions: log-probabilities divided by length ** penalty, the length with `<eos>`.
-
-    Without it (a penalty of 0) short captions win, since each word makes a caption less probable.
-    """
-    return log_prob / length**options.length_penalty
-
-
 @dataclass
 class Beam:
     """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor."""
@@ -126,7 +118,8 @@ class Found:
         length = beam.words.shape[1] - 1
         last = length == self.options.max_length
         ended = (beam.log_prob > -INF) & (last | (beam.words[:, -1].view_as(beam.log_prob) == EOS))  # (B, K)
-        scores = penalise_length(beam.log_prob, length, self.options)  # (B, K)
+        # the length counts `<eos>`; with a penalty of 0 short captions win, since each word makes one less probable
+        scores = beam.log_prob / length**self.options.length_penalty  # (B, K)
         rows = ended.flatten().nonzero().squeeze(1)
         images = beam.images[rows // ended.shape[1]]
         numbers = (rows, images, beam.words[rows, 1:], beam.log_prob[ended], scores[ended])
@@ -144,7 +137,7 @@ class Found:
         An image is done when the best running hypothesis could not overtake the last of those wanted, even if the rest
         of its words were certain and there were as many of them as possible.
         """
-        reachable = penalise_length(beam.log_prob.amax(1), self.options.max_length, self.options)  # (B,)
+        reachable = beam.log_prob.amax(1) / self.options.max_length**self.options.length_penalty  # (B,)
         undecided = reachable > self.scores[beam.images, self.num_captions - 1]
         if not undecided.any():
             return None
@@ -163,22 +156,17 @@ def exclude(
     """
     end = log_probs[:, EOS].clamp(min=-1e9)  # (N,)
     log_probs[:, [*NEVER, *forbidden]] = -INF
-    if 0 < options.no_repeat_ngram < words.shape[1]:
-        rows, repeated = find_repeating(words[:, 1:], options.no_repeat_ngram)
-        log_probs[rows, repeated] = -INF
+    n = options.no_repeat_ngram
+    if 0 < n < words.shape[1]:  # words that would complete an n-gram which is already there
+        windows = words[:, 1:].unfold(1, n, 1)  # (N, t - n + 1, n)
+        tail = words[:, words.shape[1] - n + 1 :].unsqueeze(1)  # (N, 1, n - 1)
+        rows, starts = (windows[:, :, :-1] == tail).all(2).nonzero(as_tuple=True)
+        log_probs[rows, windows[rows, starts, -1]] = -INF
     if words.shape[1] <= options.min_length:
         log_probs[:, EOS] = -INF
         end = end.where(log_probs.isneginf().all(1), -INF)
     log_probs[:, EOS] = end
     return log_probs
-
-
-def find_repeating(words: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (row, word) pairs: the words that would complete an n-gram already in `words` (N, t)."""
-    windows = words.unfold(1, n, 1)  # (N, t - n + 1, n)
-    tail = words[:, words.shape[1] - n + 1 :].unsqueeze(1)  # (N, 1, n - 1)
-    rows, starts = (windows[:, :, :-1] == tail).all(2).nonzero(as_tuple=True)
-    return rows, windows[rows, starts, -1]
 
 
 def best_of_beam(
