@@ -120,18 +120,6 @@ def test_steps_give_the_logits_alphas_and_gradients_of_teacher_forcing(name: str
 
 
 @torch.inference_mode()
-def test_hypotheses_of_one_image_may_be_reordered_by_their_state(name: str) -> None:
-    decoder, seen = build(name), features(name)
-    memory, twice, order = decoder.prepare(seen), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 3, 3])
-    state = tuple(part[twice] for part in decoder.start(memory))
-    _, state, _ = decoder.step(torch.tensor([5, 6, 7, 8]), state, memory)
-    logits, _, alphas = decoder.step(torch.tensor([9, 9, 9, 9]), tuple(part[order] for part in state), memory)
-    expected, attention = read(decoder, seen, torch.tensor([[6, 9], [5, 9], [8, 9], [8, 9]]), twice)
-    assert_close(logits, expected[:, -1])
-    assert_close(alphas, None if attention is None else attention[:, -1])
-
-
-@torch.inference_mode()
 def test_logits_do_not_depend_on_padding_other_captions_their_order_or_who_shares_the_image(name: str) -> None:
     decoder, seen, order = build(name), features(name), torch.tensor([2, 0, 1])
     logits, _ = read(decoder, seen)
@@ -179,12 +167,6 @@ def test_search_gives_the_probability_and_the_attention_of_teacher_forcing(name:
                 logits[0].log_softmax(1)[range(len(words)), words].sum().item(), abs=1e-4
             )
             assert_close(one.attention, None if alphas is None else alphas[0, : len(one.ids)])
-
-
-def test_a_batch_of_one_can_be_trained(name: str) -> None:
-    decoder = build(name).train()
-    loss_of(decoder, features(name, 1), TOKENS[:1], torch.tensor([0])).backward()
-    take_gradients(decoder)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in DECODERS.items() if kind.spatial])  # LSTMs in bf16 need AVX512
