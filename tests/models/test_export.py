@@ -52,18 +52,12 @@ def small(tmp_path: Path, tiny_config: Callable) -> Callable[[str], Path]:
     return save
 
 
-@pytest.fixture
-def run(call: Callable[..., int]) -> Callable[..., int]:
-    """Run models/export.py with these words on the command line and return its exit code."""
-    return lambda *words: call(export.main, *words)
-
-
 @pytest.mark.parametrize("name", DECODERS)
 def test_captions_without_pytorch_are_those_with_it(
-    name: str, drawn: Path, run: Callable, tmp_path: Path, small: Callable, monkeypatch: pytest.MonkeyPatch
+    name: str, drawn: Path, call: Callable, tmp_path: Path, small: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = small(name)
-    assert run("--checkpoint", path, "search.beam=4") == 0
+    assert call(export.main, "--checkpoint", path, "search.beam=4") == 0
     monkeypatch.syspath_prepend(DOCS)
     import caption_with_onnx
 
@@ -124,22 +118,22 @@ class Off(Decoder):
 
 @pytest.mark.parametrize(("by", "differ"), [(0.01, "captions"), (float("nan"), "logits by nan")])
 def test_graphs_that_differ_are_not_written(
-    by: float, differ: str, run: Callable, small: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    by: float, differ: str, call: Callable, small: Callable, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     path = small("lstm")
     monkeypatch.setattr(export, "trace", lambda model: (model, by))
     monkeypatch.setattr(export, "OnnxDecoder", Off)
-    assert run("--checkpoint", path) == 2
+    assert call(export.main, "--checkpoint", path) == 2
     assert re.search(f"{differ}.* nothing was written", capsys.readouterr().err)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoints.pth"]
 
 
 def test_what_cannot_be_exported_is_refused(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    call: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "a.pth", {"config": {}})
-    assert run("--checkpoint", tmp_path / "a.pth") == 2
+    assert call(export.main, "--checkpoint", tmp_path / "a.pth") == 2
     assert re.search("error: .*a.pth lacks .*; take another one", capsys.readouterr().err)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert run("--checkpoint", tmp_path / "a.pth") == 2
+    assert call(export.main, "--checkpoint", tmp_path / "a.pth") == 2
     assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err
