@@ -12,7 +12,7 @@ Factors = list[tuple[torch.Tensor, torch.Tensor]]  # of each time step: x, and t
 
 
 class ProductOverTime:
-    """Call it in place of `x @ matrix`, once per time step; it may be one matrix per image, as `x` (B, K, L) is."""
+    """Call it in place of `x @ matrix`, once per step: for x (N, H) and (H, O), or x (B, K, L) and (B, L, O)."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.factors: Factors = []

@@ -174,8 +174,8 @@ def best_of_beam(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Extend each image's hypotheses by the words that make the most probable ones.
 
-    Given are the log_prob of the hypotheses so far (B, K), those of each next word (B K, V), and how many hypotheses an
-    image may have (B,). Returns the new log_prob (B, K'), and for each of the B K' hypotheses its old row and new word.
+    `log_prob` (B, K) is that of the hypotheses so far, `log_probs` (B K, V) are those of each next word, and `slots` is
+    how many hypotheses an image may have (B,). Returns the new log_prob (B, K'), and for each its old row and new word.
     """
     images, beam = log_prob.shape
     width = int(slots.max())  # K'

@@ -101,7 +101,7 @@ class Layer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, past: torch.Tensor | None = None, regions: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the new hidden (N, S, E), `past` with these words added, and the alphas over regions (N, S, A, L).
+        """Apply one layer to `hidden` (N, S, E); returns it, `past` with these words added, and alphas (N, S, A, L).
 
         `past` are the keys and values of the words before these (N, t, 2 E), without which attention is not causal;
         `regions` are those of the image's regions (B, L, 2 E).
