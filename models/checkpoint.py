@@ -9,11 +9,9 @@ from cli import UserError
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import torchvision
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
@@ -22,9 +20,7 @@ from models import consensus
 from models.consensus import Consensus
 from models.encoder import EncoderCNN, tensors_sha256
 from models.model import CaptionModel, decoder_class_of
-from utils import load_checkpoint
-
-LEAST_SHARE = 1 / 40  # of a torchvision classifier's weights are its backbone's: of AlexNet's 1 / 25
+from utils import how_to_make, load_checkpoint
 
 
 def model_state(model: CaptionModel) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def load_model(path: str | Path, overrides: list[str] | None = None) -> CaptionM
 def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | None = None) -> CaptionModel:
     """Return the model whose `model_state` was `saved`; `where` names its file in errors."""
     check_parts(saved, where)
-    saved = to_float32(saved)
+    saved = convert_floats(saved, torch.float16, torch.float32)
     config = restore_config(saved["config"], overrides, where)
     vocab = Vocabulary(**saved["vocabulary"])
     decoder_class = decoder_class_of(config)
@@ -90,33 +86,25 @@ def model_from_start(config: Config) -> CaptionModel:
     """
     path = str(config.train.start)
     if not Path(path).is_file():
-        run = Path(path).parent.name
-        recipe = f"configs/{run}.yaml"
-        known = (Path(__file__).parents[1] / recipe).is_file()
-        raise UserError(
-            f"there is no checkpoint at train.start = {path}; train it first (python train.py --config "
-            f"{recipe if known else 'RECIPE'}) or name another"
-        )
+        make = how_to_make(Path(path).parent.name)
+        raise UserError(f"there is no checkpoint at train.start = {path}; make it with: {make}, or name another one")
     saved = load_checkpoint(path)
     check_parts(saved, path)
     there, here = (flatten(each.model_dump()) for each in (restore_config(saved["config"], where=path), config))
     differ = sorted(name for name in marked(SHAPES) if there[name] != here[name])
     if differ:
-        values = ", ".join(f"{name} ({as_yaml(there[name])} there, {as_yaml(here[name])} here)" for name in differ)
-        mend = " ".join(f"{name}={as_yaml(there[name])}" for name in differ)
-        raise UserError(f"train.start = {path} was trained with another {values}; go on from it with: {mend}")
+        values = [there[name] if isinstance(there[name], str) else json.dumps(there[name]) for name in differ]
+        mend = " ".join(f"{name}={value}" for name, value in zip(differ, values, strict=True))
+        raise UserError(
+            f"train.start = {path} was trained with another {', '.join(differ)}; go on from it with: {mend}"
+        )
     return model_from_state(saved | {"config": config.model_dump()}, path)
-
-
-def as_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def restore_encoder(config: Config, saved: dict[str, Any], spatial: bool, where: str) -> EncoderCNN:
     """Return the encoder of a checkpoint: its own backbone where it holds one, else the one with its sha256."""
     identity = saved["encoder"]
     if saved["backbone"] is not None:
-        refuse_small(saved["backbone"], config.encoder.name, where)
         encoder = EncoderCNN(config.encoder, spatial, load=False)
         check_tensors(encoder.backbone.state_dict(), saved["backbone"], where)
         encoder.backbone.load_state_dict(saved["backbone"])
@@ -134,91 +122,25 @@ def restore_encoder(config: Config, saved: dict[str, Any], spatial: bool, where:
     return encoder
 
 
-def to_float32(values: Any) -> Any:
-    """Return a checkpoint with its halves as floats: `models.publish` halves what is given away."""
+def convert_floats(values: Any, before: torch.dtype, after: torch.dtype) -> Any:
+    """Return a checkpoint with its tensors of one precision in another: `models.publish` halves what is given away."""
     if isinstance(values, dict):
-        return {name: to_float32(value) for name, value in values.items()}
-    return values.float() if isinstance(values, torch.Tensor) and values.dtype == torch.float16 else values
-
-
-# ---- checks before a model is built: a file from elsewhere may hold any plain values ---------------------------------
-
-
-def whole_tensor(value: Any) -> torch.Tensor:
-    """Pass on a tensor whose numbers are all stored: by its strides, one stored number can pass for many."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-        raise ValueError("should be a tensor")
-    if value.is_quantized or value.untyped_storage().nbytes() < value.nbytes:
-        raise ValueError("should be a tensor that holds all its numbers")
-    return value
-
-
-Tensor = Annotated[Any, BeforeValidator(whole_tensor)]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Words(Part):
-    words: list[str]
-    language: str
-
-
-class Look(Part):
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-
-class Identity(Part):
-    name: str
-    source: str | None
-    sha256: str
-    stride_in_1x1: bool
-
-
-class Parts(BaseModel):
-    """What a checkpoint must hold; it may hold more, such as the state of a training."""
-
-    config: dict[str, dict[str, Any] | str]
-    vocabulary: Words
-    transform: Look
-    encoder: Identity
-    backbone: dict[str, Tensor] | None
-    feature_mean: Tensor
-    feature_scale: Tensor
-    decoder: dict[str, Tensor]
+        return {name: convert_floats(value, before, after) for name, value in values.items()}
+    return values.to(after) if isinstance(values, torch.Tensor) and values.dtype == before else values
 
 
 def check_parts(saved: dict[str, Any], where: str) -> None:
-    """Raise UserError unless `saved`, from the file `where`, holds the parts of a model, each of its kind."""
-    try:
-        Parts.model_validate(saved, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        part = ".".join(map(str, first["loc"][:2]))[:60]
-        what = "lacks" if first["type"] == "missing" else "is damaged in"
-        raise UserError(f"{where} {what} its {part}, so it is not a trained model; take another one") from None
-
-
-def refuse_small(backbone: dict[str, torch.Tensor], name: str, where: str) -> None:
-    """Raise UserError rather than build a huge network for a file that cannot hold it."""
-    if name in torchvision.models.list_models(torchvision.models):
-        whole = torchvision.models.get_model_weights(name)["DEFAULT"].meta["num_params"]  # with its classifier
-        if sum(tensor.numel() for tensor in backbone.values()) < LEAST_SHARE * whole:
-            raise UserError(f"{where} holds less than a {name}; take another checkpoint")
+    """Raise UserError for a file of this project that holds no model, such as consensus.pth."""
+    parts = ("config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder")
+    for missing in (part for part in parts if part not in saved):
+        raise UserError(f"{where} lacks its {missing}, so it is not a trained model; take another one")
 
 
 def check_tensors(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError unless the tensors `found` in the file `where` are finite and `own`'s by name and shape."""
-    shapes, found_shapes = ({name: (each.shape, each.dtype) for name, each in part.items()} for part in (own, found))
-    if shapes != found_shapes:
-        names = sorted(name for name in own.keys() | found.keys() if shapes.get(name) != found_shapes.get(name))
-        raise UserError(
-            f"the tensors in {where} do not fit its config (first: {names[0]:.60}); take another checkpoint"
-        )
-    not_finite = sorted(name for name, tensor in found.items() if not tensor.isfinite().all())
-    if not_finite:
-        raise UserError(f"{where} holds NaN or infinite weights (first: {not_finite[0]}); take another checkpoint")
+    for name in sorted(own.keys() | found.keys()):
+        kinds = [(part[name].shape, part[name].dtype) if name in part else None for part in (own, found)]
+        if kinds[0] != kinds[1]:
+            raise UserError(f"the tensor {name:.60} in {where} does not fit its config; take another checkpoint")
+        if not found[name].isfinite().all():
+            raise UserError(f"{where} holds NaN or infinite weights, first in {name}; take another checkpoint")

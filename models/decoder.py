@@ -15,30 +15,20 @@ Memory = tuple[torch.Tensor, ...]
 
 
 class Decoder(nn.Module):
-    """Generates captions for encoded images. B images, N captions or hypotheses, T time steps, H hidden size, V words.
+    """Captions encoded images. B images, N captions or hypotheses, T time steps, H hidden size, V words."""
 
-    Attributes:
-        spatial: whether it reads one feature per region (B, L, D) or one per image (B, D); both come standardised.
-        heads: A, the number of attention maps per word; 0 without attention.
-        output: maps hidden states (..., H) to logits (..., V).
-    """
-
-    spatial: bool = False
-    heads: int = 0
-    output: Callable[[torch.Tensor], torch.Tensor]
+    spatial: bool = False  # whether it reads one feature per region (B, L, D) or one per image (B, D), standardised
+    heads: int = 0  # A, the number of attention maps per word; 0 without attention
+    output: Callable[[torch.Tensor], torch.Tensor]  # from hidden states (..., H) to logits (..., V)
 
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: read whole captions at once.
+        """Teacher forcing: read whole captions at once, given as `<sos> w1 … wn` and padding (N, T).
 
-        Args:
-            features: (B, D) or (B, L, D).
-            tokens: `<sos> w1 … wn`, then padding (N, T).
-            image_index: each caption's row in `features` (N,).
-
-        Returns hidden states (N, T, H), whose `output` at t scores the word after tokens[:, t], and the attention
-        weights alphas (N, T, A, L), or None. Values at padding are undefined.
+        `image_index` (N,) is each caption's row in the features (B, D) or (B, L, D). Returns hidden states (N, T, H),
+        whose `output` at t scores the word after tokens[:, t], and the attention weights alphas (N, T, A, L), or None.
+        Values at padding are undefined.
         """
         raise NotImplementedError
 
@@ -61,12 +51,7 @@ class Decoder(nn.Module):
 
 
 def group_by_image(tokens: torch.Tensor, image_index: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arrange captions in K rows per image, so that they can share what is computed from it.
-
-    Args:
-        tokens: captions (N, T).
-        image_index: the image of each (N,).
-        images: B, how many images there are.
+    """Arrange captions (N, T) of B `images` in K rows per image, so that they can share what is computed from it.
 
     Returns the rows (B K, T), those of an image side by side, and the row of each caption (N,). K is the largest number
     of captions of an image; rows without a caption are zeros.

@@ -14,26 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import EncoderConfig
 from data.transforms import Transform
 from models.backbones import family_of
-from models.fold import fold_batchnorm
 from utils import DAMAGED
+
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that only their own training needs
 
 
 class EncoderCNN(nn.Module):
     """A backbone without its classifier. It stays in eval mode, whatever `.train()` is called on the model.
 
-    Args:
-        config: which backbone, which weights.
-        spatial: True gives one feature per region (B, L, D), False their mean (B, D).
-        load: False leaves the weights random, for a caller that has them at hand.
-
-    Attributes:
-        feature_shape: (D,) or (L, D).
-        identity: plain values that name the weights: name, source, sha256, stride_in_1x1.
+    `spatial` gives one feature per region (B, L, D), else their mean (B, D); `load=False` leaves the weights random for
+    a caller that has them. `feature_shape` is (L, D) or (D,), and `identity` names the weights in plain values.
 
     Raises UserError when the weights cannot be found or do not fit, and for a picture size or stage that does not suit
     the backbone.
@@ -72,8 +68,7 @@ class EncoderCNN(nn.Module):
                 self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
         except RuntimeError:  # nothing is left of it before the last stage, or it does not divide into MaxViT's windows
             raise UserError(
-                f"encoder.image_size = {size} does not suit {config.name}; "
-                "take a larger one, or null for that of its weights"
+                f"encoder.image_size = {size} does not suit {config.name}; take a larger one, or null"
             ) from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -95,7 +90,7 @@ class EncoderCNN(nn.Module):
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
         """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
         fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)
-        fold_batchnorm(fast.backbone, transform_for(self.config).image_size)
+        fold_batchnorm(fast.backbone)
         return fast.to(dtype).to(memory_format=torch.channels_last)
 
 
@@ -122,12 +117,10 @@ def trained_stages(backbone: nn.Module, config: EncoderConfig) -> list[nn.Module
         return [backbone]
     modules = dict(backbone.named_modules())
     for unknown in (stage for stage in config.stages if stage not in modules):
-        inside, parts = "", list(backbone.named_children())
-        while len(parts) == 1:  # one module holds all the others
-            inside += f"{parts[0][0]}."
-            parts = list(parts[0][1].named_children())
-        known = ", ".join(inside + name for name, part in parts if any(True for _ in part.parameters()))
-        raise UserError(f"encoder.stages names {unknown:.60}, which {config.name} does not have; take some of {known}")
+        known = ", ".join(name for name, part in backbone.named_children() if list(part.parameters()))
+        raise UserError(
+            f"encoder.stages names {unknown:.60}, which {config.name} lacks; take some of {known}, or of their parts"
+        )
     return [modules[stage] for stage in config.stages]
 
 
@@ -151,10 +144,8 @@ def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str)
     except DAMAGED as error:
         raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(
-            f"{path} does not hold a network's state_dict; save one with torch.save(net.state_dict(), FILE)"
-        )
-    state = family_of(name).filter_weights({str(key): tensor for key, tensor in state.items()}, network)
+        raise UserError(f"{path} holds no network's state_dict; save one with torch.save(net.state_dict(), FILE)")
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
     own = network.state_dict(keep_vars=True)
     used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
     head = {key for key, tensor in own.items() if id(tensor) not in used}
@@ -166,6 +157,28 @@ def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str)
             f"{', '.join(differ[:3])}; name the backbone they belong to in encoder.name, or other weights"
         )
     network.load_state_dict({key: tensor for key, tensor in state.items() if key not in head}, strict=False)
+
+
+class Tracer(fx.Tracer):
+    """Shows convolutions and norms as one step each, those of other libraries too."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(module, name)
+
+
+def fold_batchnorm(backbone: nn.Module) -> None:
+    """Fold each BatchNorm into the convolution before it, in place; outputs in eval mode stay the same.
+
+    Where something else reads the convolution's output too, such as a residual connection, the two stay apart.
+    """
+    modules = dict(backbone.named_modules())
+    for node in Tracer().trace(backbone).nodes:
+        if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
+            [before] = node.args
+            if before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
+                folded = fuse_conv_bn_eval(modules[before.target], modules[node.target])
+                backbone.set_submodule(before.target, folded)
+                backbone.set_submodule(node.target, nn.Identity())
 
 
 def file_sha256(path: Path) -> str:

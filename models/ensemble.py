@@ -2,8 +2,9 @@
 
 from cli import UserError
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ class Ensemble(Decoder):
         """Return the members' memories. Each standardises the features by itself: these must be raw."""
         memories = [member.decoder.prepare(member.standardise(features)) for member in self.members]
         self.memory_sizes = list(map(len, memories))
-        return join(memories)
+        return tuple(itertools.chain(*memories))
 
     def start(self, memory: Memory) -> State:
         memories = split(memory, self.memory_sizes)
         states = [member.decoder.start(part) for member, part in zip(self.members, memories, strict=True)]
         self.state_sizes = list(map(len, states))
-        return join(states)
+        return tuple(itertools.chain(*states))
 
     def step(
         self, token: torch.Tensor, state: State, memory: Memory
@@ -54,16 +55,12 @@ class Ensemble(Decoder):
             new_states.append(own_state)
             alphas.append(own_alphas)
         mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))  # (N, V): log of the mean probability
-        return mean, join(new_states), torch.stack(alphas).mean(0) if self.heads else None
+        return mean, tuple(itertools.chain(*new_states)), torch.stack(alphas).mean(0) if self.heads else None
 
 
-def join(parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor for part in parts for tensor in part)
-
-
-def split(tensors: tuple[torch.Tensor, ...], sizes: Sequence[int]) -> list[tuple[torch.Tensor, ...]]:
-    ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
-    return [tensors[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+def split(tensors: tuple[torch.Tensor, ...], sizes: Iterable[int]) -> list[tuple[torch.Tensor, ...]]:
+    left = iter(tensors)
+    return [tuple(itertools.islice(left, size)) for size in sizes]
 
 
 def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> CaptionModel:
@@ -75,9 +72,9 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
     if not others:
         return first
     for path, model in zip(paths[1:], others, strict=True):
-        same = (features_of(model) == features_of(first), model.vocab.words == first.vocab.words)
-        if not all(same):
-            what = "has another vocabulary" if same[0] else "reads other features"
+        same_features, same_words = features_of(model) == features_of(first), model.vocab.words == first.vocab.words
+        if not (same_features and same_words):
+            what = "has another vocabulary" if same_features else "reads other features"
             raise UserError(f"{path} {what} than {paths[0]}, so they cannot write a caption together; leave it out")
     if not all(model.config.encoder.frozen for model in models):
         raise UserError(f"a backbone of {paths[0]} or the others is fine-tuned; an ensemble needs one frozen backbone")

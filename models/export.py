@@ -7,12 +7,13 @@ says what they hold.
 from cli import Parser, UserError, run_script
 
 import argparse
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from config import setting_names
 from data import sample
+from data.dataset import pad
 from data.vocab import SOS
 from models.checkpoint import model_from_state, model_state
 from models.decoder import Decoder, Memory, State
@@ -38,7 +40,9 @@ def main() -> None:
     args = parse_args()
     path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
     out = Path(args.out) if args.out else path.parent / "export"
-    require("safetensors", "onnx", "onnxscript", "onnxruntime")
+    for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
+        if not importlib.util.find_spec(package):
+            raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
     saved = load_checkpoint(path)
     model = model_from_state(saved, str(path), args.overrides).eval()
     print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
@@ -47,9 +51,7 @@ def main() -> None:
     files = separate(kept | {"config": model.config.model_dump()})
     graphs = trace(model)
     difference = compare(model, OnnxDecoder(*graphs))
-    print(
-        f"ONNX against PyTorch in fp32: logits differ by {difference:.1e} at most, none of {PICTURES} captions differs"
-    )
+    print(f"ONNX against PyTorch in fp32: logits differ by {difference:.1e} at most, and no caption of {PICTURES} does")
     files |= dict(zip((ENCODER, STEP), graphs, strict=True))
     for name, content in files.items():
         write_atomically(out / name, content)
@@ -68,16 +70,6 @@ def parse_args() -> argparse.Namespace:
     which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
     return parser.parse_options(setting_names())
-
-
-def require(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise UserError(
-                f"export needs the package {package}; run: pip install -r requirements-extras.txt"
-            ) from None
 
 
 def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:
@@ -102,37 +94,11 @@ def load(folder: str | Path) -> dict[str, Any]:
 
     folder = Path(folder)
     checkpoint = json.loads((folder / REST).read_text(encoding="utf-8")) | {"decoder": {}, "backbone": {}}
-    checkpoint["transform"] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint["transform"].items()
-    }
+    checkpoint["transform"] |= {name: tuple(checkpoint["transform"][name]) for name in ("mean", "std")}
     for name, tensor in safetensors.torch.load_file(folder / TENSORS).items():
         part, _, inner = name.partition(".")
         (checkpoint[part] if inner else checkpoint)[inner or part] = tensor
     return checkpoint | {"backbone": checkpoint["backbone"] or None}
-
-
-class EncodeAndStart(nn.Module):
-    """From uint8 pixels (B, 3, S, S) to what the decoder remembers of each picture, and its state before `<sos>`."""
-
-    def __init__(self, model: CaptionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        memory = self.model.decoder.prepare(self.model.encode(pixels))
-        return *memory, *self.model.decoder.start(memory)
-
-
-class OneStep(nn.Module):
-    """The decoder's step with its state, of `states` tensors, and memory spread out."""
-
-    def __init__(self, decoder: Decoder, states: int) -> None:
-        super().__init__()
-        self.decoder, self.states = decoder, states
-
-    def forward(self, token: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits, state, attention = self.decoder.step(token, known[: self.states], known[self.states :])
-        return logits, *state, *([] if attention is None else [attention])
 
 
 @torch.no_grad()
@@ -141,22 +107,32 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
 
     They are traced with two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
     """
+    decoder = model.decoder
     pixels = torch.zeros(2, 3, *[model.transform.image_size] * 2, dtype=torch.uint8)
-    memory = model.decoder.prepare(model.encode(pixels))
-    start = model.decoder.start(memory)
+    memory = decoder.prepare(model.encode(pixels))
+    start = decoder.start(memory)
     token, state = torch.full((6,), SOS), tuple(part.repeat_interleave(3, 0) for part in start)
     for _ in range(2):
-        _, state, attention = model.decoder.step(token, state, memory)
+        _, state, attention = decoder.step(token, state, memory)
     pictures, hypotheses = {0: "pictures"}, {0: "hypotheses"}
     growing = [  # the axes of each part of the state that grow with each word
         {axis: "written" for axis in range(1, after.ndim) if before.shape[axis] != after.shape[axis]}
         for before, after in zip(start, state, strict=True)
     ]
+
+    def encode_and_start(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        memory = decoder.prepare(model.encode(pixels))
+        return *memory, *decoder.start(memory)
+
+    def one_step(token: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, state, attention = decoder.step(token, known[: len(start)], known[len(start) :])
+        return logits, *state, *([] if attention is None else [attention])
+
     states = {f"state_{number}": part for number, part in enumerate(state)}
     memories = {f"memory_{number}": part for number, part in enumerate(memory)}
-    first = to_onnx(EncodeAndStart(model), {"pixels": pixels}, [pictures], [*memories, *states])
+    first = to_onnx(Graph(model, encode_and_start), {"pixels": pixels}, [pictures], [*memories, *states])
     step = to_onnx(
-        OneStep(model.decoder, len(state)),
+        Graph(decoder, one_step),
         {"token": token} | states | memories,
         [hypotheses, *(hypotheses | axes for axes in growing), *[pictures] * len(memory)],
         ["logits", *(f"next_{name}" for name in states), *([] if attention is None else ["attention"])],
@@ -164,24 +140,25 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
     return first, step
 
 
-def to_onnx(
-    module: nn.Module, inputs: dict[str, torch.Tensor], axes: list[dict[int, str]], outputs: list[str]
-) -> bytes:
-    """Return the graph of `module`; `axes` names, for each input, those that may change, `outputs` what is returned."""
+class Graph(nn.Module):
+    """A function of tensors as a module, which PyTorch's exporter wants; its weights are those of `owner`."""
+
+    def __init__(self, owner: nn.Module, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
+        super().__init__()
+        self.owner, self.function = owner, function
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.function(*inputs)
+
+
+def to_onnx(graph: Graph, inputs: dict[str, torch.Tensor], axes: list[dict[int, str]], outputs: list[str]) -> bytes:
+    """Return the graph as ONNX; `axes` names, for each input, those that may change, `outputs` what is returned."""
     contiguous = tuple(part.contiguous() for part in inputs.values())  # strides are traced too, and ONNX has none
-    several = isinstance(module, OneStep)  # its other inputs are one argument, *known
-    shapes = (axes[0], tuple(axes[1:])) if several else (axes[0],)
-    options: dict[str, Any] = {"dynamic_shapes": shapes, "input_names": list(inputs), "output_names": outputs}
+    options: dict[str, Any] = {"dynamic_shapes": (tuple(axes),), "input_names": list(inputs), "output_names": outputs}
     logging.disable(logging.WARNING)  # it warns of LSTM weights in one piece, and of its own old functions
     try:
         with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(module.eval(), contiguous, dynamo=True, verbose=False, **options)
-    except torch.onnx.OnnxExporterError as error:
-        what = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise UserError(
-            f"PyTorch {torch.__version__} cannot write this {'decoder' if several else 'encoder'} as ONNX ({what}); "
-            "try another version of torch and onnxscript"
-        ) from error
+            program = torch.onnx.export(graph.eval(), contiguous, dynamo=True, verbose=False, **options)
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None
@@ -230,8 +207,7 @@ def compare(model: CaptionModel, graphs: Decoder) -> float:
     options = model.config.search.model_copy(update={"temperature": 0.0, "beam": BEAM})
     sources: list[tuple[Decoder, torch.Tensor]] = [(model.decoder, model.encode(pixels)), (graphs, pixels)]
     own, theirs = ([[best.ids for best in each] for each in search(*source, options)] for source in sources)
-    read_in = [torch.tensor([SOS, *itertools.chain(*ids)]) for ids in own]  # numbers that overflow write no caption
-    words = nn.utils.rnn.pad_sequence(read_in, batch_first=True)  # (B, 1 + T)
+    words = pad([[SOS, *itertools.chain(*ids)] for ids in own])  # (B, 1 + T); numbers that overflow write no caption
     own_logits, their_logits = (read(*source, words) for source in sources)
     difference = float((own_logits - their_logits).abs().max())
     if not difference <= TOLERANCE * float(own_logits.abs().max()) or own != theirs:

@@ -15,7 +15,7 @@ from models.attention import AttentionRNN
 from models.consensus import Consensus, missing
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
-from models.search import search
+from models.search import Hypothesis, search
 from models.transformer import TransformerDecoder
 from utils import pick_precision
 
@@ -34,11 +34,10 @@ class Caption:
 
 
 class CaptionModel(nn.Module):
-    """From features, or pixels, to captions. `models.checkpoint.load_model(path)` returns a trained one.
+    """From features, or pixels, to captions. `models.checkpoint.load_model(path)` returns a trained one."""
 
-    Attributes:
-        consensus: ranks the captions of a beam where `search.consensus` asks for it and consensus.pth is there.
-    """
+    feature_mean: torch.Tensor  # (D,)
+    feature_scale: torch.Tensor  # (1,)
 
     def __init__(
         self, config: Config, vocab: Vocabulary, transform: Transform, encoder: EncoderCNN, decoder: Decoder
@@ -46,9 +45,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
-        self.consensus: Consensus | None = None
-        self.feature_mean: torch.Tensor
-        self.feature_scale: torch.Tensor
+        self.consensus: Consensus | None = None  # ranks a beam's captions where `search.consensus` asks for it
         self.register_buffer("feature_mean", torch.zeros(encoder.feature_shape[-1]))
         self.register_buffer("feature_scale", torch.ones(1))
 
@@ -74,8 +71,6 @@ class CaptionModel(nn.Module):
         """Return the context in which the decoder is trained: bfloat16 where that is the precision."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
-    # ---- features ----
-
     def fit_statistics(self, features: torch.Tensor) -> None:
         """Set what `standardise` needs from the features of P training pictures (P, D) or (P, L, D), on any device."""
         parts = features.flatten(0, -2).split(8192)  # (P or P L, D), as floats a few at a time, since grids are large
@@ -94,23 +89,17 @@ class CaptionModel(nn.Module):
         return (features.float() - self.feature_mean) / self.feature_scale
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return what the decoder reads: standardised features (B, D) or (B, L, D), given raw features or uint8 pixels
-        (B, 3, S, S).
-        """
+        """Return standardised features (B, D) or (B, L, D), given raw ones or uint8 pixels (B, 3, S, S)."""
         if features.dtype == torch.uint8:
             features = self.encoder(self.transform.normalise(features))
         return self.standardise(features)
 
-    # ---- captions ----
-
     def forward(
         self, features: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Teacher forcing: return the decoder's hidden states (N, T, H) and alphas (N, T, A, L) or None.
+        """Teacher forcing: return the hidden states (N, T, H) and alphas (N, T, A, L) or None; see `Decoder.forward`.
 
-        Args:
-            features: raw ones (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
-            tokens: `<sos> w1 … wn` (N, T); image_index: each caption's row in `features` (N,).
+        The features are raw ones, or uint8 pixels (B, 3, S, S).
         """
         return self.decoder(self.encode(features), tokens, image_index)
 
@@ -131,28 +120,19 @@ class CaptionModel(nn.Module):
         rank = options.by_consensus(num_captions)
         if rank and self.consensus is None:
             raise missing(options.consensus)
-        standardised = self.standardise(features.to(self.device))
         wanted = max(num_captions, options.beam) if rank else num_captions
-        found = search(
-            self.decoder, standardised, options, wanted, self.forbidden_ids(options.forbidden), keep_attention
-        )
+        standardised, forbidden = self.standardise(features.to(self.device)), self.forbidden_ids(options.forbidden)
+        found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if rank and self.consensus:
             found = [each[:num_captions] for each in self.consensus.rank(features, found, options.consensus)]
-        return [
-            [
-                Caption(
-                    self.vocab.decode(one.ids),
-                    tuple(self.vocab.words[i] for i in one.ids),
-                    one.log_prob,
-                    one.score,
-                    one.attention,
-                )
-                for one in hypotheses
-            ]
-            for hypotheses in found
-        ]
+        return [[self.caption(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+
+    def caption(self, hypothesis: Hypothesis) -> Caption:
+        words = tuple(self.vocab.words[i] for i in hypothesis.ids)
+        text = self.vocab.decode(hypothesis.ids)
+        return Caption(text, words, hypothesis.log_prob, hypothesis.score, hypothesis.attention)
 
     def forbidden_ids(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for an entry that is several words."""

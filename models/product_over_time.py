@@ -1,8 +1,7 @@
 """The product `x @ matrix` inside a recurrence, with a faster backward pass and the same values and gradients.
 
-Where a loop over T time steps multiplies by one matrix, autograd computes the gradient of the matrix as a sum of T
-small products, and reads and writes all of it for each of them. Here the backward pass collects both factors of these
-products, and multiplies them once at its end.
+Over T time steps autograd computes the gradient of the matrix as a sum of T small products, and reads and writes all of
+it for each. Here the backward pass collects both factors of these products, and multiplies them once at its end.
 """
 
 from typing import Any
@@ -13,11 +12,7 @@ Factors = list[tuple[torch.Tensor, torch.Tensor]]  # of each time step: x, and t
 
 
 class ProductOverTime:
-    """Call it in place of `x @ matrix`, once per time step.
-
-    Args:
-        matrix: (H, O), for x (N, H), or one per image (B, L, O), for x (B, K, L).
-    """
+    """Call it in place of `x @ matrix`, once per step: for x (N, H) and (H, O), or x (B, K, L) and (B, L, O)."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.factors: Factors = []

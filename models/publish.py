@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from config import FREE, load_config, marked
-from models.checkpoint import load_model
+from models.checkpoint import convert_floats, load_model
 from models.encoder import file_sha256
 from utils import load_checkpoint, save_checkpoint
 
@@ -43,13 +43,7 @@ def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
     config["search"]["consensus"] = 0.0
     source = checkpoint["encoder"]["source"]
     encoder = checkpoint["encoder"] | {"source": source and Path(source).name}
-    return halved(checkpoint) | {"config": config, "encoder": encoder}
-
-
-def halved(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {name: halved(value) for name, value in values.items()}
-    return values.half() if isinstance(values, torch.Tensor) and values.dtype == torch.float32 else values
+    return convert_floats(checkpoint, torch.float32, torch.float16) | {"config": config, "encoder": encoder}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ only the small state follows the hypotheses. B images, K hypotheses of each side
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -22,21 +20,15 @@ WORTH_NARROWING = 0.9  # finished hypotheses are dropped where fewer rows than t
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A caption that search has found.
+    """A caption that search has found."""
 
-    Attributes:
-        ids: its words, without `<sos>` and `<eos>`.
-        log_prob: natural logarithm of the decoder's probability, with that of `<eos>` where it was written.
-        score: what ranks it: `log_prob` with the length penalty, and what `models.consensus` adds.
-        attention: the alphas with which each word was written (words, A, L), or None.
-    """
-
-    ids: list[int]
-    log_prob: float
-    score: float
-    attention: torch.Tensor | None = field(default=None, compare=False)
+    ids: list[int]  # without `<sos>` and `<eos>`
+    log_prob: float  # of the decoder, with that of `<eos>` where it was written
+    score: float  # what ranks it: `log_prob` with the length penalty, and what `models.consensus` adds
+    attention: torch.Tensor | None = field(default=None, compare=False)  # alphas of each word (words, A, L)
 
 
+@torch.inference_mode()
 def search(
     decoder: Decoder,
     features: torch.Tensor,
@@ -58,62 +50,39 @@ def search(
         forbidden: word ids that are never written, besides `<pad>`, `<sos>` and `<unk>`.
         keep_attention: fill `Hypothesis.attention` where the decoder has one.
     """
-    choose: Choose = partial(sample, options=options) if options.temperature else best_of_beam
-    with torch.inference_mode():
-        found = Found(features, options, num_captions)
-        beam: Beam | None = Beam.start(decoder, features)
-        while beam:
-            logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
-            if keep_attention and alphas is not None:
-                beam.add_attention(alphas)
-            log_probs = exclude(logits.float().log_softmax(1), beam.words, options, forbidden)  # (N, V)
-            slots = found.open_slots(beam.images)  # (B,)
-            beam.log_prob, rows, tokens = choose(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
-            beam.follow(rows)
-            beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
-            found.collect_ended(beam)
-            beam = found.narrow(beam)
-    return found.best()
-
-
-def penalise_length(log_prob: torch.Tensor, length: int, options: SearchConfig) -> torch.Tensor:
-    """Return the scores that rank captions: log-probabilities divided by length ** penalty, the length with `<eos>`.
-
-    Without it (a penalty of 0) short captions win, since each word makes a caption less probable.
-    """
-    return log_prob / length**options.length_penalty
+    memory, images = decoder.prepare(features), torch.arange(len(features), device=features.device)
+    words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1): at first an image has one hypothesis
+    log_prob = torch.zeros(words.shape, device=features.device)
+    beam: Beam | None = Beam(images, memory, decoder.start(memory), words, log_prob)
+    found = Found(features, options, num_captions)
+    while beam:
+        logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
+        if keep_attention and alphas is not None:
+            before = [] if beam.attention is None else [beam.attention]
+            beam.attention = torch.cat([*before, alphas.unsqueeze(1)], dim=1)  # (N, t, A, L)
+        log_probs = exclude(logits.float().log_softmax(1), beam.words, options, forbidden)  # (N, V)
+        slots = found.open_slots(beam.images)  # (B,)
+        if options.temperature:
+            beam.log_prob, rows, tokens = sample(beam.log_prob, log_probs, slots, options)
+        else:
+            beam.log_prob, rows, tokens = best_of_beam(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
+        beam.follow(rows)
+        beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
+        found.collect_ended(beam)
+        beam = found.narrow(beam)
+    return [sorted(each, key=lambda one: -one.score)[:num_captions] for each in found.hypotheses]
 
 
 @dataclass
 class Beam:
-    """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor.
+    """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor."""
 
-    Attributes:
-        images: the rows of their images in `features` (B,).
-        memory: tensors of one row per image.
-        state: tensors of one row per hypothesis.
-        words: `<sos>` and the words so far (N, 1 + t).
-        log_prob: (B, K).
-        attention: alphas of the words so far (N, t, A, L), where they are kept.
-    """
-
-    images: torch.Tensor
-    memory: Memory
-    state: State
-    words: torch.Tensor
-    log_prob: torch.Tensor
-    attention: torch.Tensor | None = None
-
-    @classmethod
-    def start(cls, decoder: Decoder, features: torch.Tensor) -> "Beam":
-        """Return one hypothesis per image, `<sos>`."""
-        memory, images = decoder.prepare(features), torch.arange(len(features), device=features.device)
-        words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1)
-        return cls(images, memory, decoder.start(memory), words, torch.zeros(words.shape, device=words.device))
-
-    def add_attention(self, alphas: torch.Tensor) -> None:
-        before = [] if self.attention is None else [self.attention]
-        self.attention = torch.cat([*before, alphas.unsqueeze(1)], dim=1)  # (N, t, A, L)
+    images: torch.Tensor  # (B,): the rows of their images in `features`
+    memory: Memory  # one row per image
+    state: State  # one row per hypothesis
+    words: torch.Tensor  # (N, 1 + t): `<sos>` and the words so far
+    log_prob: torch.Tensor  # (B, K)
+    attention: torch.Tensor | None = None  # (N, t, A, L): alphas of the words so far, where they are kept
 
     def follow(self, rows: torch.Tensor) -> None:
         """Keep the hypotheses `rows` alone, in this order; one may be taken several times."""
@@ -149,7 +118,8 @@ class Found:
         length = beam.words.shape[1] - 1
         last = length == self.options.max_length
         ended = (beam.log_prob > -INF) & (last | (beam.words[:, -1].view_as(beam.log_prob) == EOS))  # (B, K)
-        scores = penalise_length(beam.log_prob, length, self.options)  # (B, K)
+        # the length counts `<eos>`; with a penalty of 0 short captions win, since each word makes one less probable
+        scores = beam.log_prob / length**self.options.length_penalty  # (B, K)
         rows = ended.flatten().nonzero().squeeze(1)
         images = beam.images[rows // ended.shape[1]]
         numbers = (rows, images, beam.words[rows, 1:], beam.log_prob[ended], scores[ended])
@@ -167,7 +137,7 @@ class Found:
         An image is done when the best running hypothesis could not overtake the last of those wanted, even if the rest
         of its words were certain and there were as many of them as possible.
         """
-        reachable = penalise_length(beam.log_prob.amax(1), self.options.max_length, self.options)  # (B,)
+        reachable = beam.log_prob.amax(1) / self.options.max_length**self.options.length_penalty  # (B,)
         undecided = reachable > self.scores[beam.images, self.num_captions - 1]
         if not undecided.any():
             return None
@@ -176,12 +146,9 @@ class Found:
             return beam
         return beam.part(undecided, width)
 
-    def best(self) -> list[list[Hypothesis]]:
-        return [sorted(each, key=lambda one: -one.score)[: self.num_captions] for each in self.hypotheses]
-
 
 def exclude(
-    log_probs: torch.Tensor, words: torch.Tensor, options: SearchConfig, forbidden: Sequence[int]
+    log_probs: torch.Tensor, words: torch.Tensor, options: SearchConfig, forbidden: tuple[int, ...]
 ) -> torch.Tensor:
     """Set the log-probabilities (N, V) of words that may not follow `words` (N, 1 + t) to minus infinity, in place.
 
@@ -189,9 +156,12 @@ def exclude(
     """
     end = log_probs[:, EOS].clamp(min=-1e9)  # (N,)
     log_probs[:, [*NEVER, *forbidden]] = -INF
-    if options.no_repeat_ngram:
-        rows, repeated = find_repeating(words[:, 1:], options.no_repeat_ngram)
-        log_probs[rows, repeated] = -INF
+    n = options.no_repeat_ngram
+    if 0 < n < words.shape[1]:  # words that would complete an n-gram which is already there
+        windows = words[:, 1:].unfold(1, n, 1)  # (N, t - n + 1, n)
+        tail = words[:, words.shape[1] - n + 1 :].unsqueeze(1)  # (N, 1, n - 1)
+        rows, starts = (windows[:, :, :-1] == tail).all(2).nonzero(as_tuple=True)
+        log_probs[rows, windows[rows, starts, -1]] = -INF
     if words.shape[1] <= options.min_length:
         log_probs[:, EOS] = -INF
         end = end.where(log_probs.isneginf().all(1), -INF)
@@ -199,31 +169,13 @@ def exclude(
     return log_probs
 
 
-def find_repeating(words: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (row, word) pairs: the words that would complete an n-gram already in `words` (N, t)."""
-    if words.shape[1] < n:
-        nothing = words.new_empty(0)
-        return nothing, nothing
-    windows = words.unfold(1, n, 1)  # (N, t - n + 1, n)
-    tail = words[:, words.shape[1] - n + 1 :].unsqueeze(1)  # (N, 1, n - 1)
-    rows, starts = (windows[:, :, :-1] == tail).all(2).nonzero(as_tuple=True)
-    return rows, windows[rows, starts, -1]
-
-
-Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-
 def best_of_beam(
     log_prob: torch.Tensor, log_probs: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Extend each image's hypotheses by the words that make the most probable ones.
 
-    Args:
-        log_prob: of the hypotheses so far (B, K).
-        log_probs: of each next word (B K, V).
-        slots: how many hypotheses each image may have (B,).
-
-    Returns the new log_prob (B, K'), and for each of the B K' hypotheses the row it extends and its new word.
+    `log_prob` (B, K) is that of the hypotheses so far, `log_probs` (B K, V) are those of each next word, and `slots` is
+    how many hypotheses an image may have (B,). Returns the new log_prob (B, K'), and for each its old row and new word.
     """
     images, beam = log_prob.shape
     width = int(slots.max())  # K'

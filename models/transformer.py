@@ -101,13 +101,10 @@ class Layer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, past: torch.Tensor | None = None, regions: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Apply one layer to `hidden` (N, S, E).
+        """Apply one layer to `hidden` (N, S, E); returns it, `past` with these words added, and alphas (N, S, A, L).
 
-        Args:
-            past: keys and values of the words before these (N, t, 2 E). Without it attention is not causal.
-            regions: keys and values of the image's regions (B, L, 2 E).
-
-        Returns hidden (N, S, E), `past` with these words added, and the alphas over the regions (N, S, A, L).
+        `past` are the keys and values of the words before these (N, t, 2 E), without which attention is not causal;
+        `regions` are those of the image's regions (B, L, 2 E).
         """
         normed, alphas = self.self_norm(hidden), None
         keys_values = self.key_value(normed)  # (N, S, 2 E)

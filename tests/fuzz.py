@@ -35,7 +35,7 @@ from data import formats
 from data.sample import describe
 from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
-from models.checkpoint import model_from_state, model_state
+from models.checkpoint import model_state
 from models.model import CaptionModel
 from render.caption import draw_caption
 from render.gallery import Gallery
@@ -55,11 +55,6 @@ def from_file(read: Callable[[Path], object]) -> Callable[[bytes], None]:
             read(Path(folder, "input"))
 
     return reader
-
-
-def build_model(state: Any) -> None:
-    if isinstance(state, dict):
-        model_from_state(state, "a.pth")
 
 
 def read_pickle(content: bytes) -> None:
@@ -91,11 +86,10 @@ READERS: dict[str, Callable[[Any], object]] = {
     "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
     **{name: from_file(partial(formats.read, name=name)) for name in formats.READERS if name != "sample"},
     "recognised": from_file(formats.read),
-    "checkpoint": from_file(lambda path: build_model(load_checkpoint(path))),
+    "checkpoint": from_file(load_checkpoint),
     "pickle": read_pickle,
     "picture": from_file(read_picture),
     "drawer": draw_text,
-    "state": build_model,  # values, where all others read bytes
 }
 
 
@@ -130,12 +124,12 @@ def right_inputs(name: str) -> list[Any]:
     """Return inputs without a mistake, to be changed: those in corpus/, or what this project writes itself."""
     if name == "config":
         return [path.read_bytes() for path in [CONFIG_YAML, *ROOT.glob("configs/*.yaml")]]
-    if name in ("state", "checkpoint", "pickle"):
-        buffer, state = io.BytesIO(), right_state()
-        torch.save(state | {"backbone": None, "format": CHECKPOINT_FORMAT}, buffer)
+    if name in ("checkpoint", "pickle"):
+        buffer = io.BytesIO()
+        torch.save(right_state() | {"backbone": None, "format": CHECKPOINT_FORMAT}, buffer)
         with zipfile.ZipFile(buffer) as parts:
             [pickled] = [parts.read(part) for part in parts.namelist() if part.endswith("data.pkl")]
-        return [{"state": state, "checkpoint": buffer.getvalue(), "pickle": pickled}[name]]
+        return [{"checkpoint": buffer.getvalue(), "pickle": pickled}[name]]
     folders = [CORPUS / kind for kind in (formats.READERS if name == "recognised" else [name])]
     return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*"))]
 
@@ -171,8 +165,6 @@ def with_other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
     right = right_inputs(name)
-    if name == "state":
-        return with_other_part(right[0])
     strategies = [st.binary(max_size=200), *map(with_other_bytes, right)]
     if name in ("karpathy", "coco", "ai_challenger", "jsonl"):
         values = with_other_part(json.loads(right[0]))

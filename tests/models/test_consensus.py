@@ -53,14 +53,7 @@ def consensus() -> Consensus:
 # ---- kernel ridge regression -----------------------------------------------------------------------------------------
 
 
-def test_weights_sum_to_one_and_are_largest_for_similar_pictures() -> None:
-    weights = KernelRegression(UNIT, 2.0, 0.1).weights(UNIT)
-    torch.testing.assert_close(weights.sum(1), torch.ones(6))
-    assert weights.argmax(1).tolist() == [0, 1, 2, 3, 4, 5]
-    assert weights[0, :2].min() > weights[0, 2:].max()
-
-
-def test_they_predict_what_kernel_ridge_regression_on_the_difference_from_the_mean_does() -> None:
+def test_weights_predict_what_kernel_ridge_regression_on_the_difference_from_the_mean_does() -> None:
     generator = torch.Generator().manual_seed(0)
     known, others = (F.normalize(torch.randn(count, 8, generator=generator)) for count in (6, 3))
     target = torch.randn(6, generator=generator)
@@ -133,7 +126,7 @@ def test_regions_are_compared_by_their_mean(consensus: Consensus) -> None:
 def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
     captions = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 8, 0]])
     ngrams = NGrams(captions, torch.tensor([0, 1, 2]))
-    assert ngrams.count == 3  # 4, 5 and "4 5"
+    assert ngrams.count == NGrams(captions * 10**9, torch.arange(3)).count == 1 + 3  # the root; 4, 5 and "4 5"
     row, number, weight = ngrams.tf_idf(torch.tensor([[5, 0], [5, 99], [99, 98]]))
     assert row.tolist() == [0, 1]
     assert number[0] == number[1]
@@ -208,31 +201,16 @@ def test_consensus_that_is_asked_for_and_not_there_is_refused(alone: Path, refus
     [
         ("embeddings", torch.zeros(6, 4)),
         ("embeddings", torch.full((6, 512), float("nan"))),
-        ("embeddings", torch.zeros(0, 512)),
-        ("embeddings", torch.ones(8001, 512)),
-        ("embeddings", "many"),
         ("centre", torch.zeros(3)),
         ("words", torch.tensor([9999] * 60)),
-        ("lengths", torch.tensor([1] * 12)),
-        ("lengths", torch.tensor([-1] * 12)),
-        ("image_index", torch.tensor([6] * 12)),
-        ("image_index", torch.tensor([0] * 11)),
-        ("image_index", torch.tensor(3)),
+        (None, None),  # consensus.pth is another file of this project
     ],
 )
-def test_a_damaged_one_is_refused(
-    part: str, value: object, alone: Path, run: Path, refused: Callable[..., Any]
+def test_one_of_another_checkpoint_is_refused(
+    part: str | None, value: object, alone: Path, run: Path, refused: Callable[..., Any]
 ) -> None:
-    saved = load_checkpoint(run.with_name("consensus.pth"))
-    save_checkpoint(alone.with_name("consensus.pth"), saved | {part: value})
+    content = load_checkpoint(run.with_name("consensus.pth")) | {part: value} if part else {}
+    save_checkpoint(alone.with_name("consensus.pth"), content)
     told = ("consensus.pth is damaged", f"python train.py --resume --run {alone.parent.name}", "search.consensus=0")
     with refused(*told):
         load_model(alone)
-
-
-def test_embeddings_of_any_length_are_made_unit_vectors(alone: Path, run: Path) -> None:
-    saved = load_checkpoint(run.with_name("consensus.pth"))
-    for embeddings in (torch.full((6, 512), 1e30), torch.zeros(6, 512)):
-        save_checkpoint(alone.with_name("consensus.pth"), saved | {"embeddings": embeddings})
-        known = Consensus.load(alone.with_name("consensus.pth"), 512, len(VOCAB))
-        assert known.ranking.weights(known.embed(FEATURES)).isfinite().all()

@@ -70,20 +70,18 @@ def test_members_that_look_with_other_heads_show_no_attention(save: Callable) ->
     assert caption.attention is None
 
 
-def test_members_must_know_the_same_words(save: Callable, refused: Callable) -> None:
-    paths = [save("one"), save("other", vocab=build_vocab(["a dog"], 1))]
-    with refused("other.pth has another vocabulary than", "one.pth"):
-        load_ensemble(paths)
-
-
-@pytest.mark.parametrize("override", ["decoder.name=lstm", "encoder.image_size=64"])
-def test_members_must_read_the_same_features(override: str, save: Callable, refused: Callable) -> None:
-    paths = [save("one"), save("other", override)]
-    with refused("other.pth reads other features than", "one.pth"):
-        load_ensemble(paths)
-
-
-def test_members_with_a_fine_tuned_backbone_are_refused(save: Callable, refused: Callable) -> None:
-    paths = [save("one", "encoder.frozen=false"), save("other")]
-    with refused("fine-tuned"):
+@pytest.mark.parametrize(
+    ("settings", "vocab", "told"),
+    [
+        ([], build_vocab(["a dog"], 1), "other.pth has another vocabulary than"),
+        (["decoder.name=lstm"], VOCAB, "other.pth reads other features than"),
+        (["encoder.image_size=64"], VOCAB, "other.pth reads other features than"),
+        (["encoder.frozen=false"], VOCAB, "fine-tuned"),
+    ],
+)
+def test_members_must_read_the_same_features_and_know_the_same_words(
+    settings: list[str], vocab: Vocabulary, told: str, save: Callable, refused: Callable
+) -> None:
+    paths = [save("one"), save("other", *settings, vocab=vocab)]
+    with refused(told, "one.pth"):
         load_ensemble(paths)

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from models.decoder import Decoder, State
 from models.model import DECODERS, CaptionModel
 from utils import load_checkpoint, save_checkpoint
 
-pytest.importorskip("safetensors")
+for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
 DOCS = str(Path(export.__file__).parents[1] / "docs")
 ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four regions
 DEEP = {
@@ -32,32 +34,30 @@ DEEP = {
 SCALE, NOISE = {"lstm": 2, "attention": 2, "transformer": 1}, {"lstm": 0, "attention": 0, "transformer": 0.3}
 
 
-def save(name: str, folder: Path, tiny_config: Callable) -> Path:
-    """Write the checkpoint of a small model whose captions differ from picture to picture."""
-    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
-    model = CaptionModel.build(tiny_config(*ALEXNET, f"decoder.name={name}", *DEEP[name]), vocab).eval()
-    with torch.no_grad():
-        model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
-        for parameter in model.decoder.parameters():
-            parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
-    save_checkpoint(folder / "checkpoints.pth", model_state(model) | {"scores": {"val_cider": 12.5}, "optimiser": {}})
-    return folder / "checkpoints.pth"
-
-
 @pytest.fixture
-def run(call: Callable[..., int]) -> Callable[..., int]:
-    """Run models/export.py with these words on the command line and return its exit code."""
-    return lambda *words: call(export.main, *words)
+def small(tmp_path: Path, tiny_config: Callable) -> Callable[[str], Path]:
+    """Write the checkpoint of a small model, with this decoder, whose captions differ from picture to picture."""
+
+    def save(name: str) -> Path:
+        vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+        model = CaptionModel.build(tiny_config(*ALEXNET, f"decoder.name={name}", *DEEP[name]), vocab).eval()
+        with torch.no_grad():
+            model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
+            for parameter in model.decoder.parameters():
+                parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
+        path, more = tmp_path / "checkpoints.pth", {"scores": {"val_cider": 12.5}, "optimiser": {}}
+        save_checkpoint(path, model_state(model) | more)
+        return path
+
+    return save
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_captions_without_pytorch_are_those_with_it(
-    name: str, drawn: Path, run: Callable, tmp_path: Path, tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
+    name: str, drawn: Path, call: Callable, tmp_path: Path, small: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    path = save(name, tmp_path, tiny_config)
-    assert run("--checkpoint", path, "search.beam=4") == 0
+    path = small(name)
+    assert call(export.main, "--checkpoint", path, "search.beam=4") == 0
     monkeypatch.syspath_prepend(DOCS)
     import caption_with_onnx
 
@@ -72,7 +72,6 @@ def test_captions_without_pytorch_are_those_with_it(
 def test_pictures_are_resized_without_pytorch_as_in_training(
     size: tuple[int, int], drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxruntime")
     monkeypatch.syspath_prepend(DOCS)
     from caption_with_onnx import squeeze
 
@@ -82,8 +81,8 @@ def test_pictures_are_resized_without_pytorch_as_in_training(
     assert off.max() <= (0 if "AVX" in torch.backends.cpu.get_cpu_capability() else 1)  # its integers are of 16 bits
 
 
-def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, tiny_config: Callable) -> None:
-    path = save("attention", tmp_path, tiny_config)
+def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, small: Callable) -> None:
+    path = small("attention")
     saved = load_checkpoint(path)
     del saved["optimiser"]
     for name, content in export.separate(saved).items():
@@ -119,33 +118,22 @@ class Off(Decoder):
 
 @pytest.mark.parametrize(("by", "differ"), [(0.01, "captions"), (float("nan"), "logits by nan")])
 def test_graphs_that_differ_are_not_written(
-    by: float,
-    differ: str,
-    run: Callable,
-    tmp_path: Path,
-    tiny_config: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    by: float, differ: str, call: Callable, small: Callable, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    path = save("lstm", tmp_path, tiny_config)
-    monkeypatch.setattr(export, "require", lambda *packages: None)
+    path = small("lstm")
     monkeypatch.setattr(export, "trace", lambda model: (model, by))
     monkeypatch.setattr(export, "OnnxDecoder", Off)
-    assert run("--checkpoint", path) == 2
-    told = capsys.readouterr().err
-    assert differ in told
-    assert "nothing was written" in told
+    assert call(export.main, "--checkpoint", path) == 2
+    assert re.search(f"{differ}.* nothing was written", capsys.readouterr().err)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoints.pth"]
 
 
 def test_what_cannot_be_exported_is_refused(
-    run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    call: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "a.pth", {"config": {}})
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "require", lambda *packages: None)
-        assert run("--checkpoint", tmp_path / "a.pth") == 2
-        assert re.search("error: .*a.pth lacks .*; take another one", capsys.readouterr().err)
+    assert call(export.main, "--checkpoint", tmp_path / "a.pth") == 2
+    assert re.search("error: .*a.pth lacks .*; take another one", capsys.readouterr().err)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert run("--checkpoint", tmp_path / "a.pth") == 2
+    assert call(export.main, "--checkpoint", tmp_path / "a.pth") == 2
     assert "onnxscript; run: pip install -r requirements-extras.txt" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def test_fuzzing(tally: Tally, name: str) -> None:
     began = time.monotonic()
     while time.monotonic() - began < seconds / 2:
         counts["hypothesis"] += fuzz.by_hypothesis(name, 20 if tally.short else 100)
-    if name != "state" and (importlib.util.find_spec("atheris") or not tally.short):
+    if importlib.util.find_spec("atheris") or not tally.short:
         counts["atheris"] = fuzz.by_atheris(name, seconds / 2)
     grown = fuzz.memory() - before
     tally.tried, tally.lost = sum(counts.values()), int(grown > fuzz.GROWTH)
