@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 from data.features import Features
 from data.tokens import Tokens
-from data.transforms import WHOLE, Transform, View, augment, open_picture
+from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
 
 
@@ -64,7 +64,7 @@ class Flickr8kDataset(Dataset):
         folder, transform: where pictures are read from, and how, when there are no `features`.
         features: of the pictures as they are.
         views: other ways to show the pictures, each with its features where there are `features`.
-        augmentations: names of random changes to pictures that are read, see `data.transforms.augment`.
+        augmentations: names of random changes to pictures that are read, from AUGMENTATIONS.
 
     Attributes:
         view_of: how each picture is shown in this epoch (P,): 0 as it is, else one of `views`, counted from 1.
@@ -157,8 +157,9 @@ class Flickr8kDataset(Dataset):
     def read_pixels(self, image: int, view: View) -> torch.Tensor:
         """Return a view of a picture, augmented by noise of (seed, epoch, image), as uint8 (3, S, S)."""
         picture = open_picture(self.folder / self.images[image])
-        if self.augmentations:
-            picture = augment(picture, self.augmentations, np.random.default_rng([*self.seed, image]))
+        rng = np.random.default_rng([*self.seed, image])
+        for name in self.augmentations:
+            picture = AUGMENTATIONS[name](picture, rng)
         return self.transform.resize(picture, view)
 
 

@@ -21,9 +21,8 @@ from data.vocab import TOKENISERS, Vocabulary
 from utils import write_atomically
 
 PACKAGES = {"en": "nltk", "zh": "rjieba"}  # whose version may change how captions are tokenised
-LINE_END = "\n"  # formats.read leaves none in a caption
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load raises for damaged files
-EDITION = 1  # of the tokenisers in data.vocab: raise it when they change
+EDITION = 2  # of the tokenisers in data.vocab: raise it when they change
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def tokenise(captions: Sequence[str], language: str) -> Tokens:
 
 def tokenise_once(captions: Sequence[str], language: str, cache: Path) -> Tokens:
     """Return the tokens of captions, from a file in `cache` if the same captions were tokenised before."""
-    key = hashlib.sha256(json.dumps([*tokeniser_version(language), len(captions)]).encode() + as_bytes(captions))
-    path = cache / f"tokens-{key.hexdigest()[:12]}.npz"
+    key = hashlib.sha256(json.dumps([tokeniser_version(language), captions]).encode()).hexdigest()
+    path = cache / f"tokens-{key[:12]}.npz"
     try:
         with np.load(path) as saved:
             return unpack(saved)
@@ -114,21 +113,20 @@ def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def unpack(saved: Mapping[str, np.ndarray]) -> Tokens:
-    return Tokens(as_texts(saved["types"]), saved["ids"], saved["offsets"])
+    return Tokens(read_json(saved["types"]), saved["ids"], saved["offsets"])
 
 
 def write(path: Path, tokens: Tokens, **others: np.ndarray) -> None:
     """Write tokens, and other arrays that belong to their captions, to a file for `unpack`."""
     buffer = io.BytesIO()
-    types = np.frombuffer(as_bytes(tokens.types), dtype=np.uint8)
-    arrays: dict[str, Any] = {"types": types, "ids": tokens.ids, "offsets": tokens.offsets, **others}
-    np.savez(buffer, **arrays)
+    np.savez(buffer, types=as_array(tokens.types), ids=tokens.ids, offsets=tokens.offsets, **others)
     write_atomically(path, buffer.getvalue())
 
 
-def as_texts(array: np.ndarray) -> list[str]:
-    return array.tobytes().decode(errors="surrogatepass").split(LINE_END)
+def as_array(value: Any) -> np.ndarray:
+    """Return a value as JSON, in an array for np.savez."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-def as_bytes(texts: Sequence[str]) -> bytes:
-    return LINE_END.join(texts).encode(errors="surrogatepass")  # JSON may hold halves of characters
+def read_json(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes())

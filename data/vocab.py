@@ -106,15 +106,12 @@ class Vocabulary:
     Args:
         words: all words by id, the four special ones first.
         language: picks the tokeniser.
-
-    Raises UserError when the words cannot be a vocabulary.
     """
 
     def __init__(self, words: list[str], language: str = "en") -> None:
         if tuple(words[:4]) != SPECIALS or len(set(words)) != len(words) or language not in TOKENISERS:
             raise UserError("the vocabulary is damaged: special words missing or a word twice; build it again")
-        self.words = words
-        self.language = language
+        self.words, self.language = words, language
         self.tokenise = TOKENISERS[language]()
         self._id_of = {word: i for i, word in enumerate(words)}
 
@@ -148,13 +145,12 @@ class Vocabulary:
 
 
 def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:
-    """Return the vocabulary of the words seen at least `min_count` times in `captions`: give training captions only.
+    """Return the vocabulary of the words seen at least `min_count` times in training captions, or in counts of words.
 
-    A Counter of their words may be given instead. Raises UserError when no word is that frequent.
+    Raises UserError when no word is that frequent.
     """
-    if isinstance(captions, Counter):
-        counts = captions
-    else:
+    counts = captions
+    if not isinstance(counts, Counter):
         tokenise = TOKENISERS[language]()
         counts = Counter(word for caption in captions for word in tokenise(caption))
     words = sorted(word for word, count in counts.items() if count >= min_count and word not in SPECIALS)

@@ -17,7 +17,7 @@ from data.features import Features, concatenate
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
-from data.transforms import WHOLE, View, check_augmentations, other_views
+from data.transforms import AUGMENTATIONS, WHOLE, View, other_views
 from data.vocab import TOKENISERS, build_vocab
 from models.checkpoint import model_from_start, model_from_state
 from models.encoder import transform_for
@@ -80,7 +80,8 @@ def check_config(config: Config) -> None:
     pick({"auto": None, **formats.READERS}, config.data.format, "data.format")
     pick(TOKENISERS, config.data.language, "data.language")
     transform_for(config.encoder)
-    check_augmentations(config.train.augment)
+    for name in config.train.augment:
+        pick(AUGMENTATIONS, name, "train.augment")
     if config.train.loss == "self_critical" and not config.train.start:
         raise UserError(
             "train.loss=self_critical improves a captioner that can write already; name it with "
