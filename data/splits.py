@@ -55,14 +55,20 @@ def check_splits(table: pd.DataFrame, source: str) -> None:
         raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
 
 
-def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:
+def complete(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> pd.DataFrame:
+    """Return the table with a split for every row: as it names them, else as `saved` or drawn by a seed."""
+    if table["split"].notna().any():
+        return table
     if saved is not None:
-        return {image: split for split, images in saved.items() for image in images}
-    images = np.array(sorted(table["image"].unique()), dtype=object)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
-    of_rank = np.repeat(np.array(SPLITS)[[1, 2, 0]], [held_out, held_out, len(images) - 2 * held_out])
-    return dict(zip(images[order], of_rank, strict=True))
+        split_of = {image: split for split, images in saved.items() for image in images}
+    else:
+        images = np.array(sorted(table["image"].unique()), dtype=object)
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+        held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
+        of_rank = np.repeat(["val", "test", "train"], [held_out, held_out, len(images) - 2 * held_out])
+        split_of = dict(zip(images[order], of_rank.tolist(), strict=True))
+    table = table.assign(split=table["image"].map(split_of))
+    return table[table["split"].notna()].reset_index(drop=True)  # a picture that is new since the run is left out
 
 
 def read_splits(run: Path) -> dict[str, list[str]] | None:
