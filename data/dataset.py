@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
-        parts = [self.features, self.tokens, self.image_index, self.image_ids, self.mirrored]
+        parts = list(vars(self).values())
         if device.type == "cuda":
             parts = [part if part.is_cuda else part.pin_memory() for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
@@ -67,6 +66,7 @@ class Flickr8kDataset(Dataset):
         augmentations: names of random changes to pictures that are read, from AUGMENTATIONS.
 
     Attributes:
+        lengths: the number of targets of each caption (N,): its words and `<eos>`.
         view_of: how each picture is shown in this epoch (P,): 0 as it is, else one of `views`, counted from 1.
     """
 
@@ -83,6 +83,7 @@ class Flickr8kDataset(Dataset):
         augmentations: Sequence[str] = (),
     ) -> None:
         self.images, self.image_of, self.tokens = images, image_of.astype(np.int32), tokens
+        self.lengths = tokens.lengths.astype(np.int32) + 1
         self.folder, self.transform, self.augmentations = folder, transform, augmentations
         self.set_features({WHOLE: features} | dict(views or {}))
         self.view_of = np.zeros(len(images), dtype=np.int64)
@@ -104,16 +105,6 @@ class Flickr8kDataset(Dataset):
     def features(self) -> Features | None:
         """The features of the pictures as they are; None where pictures are read and encoded anew each time."""
         return self.views[WHOLE]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The number of targets of each caption (N,): its words and `<eos>`."""
-        return self.tokens.lengths + 1
-
-    def count_targets(self, captions: np.ndarray) -> int:
-        """Return the number of targets of these captions, without a pass over all."""
-        begins, ends = self.tokens.offsets[captions], self.tokens.offsets[captions + 1]
-        return int((ends - begins + 1).sum())
 
     def start_epoch(self, seed: int, epoch: int, rng: np.random.Generator) -> None:
         """Draw how each picture is shown from now on."""
@@ -215,14 +206,14 @@ def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) 
 
     Where no picture is left, a caption stands in with fraction 0, since all processes make each step.
     """
-    words = dataset.count_targets(batch)
+    words = int(dataset.lengths[batch].sum())
     if size == 1:
         return Share(batch, words, 1.0)
     picture = np.unique(dataset.image_of[batch], return_inverse=True)[1]  # (N,)
     mine = batch[picture % size == rank]
     if not len(mine):
         return Share(batch[:1], words, 0.0)
-    return Share(mine, words, dataset.count_targets(mine) / words)
+    return Share(mine, words, int(dataset.lengths[mine].sum()) / words)
 
 
 def read_shares(
@@ -235,8 +226,8 @@ def read_shares(
     shares = [share_of(dataset, batch, distributed.rank(), distributed.size()) for batch in batches]
     loader = DataLoader(
         ErrorsAsItems(dataset),
-        batch_sampler=(share.indices.tolist() for share in shares),
-        collate_fn=unchanged,
+        batch_size=None,  # an item is a whole batch
+        sampler=[share.indices for share in shares],
         num_workers=workers if dataset.features is None else 0,
         worker_init_fn=ignore_interrupts,
     )
@@ -252,7 +243,7 @@ class ErrorsAsItems(Dataset):
     def __init__(self, dataset: Flickr8kDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, indices: np.ndarray) -> Batch | UserError:
+    def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
         try:
             return self.dataset.__getitems__(indices)
         except UserError as error:
@@ -262,7 +253,3 @@ class ErrorsAsItems(Dataset):
 def ignore_interrupts(worker: int) -> None:
     """Leave Ctrl-C, which a terminal sends to all processes, to the training one: it ends the readers when it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def unchanged(batch: Any) -> Any:
-    return batch

@@ -27,7 +27,7 @@ def main() -> None:
     tars.expand("")  # says what to install, before any work
     written = write(config, args.out, max(1, args.pictures))
     pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
-    print(f'wrote {tars.count(written)}; train on them with: python train.py "data.shards={pattern}"')
+    print(f'wrote {written:,} tars; train on them with: python train.py "data.shards={pattern}"')
 
 
 def write(config: DataConfig, folder: Path, pictures: int) -> int:

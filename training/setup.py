@@ -60,7 +60,7 @@ class Captions:
             rows = self.table[self.table["split"] == split]
             pictures, captions = rows["image"].nunique(), len(rows)
             if self.shards and split == "train":
-                pictures = sum(tar.pictures for tar in self.shards)
+                pictures = sum(len(tar.names) for tar in self.shards)
                 captions = sum(tar.captions for tar in self.shards)
             if not captions and split != "test":
                 remedy = "fix its split lists, or add pictures: it takes three at least"
@@ -146,7 +146,7 @@ def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
     """Return the training pictures of tars, each caption's place among them (N,), and the captions' tokens."""
     shards = [tar for tar in shards if tar.captions]
     images = [name for tar in shards for name in tar.names]
-    captions_per_image = np.concatenate([tar.captions_per_image() for tar in shards])  # (P,)
+    captions_per_image = np.concatenate([tar.captions_per_image for tar in shards])  # (P,)
     image_of = np.repeat(np.arange(len(images), dtype=np.int32), captions_per_image)
     return images, image_of, join([tar.tokens() for tar in shards])
 
