@@ -200,9 +200,8 @@ def shrink(picture: Image.Image) -> Image.Image:
 def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
     """Return the cache of what the model's frozen encoder makes of pictures."""
     data = model.config.data
-    return FeatureCache(
-        Path(data.cache), model.encoder, model.transform, model.precision, model.device, data.shard_rows, view
-    )
+    extractor = Extractor(model.encoder, model.transform, model.precision, model.device)
+    return FeatureCache(Path(data.cache), extractor, data.shard_rows, view)
 
 
 def encode_dataset(

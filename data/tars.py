@@ -73,7 +73,7 @@ class Tar:
 
     def stamps(self) -> list[Stamp]:
         _, size, mtime = self.stamp
-        return [[name, size, mtime] for name in self.names]
+        return [(name, size, mtime) for name in self.names]
 
     def openers(self, numbers: Sequence[int]) -> Iterator[Opener]:
         if not self.path.is_file():
@@ -110,6 +110,7 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
     try:
         with np.load(place / INDEX) as saved:
             stamp, tokeniser, names, held_out = tokens.read_json(saved["about"])
+            stamp = tuple(stamp)
             captions_per_image = saved["captions_per_image"]
     except tokens.DAMAGED:
         return None
@@ -167,7 +168,7 @@ def stamp_of(path: Path) -> Stamp:
         raise UserError(
             f"cannot read {path} ({error.strerror}); check data.shards, and the numbers in braces"
         ) from None
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+    return path.name, stat.st_size, stat.st_mtime_ns
 
 
 # ---- reading a tar ---------------------------------------------------------------------------------------------------

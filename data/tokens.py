@@ -119,7 +119,8 @@ def unpack(saved: Mapping[str, np.ndarray]) -> Tokens:
 def write(path: Path, tokens: Tokens, **others: np.ndarray) -> None:
     """Write tokens, and other arrays that belong to their captions, to a file for `unpack`."""
     buffer = io.BytesIO()
-    np.savez(buffer, types=as_array(tokens.types), ids=tokens.ids, offsets=tokens.offsets, **others)
+    arrays: dict[str, Any] = {"types": as_array(tokens.types), "ids": tokens.ids, "offsets": tokens.offsets, **others}
+    np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
 
 

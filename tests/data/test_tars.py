@@ -77,9 +77,8 @@ def rows(found: list[Tar], model: CaptionModel) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One more item for each picture that is encoded, one at a time; counted as done at once."""
+    """One more item for each picture that is encoded, one at a time."""
     monkeypatch.setattr(features, "BATCH", {"cpu": 1})
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
     encode_batch, counts = Extractor.__call__, list[int]()
 
     def count_and_encode(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
@@ -98,7 +97,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_tars_hold_what_the_table_does(written: None) -> None:
     train_captions = load(Path("archive")).query("split == 'train'")["caption"]
     found = find()
-    assert [sum(part) for part in zip(*((len(tar.names), tar.captions, tar.held_out) for tar in found))] == [8, 40, 4]
+    assert sum(len(tar.names) for tar in found) == 8 and sum(tar.held_out for tar in found) == 4
     words = [EnglishTokeniser()(text) for text in train_captions]
     assert tars.count_words(found) == Counter(word for each in words for word in each)
     config = load_config(overrides=[SHARDS]).data
@@ -176,6 +175,7 @@ def test_a_tar_is_read_once_unless_what_was_kept_is_damaged(written: None, capsy
 def test_encoding_goes_on_in_the_middle_of_a_tar(
     written: None, tiny_model: CaptionModel, encoded: list[int], tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tiny_model, "config", tiny_config("data.shard_rows=1"))
     found = find()
     with pytest.raises(KeyboardInterrupt):
         encode(found, tiny_model)
