@@ -2,10 +2,9 @@
 
 from cli import UserError
 
-import copy
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,13 @@ from data.vocab import EOS, PAD, SOS, Vocabulary
 
 @dataclass
 class Batch:
-    """N captions of B pictures.
+    """N captions of B pictures."""
 
-    Attributes:
-        features: (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
-        tokens: `<sos> w1 … wn <eos>`, padded (N, 1 + T).
-        image_index: each caption's row in `features` (N,).
-        image_ids: the pictures' places in the dataset's `images` (B,).
-        mirrored: which pictures are shown mirrored, their captions with left for right (B,).
-    """
-
-    features: torch.Tensor
-    tokens: torch.Tensor
-    image_index: torch.Tensor
-    image_ids: torch.Tensor
-    mirrored: torch.Tensor
+    features: torch.Tensor  # (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S)
+    tokens: torch.Tensor  # `<sos> w1 … wn <eos>`, padded (N, 1 + T)
+    image_index: torch.Tensor  # each caption's row in `features` (N,)
+    image_ids: torch.Tensor  # the pictures' places in the dataset's `images` (B,)
+    mirrored: torch.Tensor  # which pictures are shown mirrored, their captions with left for right (B,)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
@@ -53,62 +44,38 @@ class Batch:
         return self.tokens[:, 1:]  # (N, T): w1 … wn <eos>
 
 
+@dataclass(eq=False)
 class Flickr8kDataset(Dataset):
-    """One item per caption, whatever format the captions came from.
+    """One item per caption, whatever format the captions came from."""
 
-    Args:
-        images: the names of P pictures.
-        image_of: each caption's place in `images` (N,).
-        tokens: the captions, with the ids of `vocab`.
-        folder, transform: where pictures are read from, and how, when there are no `features`.
-        features: of the pictures as they are.
-        views: other ways to show the pictures, each with its features where there are `features`.
-        augmentations: names of random changes to pictures that are read, from AUGMENTATIONS.
+    images: Sequence[str]  # the names of P pictures
+    image_of: np.ndarray  # each caption's place in `images` (N,)
+    tokens: Tokens  # of the captions, with the ids of `vocab`
+    vocab: Vocabulary
+    folder: Path  # where pictures are read from, and how, when there are no `features`
+    transform: Transform
+    features: Features | None = None  # of the pictures as they are
+    views: Mapping[View, Features | None] = field(default_factory=dict)  # other ways to show them, each with features
+    augmentations: Sequence[str] = ()  # random changes to pictures that are read, by their names in AUGMENTATIONS
 
-    Attributes:
-        lengths: the number of targets of each caption (N,): its words and `<eos>`.
-        view_of: how each picture is shown in this epoch (P,): 0 as it is, else one of `views`, counted from 1.
-    """
-
-    def __init__(
-        self,
-        images: Sequence[str],
-        image_of: np.ndarray,
-        tokens: Tokens,
-        vocab: Vocabulary,
-        folder: Path,
-        transform: Transform,
-        features: Features | None = None,
-        views: Mapping[View, Features | None] | None = None,
-        augmentations: Sequence[str] = (),
-    ) -> None:
-        self.images, self.image_of, self.tokens = images, image_of.astype(np.int32), tokens
-        self.lengths = tokens.lengths.astype(np.int32) + 1
-        self.folder, self.transform, self.augmentations = folder, transform, augmentations
-        self.set_features({WHOLE: features} | dict(views or {}))
-        self.view_of = np.zeros(len(images), dtype=np.int64)
+    def __post_init__(self) -> None:
+        self.image_of = self.image_of.astype(np.int32)
+        self.lengths = self.tokens.lengths.astype(np.int32) + 1  # targets of each caption, words and `<eos>` (N,)
+        self.shown = {WHOLE: self.features, **self.views}
+        self.places = {view: each.index(self.images) for view, each in self.shown.items() if each}  # (P,) for each
+        self.view_of = np.zeros(
+            len(self.images), dtype=np.int64
+        )  # how each is shown in this epoch, by place in `shown`
         self.seed = (0, 0)
-        self.mirrored_id = torch.tensor(vocab.mirrored())  # (V,): left for right
-
-    def set_features(self, views: Mapping[View, Features | None]) -> None:
-        """Show the pictures in these ways from now on, WHOLE first."""
-        self.views = dict(views)
-        self.places = {view: each.index(self.images) for view, each in self.views.items() if each}  # (P,) for each
+        self.mirrored_id = torch.tensor(self.vocab.mirrored())  # (V,): left for right
 
     def with_features(self, features: Features) -> "Flickr8kDataset":
         """Return the same captions of pictures with these features."""
-        dataset = copy.copy(self)
-        dataset.set_features({WHOLE: features})
-        return dataset
-
-    @property
-    def features(self) -> Features | None:
-        """The features of the pictures as they are; None where pictures are read and encoded anew each time."""
-        return self.views[WHOLE]
+        return replace(self, features=features, views={})
 
     def start_epoch(self, seed: int, epoch: int, rng: np.random.Generator) -> None:
         """Draw how each picture is shown from now on."""
-        self.view_of = rng.integers(len(self.views), size=len(self.images))
+        self.view_of = rng.integers(len(self.shown), size=len(self.images))
         self.seed = (seed, epoch)
 
     def sample_images(self, most: int) -> list[str]:
@@ -126,7 +93,7 @@ class Flickr8kDataset(Dataset):
         """Return the captions `indices` as one Batch; each of their pictures is read once."""
         images, places = np.unique(self.image_of[indices], return_inverse=True)
         tokens, image_index = pad([[SOS, *self.tokens[index], EOS] for index in indices]), torch.from_numpy(places)
-        is_mirrored = np.array([view.mirrored for view in self.views])  # (views,)
+        is_mirrored = np.array([view.mirrored for view in self.shown])  # (views,)
         mirrored = torch.from_numpy(is_mirrored[self.view_of[images]])  # (B,)
         tokens = torch.where(mirrored[image_index, None], self.mirrored_id[tokens], tokens)
         image_ids = torch.from_numpy(images.astype(np.int64))
@@ -134,13 +101,12 @@ class Flickr8kDataset(Dataset):
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures at these places in `images`: their features if there are any, else pixels."""
-        shown = self.view_of[images]  # (B,)
+        view_of, views = self.view_of[images], list(self.shown)  # (B,)
         if self.features is None:
-            views = list(self.views)
-            return torch.stack([self.read_pixels(int(image), views[v]) for image, v in zip(images, shown, strict=True)])
+            return torch.stack([self.read_pixels(int(i), views[v]) for i, v in zip(images, view_of, strict=True)])
         rows = self.features.take(self.places[WHOLE][images])  # (B, D) or (B, L, D)
-        for number, (view, features) in enumerate(self.views.items()):
-            here = np.flatnonzero(shown == number)
+        for number, (view, features) in enumerate(self.shown.items()):
+            here = np.flatnonzero(view_of == number)
             if number and features and len(here):
                 rows[torch.from_numpy(here)] = features.take(self.places[view][images[here]]).to(rows.device)
         return rows
@@ -189,16 +155,11 @@ def make_batches(
 
 @dataclass(frozen=True)
 class Share:
-    """What of a batch is for one of several processes.
+    """What of a batch is for one of several processes."""
 
-    Attributes:
-        indices: its captions.
-        words: targets in the whole batch; fraction: how many of them are in this share, from 0 to 1.
-    """
-
-    indices: np.ndarray
-    words: int
-    fraction: float
+    indices: np.ndarray  # its captions
+    words: int  # targets in the whole batch
+    fraction: float  # of them that are in this share, from 0 to 1
 
 
 def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) -> Share:

@@ -42,9 +42,7 @@ BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activation
 class Features:
     """Encoded pictures: the features of `names[i]` are row `rows[i]` of all files, one after the other.
 
-    Args:
-        files: fp16 rows (rows, D) or (rows, L, D), usually mapped from disk.
-        names: P pictures; rows: (P,), by default 0 … P - 1.
+    Files hold fp16 rows (rows, D) or (rows, L, D), usually mapped from disk; by default picture i is row i.
     """
 
     def __init__(self, files: Sequence[torch.Tensor], names: Sequence[str], rows: np.ndarray | None = None) -> None:
@@ -164,21 +162,17 @@ def stack(items: list[torch.Tensor | UserError]) -> torch.Tensor:
 
 
 class Source(Protocol):
-    """Pictures that lie together, in a folder or in a tar (`data.tars.Tar`)."""
+    """Pictures that lie together, in a folder or in a tar; `key` names their folder in the cache."""
 
     @property
-    def key(self) -> str:
-        """A name for their folder in the cache, unlike that of any other source."""
-        ...
+    def key(self) -> str: ...
 
     @property
     def names(self) -> list[str]: ...
 
     def stamps(self) -> list[Stamp]: ...
 
-    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
-        """Return what opens each of the pictures with these numbers, which ascend."""
-        ...
+    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]: ...  # of pictures with these numbers, which ascend
 
 
 @dataclass(frozen=True)
@@ -206,16 +200,11 @@ class Files:
 
 @dataclass
 class FeatureCache:
-    """The features that one frozen encoder has made of one view of pictures.
-
-    Attributes:
-        folder: `data.cache`.
-        rows_per_file: `data.shard_rows`: what processes take turns at, and the most that a kill costs each of them.
-    """
+    """The features that one frozen encoder has made of one view of pictures."""
 
     folder: Path
     extractor: Extractor
-    rows_per_file: int
+    rows_per_file: int  # what processes take turns at, and the most that a kill costs each of them
     view: View = WHOLE
 
     @cached_property

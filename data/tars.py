@@ -14,7 +14,6 @@ from cli import UserError
 import hashlib
 import json
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,21 +41,14 @@ INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar that has been read, as a `data.features.Source` of its training pictures.
-
-    Attributes:
-        place: the folder that it was read into.
-        stamp: name, size and mtime (ns) that the tar had then.
-        names: of the P pictures for training; captions_per_image: (P,).
-        held_out: how many pictures there are of val and test.
-    """
+    """A tar that has been read, as a `data.features.Source` of its P training pictures."""
 
     path: Path
-    place: Path
-    stamp: Stamp
+    place: Path  # the folder that it was read into
+    stamp: Stamp  # of the tar as it was read
     names: list[str]
-    captions_per_image: np.ndarray
-    held_out: int
+    captions_per_image: np.ndarray  # (P,)
+    held_out: int  # pictures of val and test
 
     @property
     def key(self) -> str:
@@ -109,7 +101,7 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
     place = place_of(path, config)
     try:
         with np.load(place / INDEX) as saved:
-            stamp, tokeniser, names, held_out = tokens.read_json(saved["about"])
+            stamp, tokeniser, names, held_out = json.loads(saved["about"].item())
             stamp = tuple(stamp)
             captions_per_image = saved["captions_per_image"]
     except tokens.DAMAGED:
@@ -153,11 +145,6 @@ def expand(pattern: str) -> list[Path]:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise UserError("data.shards needs webdataset; install it: pip install -r requirements-extras.txt") from None
-    if re.search(r"[*?\[]", pattern) and not Path(pattern).is_file():
-        raise UserError(
-            f"data.shards = {pattern} is for shells; here numbers count tars, those that are gone as well: "
-            'write "data.shards=tars/{000..127}.tar" with your folder and your first and last number'
-        )
     return list(dict.fromkeys(map(Path, expand_urls(Path(pattern).as_posix()))))
 
 
@@ -166,7 +153,7 @@ def stamp_of(path: Path) -> Stamp:
         stat = os.stat(path)
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror}); check data.shards, and the numbers in braces"
+            f"cannot read {path} ({error.strerror}); check data.shards, whose numbers stand in braces: {{000..127}}"
         ) from None
     return path.name, stat.st_size, stat.st_mtime_ns
 
@@ -202,7 +189,7 @@ def read(path: Path, config: DataConfig) -> None:
         tokens.write(  # last of all: the tar counts as read from then on
             place / INDEX,
             tokens.tokenise(captions, config.language),
-            about=tokens.as_array(about),
+            about=json.dumps(about).encode(),
             captions_per_image=np.array(captions_per_image, dtype=np.int64),
         )
 

@@ -27,16 +27,11 @@ EDITION = 2  # of the tokenisers in data.vocab: raise it when they change
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of N captions.
+    """The tokens of N captions."""
 
-    Attributes:
-        types: what an id stands for: every word that occurs, once; after `numericalize`, the vocabulary's words.
-        ids: (tokens,) int32; offsets: (N + 1,) int64.
-    """
-
-    types: list[str]
-    ids: np.ndarray
-    offsets: np.ndarray
+    types: list[str]  # what an id stands for: every word that occurs, once, or the vocabulary's after `numericalize`
+    ids: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (N + 1,) int64
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -113,21 +108,12 @@ def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def unpack(saved: Mapping[str, np.ndarray]) -> Tokens:
-    return Tokens(read_json(saved["types"]), saved["ids"], saved["offsets"])
+    return Tokens(json.loads(saved["types"].item()), saved["ids"], saved["offsets"])
 
 
-def write(path: Path, tokens: Tokens, **others: np.ndarray) -> None:
-    """Write tokens, and other arrays that belong to their captions, to a file for `unpack`."""
+def write(path: Path, tokens: Tokens, **others: Any) -> None:
+    """Write tokens, and what else belongs to their captions, to a file for `unpack`."""
+    arrays = {"types": json.dumps(tokens.types).encode(), "ids": tokens.ids, "offsets": tokens.offsets, **others}
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"types": as_array(tokens.types), "ids": tokens.ids, "offsets": tokens.offsets, **others}
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
-
-
-def as_array(value: Any) -> np.ndarray:
-    """Return a value as JSON, in an array for np.savez."""
-    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-
-
-def read_json(array: np.ndarray) -> Any:
-    return json.loads(array.tobytes())

@@ -2,6 +2,7 @@
 
 from cli import UserError
 
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -80,17 +81,16 @@ class ChineseTokeniser(CharacterTokeniser):
     """Chinese words, as jieba segments them; all else as in `CharacterTokeniser`."""
 
     def __init__(self) -> None:
-        try:
-            import rjieba
-        except ImportError:
+        if not importlib.util.find_spec("rjieba"):
             raise UserError(
                 "Chinese words need rjieba; install it: pip install -r requirements-extras.txt, "
                 "or take characters: data.language=zh-characters"
-            ) from None
-        self.jieba = rjieba
+            )
 
     def split_han(self, characters: str) -> list[str]:
-        return self.jieba.cut(characters)
+        import rjieba
+
+        return rjieba.cut(characters)
 
 
 TOKENISERS: dict[str, Callable[[], Tokeniser]] = {

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def make(
     names = PICTURES[: -(-len(captions) // 3)]
     features = features or Features([torch.arange(len(names)).half()[:, None]], names)
     tokens = tokenise(captions, "en").numericalize(vocab)
-    return Flickr8kDataset(names, np.arange(len(captions)) // 3, tokens, vocab, Path(), Transform(32), features, views)
+    return Flickr8kDataset(
+        names, np.arange(len(captions)) // 3, tokens, vocab, Path(), Transform(32), features, views or {}
+    )
 
 
 @pytest.fixture
@@ -100,7 +103,8 @@ def test_a_caption_takes_at_most_80_bytes() -> None:
 
 def test_pictures_are_shown_in_every_view_as_often(captions: Flickr8kDataset) -> None:
     signs = {WHOLE: 1, View(mirrored=True): -1, View(corner=0): 100}
-    captions.set_features({v: Features([s * torch.arange(21.0).half()[:, None]], PICTURES) for v, s in signs.items()})
+    whole, *others = (Features([sign * torch.arange(21.0).half()[:, None]], PICTURES) for sign in signs.values())
+    captions = replace(captions, features=whole, views=dict(zip(list(signs)[1:], others, strict=True)))
     drawn = []
     for seed in (0, 0, 1):
         captions.start_epoch(0, 0, np.random.default_rng(seed))
@@ -131,10 +135,9 @@ def test_views_may_lie_on_another_device_than_the_whole_pictures() -> None:
 
 
 def test_pixels_are_shown_in_the_view_chosen(pixels: Flickr8kDataset) -> None:
-    views = [WHOLE, View(mirrored=True), View(corner=3)]
-    pixels.set_features(dict.fromkeys(views))
+    pixels = replace(pixels, views=dict.fromkeys([View(mirrored=True), View(corner=3)]))
     picture = open_picture(pixels.folder / "00.jpg")
-    for number, view in enumerate(views):
+    for number, view in enumerate(pixels.shown):
         pixels.view_of[0] = number
         assert torch.equal(pixels[0].features[0], Transform(32).resize(picture, view))
 
