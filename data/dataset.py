@@ -180,10 +180,7 @@ def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) 
 def read_shares(
     dataset: Flickr8kDataset, batches: Sequence[np.ndarray], workers: int = 0
 ) -> Iterator[tuple[Share, Batch]]:
-    """Yield this process's share of each batch, read by so many further processes where pictures are read.
-
-    Raises UserError for a picture that cannot be read.
-    """
+    """Yield this process's share of each batch; `workers` are further processes that read pictures."""
     shares = [share_of(dataset, batch, distributed.rank(), distributed.size()) for batch in batches]
     loader = DataLoader(
         ErrorsAsItems(dataset),

@@ -108,10 +108,7 @@ class Extractor:
         return self.encoder.for_inference(self.precision).to(self.device)
 
     def encode(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[list[torch.Tensor | UserError]]:
-        """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, on the CPU.
-
-        Threads read a batch ahead. For a picture that cannot be read, its UserError is yielded.
-        """
+        """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, or the UserError that it raised."""
 
         def read(opener: Opener) -> torch.Tensor | UserError:
             try:
@@ -297,10 +294,7 @@ class FeatureCache:
         distributed.on_first_rank(self.remove_superseded, sources)
 
     def write(self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp]) -> Iterator[int]:
-        """Encode these pictures of a source, which have these stamps, into a new file; yields how many rows were added.
-
-        Rows count once the manifest is there.
-        """
+        """Encode these pictures into a new file, whose rows count once its manifest is there; yields their numbers."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
             shape = (len(numbers), *self.extractor.encoder.feature_shape)

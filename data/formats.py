@@ -30,9 +30,7 @@ UNLIKE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.E
 
 
 def read(path: Path, name: str = "auto") -> pd.DataFrame:
-    """Return the table of a captions file; `name` overrules the format recognised.
-
-    Captions without a word are left out.
+    """Return the table of a captions file, without wordless captions; `name` overrules the format recognised.
 
     Raises UserError for a file that cannot be read.
     """

@@ -14,20 +14,13 @@ import pandas as pd
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
-SPLIT_LISTS = {
-    "train": "*[tT]rain[iI]mages.txt",
-    "val": "*[dD]ev[iI]mages.txt",
-    "test": "*[tT]est[iI]mages.txt",
-}
+SPLIT_LISTS = {"train": "*[tT]rain[iI]mages.txt", "val": "*[dD]ev[iI]mages.txt", "test": "*[tT]est[iI]mages.txt"}
 SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
 def official_splits(folder: Path) -> dict[str, str] | None:
-    """Return each picture's split by the official lists in `folder`; None where there are no lists.
-
-    Raises UserError for a list that cannot be read and for a picture on two of them.
-    """
+    """Return each picture's split by the official lists in `folder`, on one of which it may be; None without lists."""
     paths = [(split, path) for split, pattern in SPLIT_LISTS.items() for path in sorted(folder.glob(pattern))]
     split_of: dict[str, str] = {}
     for split, path in paths:
@@ -89,10 +82,7 @@ def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
-    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
-
-    Raises UserError, naming the `source` of the table, for a split without pictures.
-    """
+    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test."""
     if split is None:
         split = "test" if (table["split"] == "test").any() else "val"
     split = "val" if split == "dev" else split

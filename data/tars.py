@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,10 +70,8 @@ class Tar:
         if not self.path.is_file():
             raise UserError(f"{self.path} is gone, and its pictures are not all encoded yet; put it back")
         wanted = {self.names[number] for number in numbers}
-        for sample in samples(self.path):
-            key = sample["__key__"]
+        for key, ending, sample in samples(self.path):
             if f"{self.key}/{key}" in wanted:
-                ending = picture_ending(sample, self.path)
                 yield partial(open_picture, f"{self.path}/{key}.{ending}", sample[ending])
 
 
@@ -114,14 +111,6 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
 def place_of(path: Path, config: DataConfig) -> Path:
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
     return Path(config.cache) / "tars" / f"{path.stem}-{key}"
-
-
-def count_words(tars: list[Tar]) -> Counter[str]:
-    """Return how often each word occurs in the training captions."""
-    counts = Counter[str]()
-    for tar in tars:
-        counts.update(tar.tokens().count())
-    return counts
 
 
 def held_out(config: DataConfig) -> pd.DataFrame:
@@ -168,12 +157,8 @@ def read(path: Path, config: DataConfig) -> None:
     with FileLock(place / "lock"):
         if look_up(path, config):
             return
-        keys, names, captions_per_image, captions, held_out = set[str](), [], [], list[str](), []
-        for number, sample in enumerate(samples(path)):
-            key, ending = sample["__key__"], picture_ending(sample, path)
-            if key in keys:
-                raise UserError(f"{path} has {key} twice, in two places; keep its files together, once")
-            keys.add(key)
+        names, captions_per_image, captions, held_out = [], [], list[str](), []
+        for number, (key, ending, sample) in enumerate(samples(path)):
             texts, split, image_id = read_sample(sample, path)
             if split == "train":
                 names.append(key)
@@ -194,21 +179,25 @@ def read(path: Path, config: DataConfig) -> None:
         )
 
 
-def samples(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a tar: `__key__` and, by ending, what each of its files holds.
-
-    Raises UserError for a tar that is cut short or damaged.
-    """
+def samples(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield each sample of a whole tar: its key, the ending of its picture, and what its files hold, by ending."""
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    last = "its start"
+    keys, last = set[str](), "its start"
     try:
         with open(path, "rb") as stream:
             if is_cut_short(stream):  # tarfile says so only where it is cut within a picture or a JSON
                 raise UserError(f"{path} is cut short: the mark at its end is missing; take a whole copy of it")
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
                 last = sample["__key__"]
-                yield sample
+                endings = [ending for ending in sample if f".{ending}" in PICTURE_SUFFIXES]
+                if len(endings) != 1 or last in keys:
+                    found = "comes twice" if last in keys else f"has {', '.join(endings) or 'no picture'}"
+                    raise UserError(
+                        f"{last} in {path} {found}; it should be one picture, such as a .jpg, and one .json"
+                    )
+                keys.add(last)
+                yield last, endings[0], sample
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path} is damaged after {last} ({error}); take a whole copy of it") from None
 
@@ -225,8 +214,6 @@ def is_cut_short(tar: BinaryIO) -> bool:
 def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str | int]:
     """Return a sample's captions, its split and its image id."""
     where = f"{path}/{sample['__key__']}.json"
-    if "json" not in sample:
-        raise UserError(f"there is no {where}, which should hold the captions of a picture; add it")
     try:
         entry = json.loads(sample["json"])
         found, split = formats.captions_of(entry, where)
@@ -237,11 +224,3 @@ def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str
     if not captions:
         raise UserError(f"{where} holds no caption with a word; fill it, or remove the picture")
     return captions, split or "train", entry.get("image_id", f"{path.stem}/{sample['__key__']}")
-
-
-def picture_ending(sample: dict[str, Any], path: Path) -> str:
-    endings = [ending for ending in sample if f".{ending}" in PICTURE_SUFFIXES]
-    if len(endings) != 1:
-        found = f"{len(endings)} pictures ({', '.join(endings)})" if endings else "no picture"
-        raise UserError(f"{sample['__key__']} in {path} has {found}; it should be one, such as a .jpg, and one .json")
-    return endings[0]

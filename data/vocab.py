@@ -145,10 +145,7 @@ class Vocabulary:
 
 
 def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:
-    """Return the vocabulary of the words seen at least `min_count` times in training captions, or in counts of words.
-
-    Raises UserError when no word is that frequent.
-    """
+    """Return the vocabulary of the words seen at least `min_count` times in captions, or in counts of words."""
     counts = captions
     if not isinstance(counts, Counter):
         tokenise = TOKENISERS[language]()

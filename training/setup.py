@@ -51,7 +51,7 @@ class Captions:
         return self.table[chosen], self.tokens.select(chosen)
 
     def count_training_words(self) -> Counter[str]:
-        return tars.count_words(self.shards) if self.shards else self.of("train")[1].count()
+        return (join([tar.tokens() for tar in self.shards]) if self.shards else self.of("train")[1]).count()
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
