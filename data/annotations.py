@@ -99,10 +99,7 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
 
 
 def caption_files(config: DataConfig) -> list[Path]:
-    """Return the files with captions: one, or several whose names say which split each is.
-
-    Raises UserError when there is none, and when there are several between which only the user can choose.
-    """
+    """Return the files with captions: one, or several whose names say which split each is."""
     paths = find_captions(config)
     if not paths:
         wanted = f"file {config.captions}" if config.captions else "captions file"
@@ -152,8 +149,7 @@ def image_folder(config: DataConfig) -> Path:
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
     """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
 
-    A picture lies where its name says; else it is the only file there whose path ends with its name, or with which its
-    name ends. Raises UserError where several files do.
+    A picture lies where its name says; else it is the only file whose path ends with its name, or the other way round.
     """
     path_of, by_name = dict[str, str](), defaultdict[str, list[str]](list)
     for path in paths_below(folder):
@@ -162,17 +158,16 @@ def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.Da
     missing = []
     for image in table["image"].unique():
         if image not in path_of:
-            near = [path for path in by_name[image.rpartition("/")[2]] if is_end(path, image) or is_end(image, path)]
+            near = [
+                path
+                for path in by_name[image.rpartition("/")[2]]
+                if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")
+            ]
             if len(near) > 1:
                 raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
             path_of[image] = near[0] if near else image
             missing += [] if near else [image]
     return table.assign(image=table["image"].map(path_of)), missing
-
-
-def is_end(end: str, path: str) -> bool:
-    """Whether a path ends with another one: x/a.jpg with a.jpg, but not with y/a.jpg, nor xa.jpg with a.jpg."""
-    return f"/{path}".endswith(f"/{end}")
 
 
 def paths_below(folder: Path) -> Iterator[str]:

@@ -81,15 +81,12 @@ AUGMENTATIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Imag
 
 @dataclass(frozen=True)
 class Transform:
-    """Resizes the whole picture to `image_size` squared, without a crop, and normalises it.
-
-    Plain values, kept in checkpoints; `interpolation` is bilinear, as in checkpoints that do not name one, or bicubic.
-    """
+    """Resizes the whole picture to `image_size` squared, without a crop, and normalises it; kept in checkpoints."""
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # or bicubic
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
@@ -109,9 +106,8 @@ class Transform:
 def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Open any picture file as it is meant to be seen: upright, in 8-bit RGB, with transparent parts white.
 
-    It can be greyscale, palette, CMYK, 16-bit, RGBA or rotated by EXIF; an animation gives its first frame. `content`
-    holds the file's bytes when it lies in an archive. Raises UserError, naming the file, when it cannot be decoded in
-    full or has more pixels than Pillow's limit.
+    An animation gives its first frame. `content` holds the file's bytes when it lies in an archive. Raises UserError
+    when it cannot be decoded in full or has more pixels than Pillow's limit.
     """
     if content is None and not os.path.isfile(path):  # nor a pipe, which would block
         raise UserError(f"there is no picture {path}; check the path")

@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
 
@@ -29,14 +29,6 @@ ENDS = frozenset("。．.！!？?…；;，,、：:～~")
 SIDE = re.compile(r"\b(?:left|right)\b|左|右")
 OTHER_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
 PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
-
-
-class Tokeniser(Protocol):
-    """Splits a caption into words, and joins words into a sentence."""
-
-    def __call__(self, text: str) -> list[str]: ...
-
-    def join(self, words: Iterable[str]) -> str: ...
 
 
 class EnglishTokeniser:
@@ -93,7 +85,7 @@ class ChineseTokeniser(CharacterTokeniser):
         return rjieba.cut(characters)
 
 
-TOKENISERS: dict[str, Callable[[], Tokeniser]] = {
+TOKENISERS: dict[str, Callable[[], EnglishTokeniser | CharacterTokeniser]] = {
     "en": EnglishTokeniser,
     "zh": ChineseTokeniser,
     "zh-characters": CharacterTokeniser,
