@@ -213,8 +213,7 @@ def encode_dataset(
     Raises UserError for a picture that cannot be read.
     """
     if model.config.encoder.frozen:
-        [features] = feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
-        return features
+        return feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
     return encode_files(Extractor(model.encoder, model.transform, model.precision, model.device), names, folder)
 
 

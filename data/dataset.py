@@ -71,7 +71,7 @@ class Flickr8kDataset(Dataset):
 
     def with_features(self, features: Features) -> "Flickr8kDataset":
         """Return the same captions of pictures with these features."""
-        return replace(self, features=features, views={})
+        return replace(self, features=features)
 
     def start_epoch(self, seed: int, epoch: int, rng: np.random.Generator) -> None:
         """Draw how each picture is shown from now on."""
@@ -86,11 +86,8 @@ class Flickr8kDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Return the captions `indices` as one Batch; each of their pictures is read once."""
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Return these captions as one Batch; each of their pictures is read once."""
         images, places = np.unique(self.image_of[indices], return_inverse=True)
         tokens, image_index = pad([[SOS, *self.tokens[index], EOS] for index in indices]), torch.from_numpy(places)
         is_mirrored = np.array([view.mirrored for view in self.shown])  # (views,)
@@ -195,15 +192,15 @@ def read_shares(
         yield share, batch
 
 
+@dataclass
 class ErrorsAsItems(Dataset):
     """The dataset, but it returns a UserError: one raised in another process would come with its traceback."""
 
-    def __init__(self, dataset: Flickr8kDataset) -> None:
-        self.dataset = dataset
+    dataset: Flickr8kDataset
 
     def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
         try:
-            return self.dataset.__getitems__(indices)
+            return self.dataset[indices]
         except UserError as error:
             return error
 

@@ -73,14 +73,6 @@ class Features:
             self.files = [file.to(device) for file in self.files]
 
 
-def concatenate(parts: Sequence[Features]) -> Features:
-    """Return the features of all parts' pictures."""
-    before = np.cumsum([0] + [int(part.ends[-1]) if len(part.ends) else 0 for part in parts])
-    rows = [part.rows + first for part, first in zip(parts, before[:-1].tolist(), strict=True)]
-    names = [name for part in parts for name in part.names]
-    return Features([file for part in parts for file in part.files], names, np.concatenate(rows))
-
-
 # ---- from pictures to features ---------------------------------------------------------------------------------------
 
 
@@ -219,17 +211,17 @@ class FeatureCache:
 
     def find(self, source: Source) -> Features | None:
         """Return the features of a source's pictures if all are in the cache, else None."""
-        features, missing = self.look_up(source)
+        features, [missing] = self.look_up(source)
         return None if missing else features
 
-    def fill(self, *sources: Source, note: str = "") -> list[Features]:
-        """Return the features of each source's pictures, after encoding what is missing.
+    def fill(self, *sources: Source, note: str = "") -> Features:
+        """Return the features of all sources' pictures, after encoding what is missing.
 
         Several processes share the work. Raises UserError for a picture that cannot be read or that changes meanwhile,
         and for a disk that cannot take the rows.
         """
-        found = [self.look_up(source) for source in sources]
-        if distributed.any_of(any(missing for _, missing in found)):
+        features, missing = self.look_up(*sources)
+        if distributed.any_of(any(missing)):
             try:
                 with distributed.locked(self.place / "lock", f"another process encodes into {self.place}/"):
                     self.encode_missing(sources, note)
@@ -240,21 +232,26 @@ class FeatureCache:
                     f"cannot keep encoded pictures in {self.place}: {error.strerror or error}; make room or set "
                     "data.cache=FOLDER"
                 ) from None
-            found = [self.look_up(source) for source in sources]
-        for source, (_, missing) in zip(sources, found, strict=True):
-            if missing:
-                raise UserError(f"{source.names[missing[0]]} has changed while it was encoded; start again")
-        return [features for features, _ in found]
+            features, missing = self.look_up(*sources)
+        for source, numbers in zip(sources, missing, strict=True):
+            if numbers:
+                raise UserError(f"{source.names[numbers[0]]} has changed while it was encoded; start again")
+        return features
 
-    def look_up(self, source: Source) -> tuple[Features, list[int]]:
-        """Return the features that are there, and the numbers of the pictures that are missing or have changed."""
-        row_of, files, first = dict[Stamp, int](), [], 0
-        for _, stamps, rows in self.files(source):
-            row_of |= {stamp: first + row for row, stamp in enumerate(stamps)}
-            files.append(rows)
-            first += len(rows)
-        found = np.array([row_of.get(stamp, -1) for stamp in source.stamps()], dtype=np.int64)  # (P,)
-        return Features(files, source.names, found), np.flatnonzero(found < 0).tolist()
+    def look_up(self, *sources: Source) -> tuple[Features, list[list[int]]]:
+        """Return the features that are there, and the numbers of each source's pictures that are missing or changed."""
+        files, names, rows, missing, first = [], list[str](), [], [], 0
+        for source in sources:
+            row_of = dict[Stamp, int]()
+            for _, stamps, file in self.files(source):
+                row_of |= {stamp: first + row for row, stamp in enumerate(stamps)}
+                files.append(file)
+                first += len(file)
+            found = np.array([row_of.get(stamp, -1) for stamp in source.stamps()], dtype=np.int64)  # (P,)
+            names += source.names
+            rows.append(found)
+            missing.append(np.flatnonzero(found < 0).tolist())
+        return Features(files, names, np.concatenate(rows)), missing
 
     def files(self, source: Source) -> Iterator[tuple[Path, list[Stamp], torch.Tensor]]:
         """Yield each file of a source, the oldest first: whose rows they are, and the rows, as they lie on disk."""
@@ -272,7 +269,7 @@ class FeatureCache:
         chunks: list[tuple[Path, Source, list[int], list[Stamp]]] = []
         for source in sources:
             stamps = source.stamps()  # before any picture is opened: one that changes meanwhile is found out
-            _, missing = self.look_up(source)
+            _, [missing] = self.look_up(source)
             folder = self.place / source.key
             number = max((int(path.stem) for path in folder.glob("[0-9]*.*")), default=-1)  # of rows or of a manifest
             for first in range(0, len(missing), self.rows_per_file):

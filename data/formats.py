@@ -23,17 +23,14 @@ NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, o
 WORD = re.compile(r"\w")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
-SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test", None: None}
 FLICKR30K = {"image_name": "image", "comment_number": "number", "comment": "caption"}  # columns of its results.csv
 # What a reader raises for a file of another form.
 UNLIKE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error)
 
 
 def read(path: Path, name: str = "auto") -> pd.DataFrame:
-    """Return the table of a captions file, without wordless captions; `name` overrules the format recognised.
-
-    Raises UserError for a file that cannot be read.
-    """
+    """Return the table of a captions file, without wordless captions; `name` overrules the format recognised."""
     name = recognise(path) if name == "auto" else name
     reader = pick(READERS, name, "data.format")
     try:
@@ -179,10 +176,10 @@ def captions_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | Non
 
 
 def as_split(name: str | None, where: str) -> str | None:
-    """Return the split that a name means, None for None; raises UserError for an unknown name."""
-    if name is not None and name not in SPLIT_NAMES:
+    """Return the split that a name means, None for None."""
+    if name not in SPLIT_NAMES:
         raise UserError(f"{where} has the split {name!r}; make it train, val or test")
-    return None if name is None else SPLIT_NAMES[name]
+    return SPLIT_NAMES[name]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -47,7 +47,6 @@ class Tar:
     stamp: Stamp  # of the tar as it was read
     names: list[str]
     captions_per_image: np.ndarray  # (P,)
-    held_out: int  # pictures of val and test
 
     @property
     def key(self) -> str:
@@ -98,14 +97,14 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
     place = place_of(path, config)
     try:
         with np.load(place / INDEX) as saved:
-            stamp, tokeniser, names, held_out = json.loads(saved["about"].item())
+            stamp, tokeniser, names = json.loads(saved["about"].item())
             stamp = tuple(stamp)
             captions_per_image = saved["captions_per_image"]
     except tokens.DAMAGED:
         return None
     if tokeniser != tokens.tokeniser_version(config.language) or (path.exists() and stamp != stamp_of(path)):
         return None
-    return Tar(path, place, stamp, [f"{place.name}/{name}" for name in names], captions_per_image, held_out)
+    return Tar(path, place, stamp, [f"{place.name}/{name}" for name in names], captions_per_image)
 
 
 def place_of(path: Path, config: DataConfig) -> Path:
@@ -115,9 +114,7 @@ def place_of(path: Path, config: DataConfig) -> Path:
 
 def held_out(config: DataConfig) -> pd.DataFrame:
     """Return the table of the pictures that are not for training."""
-    tables = [formats.read(tar.place / HELD_OUT, "jsonl") for tar in find(config) if tar.held_out]
-    columns = ["image", "image_id", "caption", "split"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    return pd.concat([formats.read(tar.place / HELD_OUT, "jsonl") for tar in find(config)], ignore_index=True)
 
 
 def train_captions(config: DataConfig) -> Iterator[str]:
@@ -170,7 +167,7 @@ def read(path: Path, config: DataConfig) -> None:
                 row = {"image": f"{place.name}/{file.name}", "image_id": image_id, "captions": texts, "split": split}
                 held_out.append(json.dumps(row))
         write_atomically(place / HELD_OUT, "\n".join(held_out).encode())
-        about = [stamp, tokens.tokeniser_version(config.language), names, len(held_out)]
+        about = [stamp, tokens.tokeniser_version(config.language), names]
         tokens.write(  # last of all: the tar counts as read from then on
             place / INDEX,
             tokens.tokenise(captions, config.language),

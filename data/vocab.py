@@ -93,12 +93,7 @@ TOKENISERS: dict[str, Callable[[], EnglishTokeniser | CharacterTokeniser]] = {
 
 
 class Vocabulary:
-    """The words a model can read and write; ids 0 to 3 are `<pad> <sos> <eos> <unk>`.
-
-    Args:
-        words: all words by id, the four special ones first.
-        language: picks the tokeniser.
-    """
+    """The words a model can read and write, by id, the four special ones first; `language` picks the tokeniser."""
 
     def __init__(self, words: list[str], language: str = "en") -> None:
         if tuple(words[:4]) != SPECIALS or len(set(words)) != len(words) or language not in TOKENISERS:

@@ -13,7 +13,7 @@ from captioning import encode_dataset, feature_cache
 from config import Config, pick
 from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset
-from data.features import Features, concatenate
+from data.features import Features
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
@@ -121,7 +121,7 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
             note = f", view {number} of {len(views)}" if number > 1 else ""
             if captions.shards:
                 sources = [tar for tar in captions.shards if tar.captions]
-                train_views[view] = concatenate(feature_cache(model, view).fill(*sources, note=note))
+                train_views[view] = feature_cache(model, view).fill(*sources, note=note)
             else:
                 train_views[view] = val_features if number == 1 else encode_dataset(model, images, folder, view, note)
         for features in (val_features, *train_views.values()):

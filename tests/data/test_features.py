@@ -96,7 +96,7 @@ def test_each_picture_is_encoded_once_and_taken_by_name_or_place(
     cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
 ) -> None:
     assert cache.find(ALL) is None
-    [filled] = cache.fill(ALL)
+    filled = cache.fill(ALL)
     rows = filled.take(NAMES)
     assert (rows.shape, rows.dtype, len(rows.unique(dim=0))) == ((12, 512), torch.float16, 12)
     assert_direct(rows, tiny_model)
@@ -104,7 +104,7 @@ def test_each_picture_is_encoded_once_and_taken_by_name_or_place(
     assert torch.equal(filled.take(filled.index(["07.jpg", "02.jpg"])), rows[[7, 2]])
     assert sorted(opened) == NAMES
     again = feature_cache(tiny_model)
-    for found in (again.find(ALL), *again.fill(ALL)):
+    for found in (again.find(ALL), again.fill(ALL)):
         assert found and torch.equal(found.take(NAMES), rows)
     assert len(opened) == 12
 
@@ -117,14 +117,14 @@ def test_a_change_costs_that_picture_alone(
     cache.rows_per_file = rows_per_file
     others = [name for name in NAMES if name != "05.jpg"]
     before, after = (others, NAMES) if what == "added" else (NAMES, others if what == "removed" else NAMES)
-    [old] = cache.fill(Files(before, FOLDER))
+    old = cache.fill(Files(before, FOLDER))
     kept, rows = files(cache), old.take(others)
     assert len(old.files) == -(-len(before) // rows_per_file)
     opened.clear()
     if callable(what):
         what("05.jpg")
         assert cache.find(ALL) is None
-    [new] = cache.fill(Files(after, FOLDER))
+    new = cache.fill(Files(after, FOLDER))
     assert opened == ([] if what == "removed" else ["05.jpg"])
     assert torch.equal(new.take(others), rows)
     assert_direct(new.take(np.arange(len(after))), tiny_model, after)  # in the order of the names
@@ -134,13 +134,13 @@ def test_a_change_costs_that_picture_alone(
 def test_what_a_training_reads_stays_while_another_fills_the_cache(
     cache: FeatureCache, opened: list[str], tiny_model: CaptionModel
 ) -> None:
-    [mapped] = cache.fill(ALL)
+    mapped = cache.fill(ALL)
     found = cache.find(ALL)
     assert found  # through another map: of the first one, nothing is in memory yet
     expected, old = found.take(NAMES), files(cache)
     for name in NAMES:
         replace_picture(name)
-    [changed] = cache.fill(ALL)
+    changed = cache.fill(ALL)
     assert_direct(changed.take(NAMES), tiny_model)
     assert torch.equal(mapped.take(NAMES), expected)
     if os.name == "posix":  # Windows deletes no file that is mapped
@@ -155,7 +155,7 @@ def test_encoding_goes_on_where_it_was_interrupted(
     stop_after(batches, cache)
     assert cache.find(ALL) is None
     opened.clear()
-    [filled] = cache.fill(ALL)
+    filled = cache.fill(ALL)
     assert sorted(opened) == NAMES[kept:]
     assert_direct(filled.take(NAMES), tiny_model)
     assert len(files(cache)) == 2 * 3  # nothing is left of the file that was interrupted
@@ -188,7 +188,7 @@ def test_encoding_goes_on_after_a_kill(cache: FeatureCache, opened: list[str], t
     save_checkpoint(Path("model.pth"), model_state(tiny_model))
     killed = subprocess.run([sys.executable, "-c", KILLED], env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert killed.returncode == -signal.SIGKILL
-    [filled] = cache.fill(ALL)
+    filled = cache.fill(ALL)
     assert sorted(opened) == NAMES[4:]
     assert_direct(filled.take(NAMES), tiny_model)
 
@@ -214,7 +214,7 @@ def test_of_two_jobs_the_second_waits_and_encodes_nothing(
             time.sleep(0.01)
             said += capsys.readouterr().out
         go_on.set()
-        rows = [job.result()[0].take(NAMES) for job in jobs]
+        rows = [job.result().take(NAMES) for job in jobs]
     said += capsys.readouterr().out
     assert "waiting for its end" in said and said.count("encoding 12 pictures") == said.count("encoding") == 1
     assert sorted(opened) == NAMES and torch.equal(*rows)
@@ -239,9 +239,9 @@ def test_what_is_damaged_is_encoded_again_and_never_counted(
     DAMAGES[damage](cache.place / ALL.key / "00000.npy", cache.place / ALL.key / "00000.json")
     assert cache.find(ALL) is None
     stop_after(1, cache)
-    assert cache.look_up(ALL)[1] == list(range(12))  # nor what is left of it beside the new rows
+    assert cache.look_up(ALL)[1] == [list(range(12))]  # nor what is left of it beside the new rows
     opened.clear()
-    [filled] = cache.fill(ALL)
+    filled = cache.fill(ALL)
     assert sorted(opened) == NAMES
     assert_direct(filled.take(NAMES), tiny_model)
     assert len(files(cache)) == 2 or os.name != "posix"
@@ -272,7 +272,7 @@ def test_another_encoder_transform_precision_view_or_folder_has_rows_of_its_own(
 def test_mirror_images_are_encoded_mirrored(
     archive: Path, tiny_model: CaptionModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [mirrored] = feature_cache(tiny_model, View(mirrored=True)).fill(ALL, note=", view 2 of 3")
+    mirrored = feature_cache(tiny_model, View(mirrored=True)).fill(ALL, note=", view 2 of 3")
     assert "encoding 12 pictures, view 2 of 3, once, into cache/resnet18-" in capsys.readouterr().out
     for name in NAMES:
         ImageOps.mirror(open_picture(FOLDER / name)).save(FOLDER / name, lossless=True, format="WEBP")
@@ -307,7 +307,7 @@ def test_a_picture_that_changes_while_it_is_encoded_is_named(
     with refused("05.jpg has changed while it was encoded", "start again"):
         cache.fill(ALL)
     monkeypatch.setattr(features, "open_picture", open_picture)
-    assert_direct(cache.fill(ALL)[0].take(NAMES), tiny_model)
+    assert_direct(cache.fill(ALL).take(NAMES), tiny_model)
 
 
 @pytest.mark.parametrize("already_begun", [False, True])
@@ -325,7 +325,7 @@ def test_a_full_disk_is_one_sentence_and_encoding_goes_on_later(
         cache.fill(ALL)
     assert cache.find(ALL) is None
     opened.clear()
-    assert len(cache.fill(ALL)[0].take(NAMES)) == 12
+    assert len(cache.fill(ALL).take(NAMES)) == 12
     assert sorted(opened) == NAMES[4 * already_begun :]
 
 
