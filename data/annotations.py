@@ -2,9 +2,8 @@
 
     python -m data.annotations archive
 
-prints what a folder of captions and pictures holds. `image` is the picture's path below the image folder; `split` is
-train, val or test. No module after this one knows which format the captions came in (see `data.formats`), and this one
-needs no torch.
+prints what a folder holds. `image` is the picture's path below the image folder; `split` is train, val or test. No
+module after this one knows which format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
 from cli import Parser, UserError, run_script
@@ -15,6 +14,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from glob import glob, iglob
+from operator import eq
 from pathlib import Path
 
 import pandas as pd
@@ -41,9 +41,6 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     Official lists beside the captions decide alone where there are any, and pictures on no list are left out.
     Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded split. With
     `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
-
-    Raises UserError for an unreadable file, rows without picture or words, missing pictures, a picture in several
-    splits, and splits named for only some captions.
     """
     table, source, missing = read_dataset(config)
     if missing:
@@ -158,11 +155,8 @@ def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.Da
     missing = []
     for image in table["image"].unique():
         if image not in path_of:
-            near = [
-                path
-                for path in by_name[image.rpartition("/")[2]]
-                if f"/{path}".endswith(f"/{image}") or f"/{image}".endswith(f"/{path}")
-            ]
+            parts = image.split("/")[::-1]
+            near = [path for path in by_name[parts[0]] if all(map(eq, parts, path.split("/")[::-1]))]
             if len(near) > 1:
                 raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
             path_of[image] = near[0] if near else image

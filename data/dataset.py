@@ -133,9 +133,8 @@ def make_batches(
 ) -> list[np.ndarray]:
     """Return the caption indices of each batch, about `batch_size` captions each.
 
-    Captions of similar length share a batch, or, `by_image`, whole pictures with all their captions, sorted by the
-    longest: what is computed of a picture is then computed once. The order is drawn from `rng`; without one it is
-    always the same.
+    Captions of similar length share a batch, or, `by_image`, whole pictures with all their captions, so that each is
+    encoded once. The order is drawn from `rng`; without one it is always the same.
     """
     order = np.argsort(dataset.image_of, kind="stable") if by_image else np.arange(len(dataset))
     sizes = np.bincount(dataset.image_of) if by_image else np.ones(len(dataset), dtype=np.int64)  # (groups,)
@@ -160,10 +159,7 @@ class Share:
 
 
 def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) -> Share:
-    """Return every `size`-th picture of a batch with its captions, so that each picture is read by one process alone.
-
-    Where no picture is left, a caption stands in with fraction 0, since all processes make each step.
-    """
+    """Return every `size`-th picture of a batch with its captions; where none is left, a caption with fraction 0."""
     words = int(dataset.lengths[batch].sum())
     if size == 1:
         return Share(batch, words, 1.0)

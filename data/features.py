@@ -2,9 +2,9 @@
 
 `cache/<encoder>-<key>/` holds all that one encoder has made: the key names its weights, transform, precision and view.
 Inside, each image folder (or tar) has a folder of its own with files of fp16 rows, 00000.npy …, and beside each a
-00000.json that says whose rows they are: name, size and mtime of each picture. A picture that is new or has changed is
-encoded into a new file, and no other picture is. A file is never written again, so that a training that has it mapped
-keeps its rows.
+manifest, 00000.json, that says whose rows they are: name, size and mtime of each picture. A picture that is new or has
+changed is encoded into a new file, and no other picture is. A file is never written again, so that a training that has
+it mapped keeps its rows.
 """
 
 from cli import UserError
@@ -40,10 +40,7 @@ BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activation
 
 
 class Features:
-    """Encoded pictures: the features of `names[i]` are row `rows[i]` of all files, one after the other.
-
-    Files hold fp16 rows (rows, D) or (rows, L, D), usually mapped from disk; by default picture i is row i.
-    """
+    """Encoded pictures: files of fp16 rows (rows, D) or (rows, L, D), where row `rows[i]`, or i, is of `names[i]`."""
 
     def __init__(self, files: Sequence[torch.Tensor], names: Sequence[str], rows: np.ndarray | None = None) -> None:
         self.files, self.names = list(files), names
@@ -215,10 +212,9 @@ class FeatureCache:
         return None if missing else features
 
     def fill(self, *sources: Source, note: str = "") -> Features:
-        """Return the features of all sources' pictures, after encoding what is missing.
+        """Return the features of all sources' pictures, after encoding what is missing; processes share the work.
 
-        Several processes share the work. Raises UserError for a picture that cannot be read or that changes meanwhile,
-        and for a disk that cannot take the rows.
+        Raises UserError for a picture that cannot be read or that changes meanwhile, and for a full disk.
         """
         features, missing = self.look_up(*sources)
         if distributed.any_of(any(missing)):

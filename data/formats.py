@@ -1,8 +1,7 @@
 """Caption files as people find them: each reader makes rows (image, image_id, caption, split) of one file.
 
 `read` recognises a format by what is in the file. A picture may be named by its path or by its file name alone, as
-the source has it: `data.annotations` finds it. Where a file names no split (as `split`: in Karpathy's JSON, JSON lines,
-a column of a CSV), it is None.
+the source has it: `data.annotations` finds it. Where a file names no split, it is None.
 """
 
 from cli import UserError
@@ -74,8 +73,7 @@ def recognise(path: Path) -> str:
 def read_csv(path: Path) -> list[Row]:
     """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
 
-    A column `split` may say train, val (or dev) or test; all others are passed over.
-    Flickr30k's results.csv has bars: `image_name| comment_number| comment`, and lacks one in a single line.
+    A column `split` may say train, val (or dev) or test. Flickr30k's results.csv has bars, and lacks one in one line.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         bars = "|" in file.readline()

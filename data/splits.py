@@ -25,10 +25,10 @@ def official_splits(folder: Path) -> dict[str, str] | None:
     split_of: dict[str, str] = {}
     for split, path in paths:
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
-        for name in filter(None, names):
+        for name in filter(None, map(str.strip, lines)):
             if split_of.setdefault(name, split) != split:
                 raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
     return split_of if paths else None

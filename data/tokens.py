@@ -37,13 +37,11 @@ class Tokens:
         return len(self.offsets) - 1
 
     def __getitem__(self, caption: int) -> np.ndarray:
-        """Return the ids of one caption."""
         return self.ids[self.offsets[caption] : self.offsets[caption + 1]]
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens in each caption (N,)."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets)  # (N,)
 
     def select(self, chosen: np.ndarray) -> "Tokens":
         """Return the captions that the mask `chosen` (N,) marks."""
@@ -104,7 +102,7 @@ def join(parts: Sequence[Tokens]) -> Tokens:
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return where each caption begins, and where the last one ends (N + 1,)."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def unpack(saved: Mapping[str, np.ndarray]) -> Tokens:

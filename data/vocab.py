@@ -3,6 +3,7 @@
 from cli import UserError
 
 import importlib.util
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -119,13 +120,8 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the sentence up to `<eos>`, without special words."""
-        words = []
-        for i in ids:
-            if i == EOS:
-                break
-            if i >= len(SPECIALS):
-                words.append(self.words[i])
-        return self.tokenise.join(words)
+        said = itertools.takewhile(lambda i: i != EOS, ids)
+        return self.tokenise.join(self.words[i] for i in said if i >= len(SPECIALS))
 
     def state(self) -> dict[str, Any]:
         return {"words": self.words, "language": self.language}
