@@ -158,9 +158,6 @@ def test_what_has_no_open_address_is_explained_step_by_step(name: str, capsys: p
     ("line", "hint"),
     [
         ("", "DATASET"),
-        ("flickr8k --too x", "--too"),
-        ("flickr8k --to", "--to"),
-        ("flickr8k run=x", "run=x"),
         ("cifar", "'karpathy'"),
     ],
 )

@@ -127,11 +127,6 @@ def test_a_format_named_overrules_the_one_recognised(root: Path, refused: Callab
         load(root, "data.format=coco")
 
 
-def test_ids_are_those_of_the_source(root: Path) -> None:
-    put(root, "captions_train2014.json", text=json.dumps(COCO))
-    assert load(root)["image_id"].tolist() == [57870, 384029]
-
-
 def test_karpathys_splits_are_kept_and_restval_is_trained_on(root: Path) -> None:
     put(root, "dataset_flickr8k.json", text=json.dumps(KARPATHY))
     assert load(root)["split"].tolist() == ["train", "val"]
@@ -156,17 +151,6 @@ def test_two_files_and_two_folders_are_one_dataset(tmp_path: Path) -> None:
     table = load(tmp_path)
     assert table["image"].tolist() == ["train2014/a.jpg", "val2014/b.jpg"]
     assert table["split"].tolist() == ["train", "val"]
-
-
-def test_ai_challengers_folders_are_found_as_they_are_unpacked(tmp_path: Path) -> None:
-    for place, (split, date) in enumerate((("train", "20170902"), ("validation", "20170910"))):
-        folder = f"ai_challenger_caption_{split}_{date}"
-        text = json.dumps(AI_CHALLENGER[place : place + 1])
-        put(tmp_path, f"{folder}/caption_{split}_annotations_{date}.json", text=text)
-        put(tmp_path, f"{folder}/caption_{split}_images_{date}/{'ab'[place]}.jpg")
-    table = load(tmp_path)
-    assert table["split"].tolist() == ["train", "train", "val"]
-    assert table["image"][2] == "ai_challenger_caption_validation_20170910/caption_validation_images_20170910/b.jpg"
 
 
 def test_a_pattern_chooses_among_years(root: Path, refused: Callable) -> None:

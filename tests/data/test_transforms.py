@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +103,17 @@ def test_a_damaged_picture_is_refused_by_name_or_read_whole(suffix: str, tmp_pat
             assert open_picture(path).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", None])
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"  # Pillow would call Ghostscript
+
+
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", EPS, None])
 def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes | None, tmp_path: Path, refused: Callable) -> None:
     path = tmp_path / "odd.jpg"
     if content is not None:
         path.write_bytes(content)
-    with refused(str(path)):
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path)  # which is not waited for
+    with refused(str(path), "unknown format" if content == EPS else ""):
         open_picture(path)
     with refused(str(tmp_path)):  # a folder
         open_picture(tmp_path)
@@ -188,13 +192,6 @@ def test_pixels_are_normalised_with_the_mean_and_std_of_the_weights() -> None:
     torch.testing.assert_close(grey[:, 0, 0], torch.tensor([5.0, 2.5, -1.0]))
 
 
-def test_a_transform_is_plain_values_and_comes_back_equal() -> None:
-    transform = Transform(224, mean=(0.1, 0.2, 0.3), interpolation="bicubic")
-    values = asdict(transform)
-    assert all(isinstance(value, int | str | tuple) for value in values.values())
-    assert Transform(**values) == transform
-
-
 def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
@@ -202,16 +199,3 @@ def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "bomb.png")]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
     assert re.search(r"UserError: cannot read the picture .*bomb.png \(Image size \(90000000 pixels\) exceeds", said)
-
-
-def test_a_picture_is_never_handed_to_another_program(tmp_path: Path, refused: Callable) -> None:
-    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
-    with refused("a.jpg", "unknown format"):
-        open_picture(tmp_path / "a.jpg")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
-def test_a_pipe_is_not_waited_for(tmp_path: Path, refused: Callable) -> None:
-    os.mkfifo(tmp_path / "a.jpg")
-    with refused("a.jpg"):
-        open_picture(tmp_path / "a.jpg")
