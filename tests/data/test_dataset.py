@@ -81,11 +81,6 @@ def test_each_caption_has_its_picture(captions: Flickr8kDataset) -> None:
     assert [captions.images[number] for number in batch.image_ids] == ["0.jpg", "10.jpg", "20.jpg"]
 
 
-def test_a_batch_moves_whole() -> None:
-    moved = Batch(*(torch.zeros(1) for _ in range(5))).to(torch.device("meta"))
-    assert {part.device.type for part in vars(moved).values()} == {"meta"}
-
-
 def test_a_caption_takes_at_most_80_bytes() -> None:
     count, words = 20_000, "a man in a red shirt rides his bike up hills"
     images = [f"{number}.jpg" for number in range(count // 5)]

@@ -3,9 +3,6 @@
 import copy
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +20,8 @@ from captioning import feature_cache
 from data import features
 from data.features import Extractor, FeatureCache, Files, encode_files
 from data.transforms import Transform, View, open_picture
-from models.checkpoint import model_state
 from models.encoder import EncoderCNN
 from models.model import CaptionModel
-from utils import save_checkpoint
 
 ROOT = Path(features.__file__).parents[1]
 FOLDER = Path("archive/images")
@@ -116,7 +111,7 @@ def test_a_change_costs_that_picture_alone(
 ) -> None:
     cache.rows_per_file = rows_per_file
     others = [name for name in NAMES if name != "05.jpg"]
-    before, after = (others, NAMES) if what == "added" else (NAMES, others if what == "removed" else NAMES)
+    before, after = others if what == "added" else NAMES, others if what == "removed" else NAMES
     old = cache.fill(Files(before, FOLDER))
     kept, rows = files(cache), old.take(others)
     assert len(old.files) == -(-len(before) // rows_per_file)
@@ -159,38 +154,6 @@ def test_encoding_goes_on_where_it_was_interrupted(
     assert sorted(opened) == NAMES[kept:]
     assert_direct(filled.take(NAMES), tiny_model)
     assert len(files(cache)) == 2 * 3  # nothing is left of the file that was interrupted
-
-
-KILLED = """
-import os, signal
-from pathlib import Path
-from captioning import Captioner, encode_dataset
-from data import features
-
-features.BATCH = {"cpu": 2}
-encode, calls = features.Extractor.__call__, []
-
-def encode_or_die(self, pixels):
-    calls.append(pixels)
-    if len(calls) > 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encode(self, pixels)
-
-features.Extractor.__call__ = encode_or_die
-folder = Path("archive", "images")
-model = Captioner.load("model.pth", ["data.shard_rows=4"]).model
-encode_dataset(model, [path.name for path in folder.iterdir()], folder)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL does not exist here")
-def test_encoding_goes_on_after_a_kill(cache: FeatureCache, opened: list[str], tiny_model: CaptionModel) -> None:
-    save_checkpoint(Path("model.pth"), model_state(tiny_model))
-    killed = subprocess.run([sys.executable, "-c", KILLED], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert killed.returncode == -signal.SIGKILL
-    filled = cache.fill(ALL)
-    assert sorted(opened) == NAMES[4:]
-    assert_direct(filled.take(NAMES), tiny_model)
 
 
 def test_of_two_jobs_the_second_waits_and_encodes_nothing(

@@ -184,7 +184,6 @@ def test_a_csv_may_have_a_column_of_splits(root: Path, refused: Callable) -> Non
     ("name", "text", "words"),
     [
         ("captions.csv", "a.jpg,A dog .\n", "image,caption"),
-        ("captions.csv", "image,text\na.jpg,A dog .\n", "image,caption"),
         ("captions.csv", "", "image,caption"),
         ("captions.csv", "image,caption\n", "holds no captions"),
         ("captions.csv", "image,caption\na.jpg\n", "line 2"),
@@ -193,7 +192,6 @@ def test_a_csv_may_have_a_column_of_splits(root: Path, refused: Callable) -> Non
         ("captions.csv", "image,caption\na.jpg,A dog\nb.jpg,  . \n", "line 3"),
         ("captions.csv", "image,caption\n,A dog\n", "line 2"),
         ("captions.csv", 'image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "a.jpg"),
-        ("captions.csv", 'image,caption\na.jpg,"A dog\nb.jpg,"A cat"\n', "a.jpg"),
         ("captions.csv", CSV.encode("utf-16"), "UTF-8"),
         ("captions.csv", "image,caption\na.jpg,Ein Hündchen\n".encode("latin-1"), "UTF-8"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "line 2 is not JSON"),
@@ -205,7 +203,6 @@ def test_a_csv_may_have_a_column_of_splits(root: Path, refused: Callable) -> Non
         ("dataset.json", json.dumps(KARPATHY).replace('"filename"', '"name"'), "'filename'"),
         ("captions_val2014.json", json.dumps(COCO).replace('"image_id": 57870', '"image_id": 1'), "KeyError(1)"),
         ("captions_val2014.json", json.dumps(COCO)[:200], "JSONDecodeError"),
-        ("captions_val2014.json", "{}", "'images'"),
         ("caption_x_annotations.json", "[]", "holds no captions"),
         ("dataset.json", '{"sentences":' + "[" * 100_000, "RecursionError"),
         ("dataset.json", json.dumps(KARPATHY).replace('"imgid": 0', '"imgid": ' + "9" * 5000), "karpathy"),

@@ -103,14 +103,9 @@ def test_tars_hold_what_the_table_does(written: None) -> None:
     assert join([tar.tokens() for tar in found]).count() == Counter(word for each in words for word in each)
     config = load_config(overrides=[SHARDS]).data
     assert sorted(tars.train_captions(config)) == sorted(" ".join(each) for each in words)
-
-
-def test_what_is_held_out_is_a_dataset_like_any_other(written: None) -> None:
-    config = load_config(overrides=[SHARDS]).data
-    before = load(Path("archive")).query("split != 'train'").set_index("image_id")
+    before = load(Path("archive")).query("split != 'train'").set_index("image_id")[["caption", "split"]]
     held_out = annotations.load(config).set_index("image_id")
-    columns = ["caption", "split"]
-    assert held_out.loc[before.index.unique(), columns].equals(before[columns])
+    assert held_out.loc[before.index.unique(), ["caption", "split"]].equals(before)
     for image_id, name in held_out["image"].items():
         unpacked = annotations.image_folder(config) / name
         assert unpacked.read_bytes() == Path("archive/images", str(image_id)).read_bytes()
@@ -265,7 +260,6 @@ FAULTS: dict[str, tuple[dict[str, bytes | dict | str], tuple[str, ...]]] = {
     "two pictures": ({"1.jpg": picture(), "1.png": picture(), "1.json": GOOD}, ("0.tar", "jpg, png")),
     "not JSON": ({"1.jpg": picture(), "1.json": "a dog"}, ("0.tar/1.json",)),
     "JSON without captions": ({"1.jpg": picture(), "1.json": {"text": "a dog"}}, ("0.tar/1.json", "captions")),
-    "captions that are numbers": ({"1.jpg": picture(), "1.json": {"captions": [1]}}, ("0.tar/1.json",)),
     "a wordless caption": ({"1.jpg": picture(), "1.json": {"caption": " . "}}, ("0.tar/1.json",)),
     "an unknown split": ({"1.jpg": picture(), "1.json": GOOD | {"split": "dev2"}}, ("0.tar/1.json", "dev2")),
     "a file twice": ({"1.jpg": picture(), "1.jpg#": picture(), "1.json": GOOD}, ("0.tar", "1.jpg")),
@@ -306,15 +300,9 @@ def test_a_key_cannot_lead_out_of_the_cache(archive: Path) -> None:
 def test_what_cannot_be_trained_on_is_refused(
     written: None, refused: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with refused("tar/00000.tar", "data.shards"):
-        find("data.shards=tar/{00000..00002}.tar")
     for pattern, missing in (("tars/{00000..00003}.tar", "tars/00003.tar"), ("tars/*.tar", "tars/*.tar")):
         with refused(missing, "whose numbers stand in braces"):
             find(f"data.shards={pattern}")
-    with refused("data.shards", "quotes"):  # a shell has taken the braces
-        load_config(overrides=["data.shards=tars/00000.tar", "data.shards=tars/00001.tar"])
-    with refused("data.shards", "encoder.frozen=true"):
-        load_config(overrides=[SHARDS, "encoder.frozen=false"])
     write_tar("tars/9.tar", {"1.jpg": picture(), "1.json": GOOD})
     assert run(train.main, *TINY, "data.shards=tars/9.tar") == 2
     assert "has no val pictures; name val in the JSON of some pictures" in capsys.readouterr().err
