@@ -200,9 +200,8 @@ def shrink(picture: Image.Image) -> Image.Image:
 def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
     """Return the cache of what the model's frozen encoder makes of pictures."""
     data = model.config.data
-    return FeatureCache(
-        Path(data.cache), model.encoder, model.transform, model.precision, model.device, data.shard_rows, view
-    )
+    extractor = Extractor(model.encoder, model.transform, model.precision, model.device)
+    return FeatureCache(Path(data.cache), extractor, data.shard_rows, view)
 
 
 def encode_dataset(
@@ -214,8 +213,7 @@ def encode_dataset(
     Raises UserError for a picture that cannot be read.
     """
     if model.config.encoder.frozen:
-        [features] = feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
-        return features
+        return feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
     return encode_files(Extractor(model.encoder, model.transform, model.precision, model.device), names, folder)
 
 

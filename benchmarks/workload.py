@@ -108,7 +108,7 @@ class Training:
         self.batches = make_batches(self.train_set, config.train.batch_size, groups_by_image(self.model), rng=None)
 
     def read(self) -> list[Batch]:
-        return [self.train_set.__getitems__(batch).to(self.device) for batch in self.batches]
+        return [self.train_set[batch].to(self.device) for batch in self.batches]
 
     def epoch(self) -> None:
         """Train an epoch, validation apart, and not the very first steps of a run."""

@@ -2,9 +2,8 @@
 
     python -m data.annotations archive
 
-prints what a folder of captions and pictures holds. `image` is the picture's path below the image folder; `split` is
-train, val or test. No module after this one knows which format the captions came in (see `data.formats`), and this one
-needs no torch.
+prints what a folder holds. `image` is the picture's path below the image folder; `split` is train, val or test. No
+module after this one knows which format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
 from cli import Parser, UserError, run_script
@@ -12,9 +11,10 @@ from cli import Parser, UserError, run_script
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from glob import glob
+from glob import glob, iglob
+from operator import eq
 from pathlib import Path
 
 import pandas as pd
@@ -41,23 +41,15 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
     Official lists beside the captions decide alone where there are any, and pictures on no list are left out.
     Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded split. With
     `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
-
-    Raises UserError for an unreadable file, rows without picture or words, a name that leaves the image folder,
-    missing pictures, a picture in several splits, and splits named for only some captions.
     """
-    table, source = read_captions(config)
-    folder = image_folder(config)
-    table, missing = find_pictures(table, folder, source)
+    table, source, missing = read_dataset(config)
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
-            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in {folder} ({names}); "
-            "add them or remove their rows"
+            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
+            f"{image_folder(config)} ({names}); add them or remove their rows"
         )
-    splits.check_splits(table, source)
-    if table["split"].isna().all():
-        table["split"] = table["image"].map(splits.saved_or_seeded(table, saved_splits))
-    return table[table["split"].notna()].reset_index(drop=True)
+    return splits.complete(table, saved_splits)
 
 
 def references(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -65,28 +57,35 @@ def references(table: pd.DataFrame) -> dict[str, list[str]]:
     return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
 
 
-def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
-    """Return the table as the files have it, with the splits they name, and the files' names for messages."""
+def read_dataset(config: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
+    """Return the table with the splits that the files name, these files for messages, and the missing pictures."""
     pick(TOKENISERS, config.language, "data.language")
     if config.shards:
         from data import tars  # which needs torch
 
         table, source = tars.held_out(config), config.shards
-        refuse_chinese_as_english(table, config, source)
-        return table, source
+    else:
+        table, source = read_captions(config)
+    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
+        raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
+    table, missing = find_pictures(table, image_folder(config), source)
+    splits.check_splits(table, source)
+    return table, source, missing
+
+
+def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
+    """Return the captions of all files, of the pictures on official lists where there are any, and the files' names."""
     if config.format == "sample":
         sample.draw(Path(config.root))
-    paths = caption_files(config)
-    tables = [formats.read(path, config.format) for path in paths]
-    if len(paths) > 1:
-        tables = [
-            each.assign(split=each["split"].where(each["split"].notna(), split_in_name(path)))
-            for path, each in zip(paths, tables, strict=True)
-        ]
+    paths, tables = caption_files(config), []
+    for path in paths:
+        table = formats.read(path, config.format)
+        if len(paths) > 1:
+            table["split"] = table["split"].fillna(split_in_name(path))
+        tables.append(table)
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
         raise UserError(f"{source} holds no captions; it should have the columns image and caption")
-    refuse_chinese_as_english(table, config, source)
     official = splits.official_splits(paths[0].parent)
     if official is not None:
         table["split"] = table["image"].map(official)
@@ -96,16 +95,8 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     return table, source
 
 
-def refuse_chinese_as_english(table: pd.DataFrame, config: DataConfig, source: str) -> None:
-    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
-        raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
-
-
 def caption_files(config: DataConfig) -> list[Path]:
-    """Return the files with captions: one, or several whose names say which split each is.
-
-    Raises UserError when there is none, and when there are several between which only the user can choose.
-    """
+    """Return the files with captions: one, or several whose names say which split each is."""
     paths = find_captions(config)
     if not paths:
         wanted = f"file {config.captions}" if config.captions else "captions file"
@@ -126,7 +117,7 @@ def find_captions(config: DataConfig) -> list[Path]:
     if config.captions is None:
         return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
     for place in (Path(config.captions), root / config.captions):
-        paths = [place] if place.is_file() else sorted(path for path in map(Path, glob(str(place))) if path.is_file())
+        paths = [place] if place.is_file() else sorted(map(Path, glob(str(place))))
         if paths:
             return paths
     return []
@@ -147,7 +138,7 @@ def image_folder(config: DataConfig) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    if not config.images and root.is_dir() and any(p.lower().endswith(PICTURE_SUFFIXES) for p in files_below(root)):
+    if not config.images and any(path.lower().endswith(PICTURE_SUFFIXES) for path in paths_below(root)):
         return root
     raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
 
@@ -155,37 +146,28 @@ def image_folder(config: DataConfig) -> Path:
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
     """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
 
-    A picture lies where its name says; else it is the only file there whose path ends with its name, or with which its
-    name ends. Raises UserError where several files do.
+    A picture lies where its name says; else it is the only file whose path ends with its name, or the other way round.
     """
-    paths = list(files_below(folder))
-    by_name: dict[str, list[str]] = {}
-    for path in paths:
-        by_name.setdefault(path.rpartition("/")[2], []).append(path)
-    found, missing = {path: path for path in paths}, []
+    path_of, by_name = dict[str, str](), defaultdict[str, list[str]](list)
+    for path in paths_below(folder):
+        path_of[path] = path
+        by_name[path.rpartition("/")[2]].append(path)
+    missing = []
     for image in table["image"].unique():
-        if image not in found:
-            near = [path for path in by_name.get(image.rpartition("/")[2], []) if is_end(path, image)]
+        if image not in path_of:
+            parts = image.split("/")[::-1]
+            near = [path for path in by_name[parts[0]] if all(map(eq, parts, path.split("/")[::-1]))]
             if len(near) > 1:
                 raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
-            found[image] = near[0] if near else image
+            path_of[image] = near[0] if near else image
             missing += [] if near else [image]
-    return table.assign(image=table["image"].map(found)), missing
+    return table.assign(image=table["image"].map(path_of)), missing
 
 
-def is_end(path: str, other: str) -> bool:
-    """Whether one of two paths is the end of the other: x/a.jpg and a.jpg, but not x/a.jpg and y/a.jpg."""
-    return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
-
-
-def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]:
-    """Yield the paths, with forward slashes, of the files in `folder` and `depth` levels below."""
-    for entry in os.scandir(folder):
-        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # is_dir() raises on link loops
-        if not is_folder:
-            yield prefix + entry.name
-        elif depth and not entry.name.startswith("."):
-            yield from files_below(Path(entry.path), f"{prefix}{entry.name}/", depth - 1)
+def paths_below(folder: Path) -> Iterator[str]:
+    """Yield the paths, with forward slashes, of all that lies in `folder` and three levels below."""
+    for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
+        yield from (path.replace(os.sep, "/") for path in iglob(pattern, root_dir=folder))
 
 
 # ---- python -m data.annotations --------------------------------------------------------------------------------------
@@ -193,25 +175,22 @@ def files_below(folder: Path, prefix: str = "", depth: int = 3) -> Iterator[str]
 
 def report(config: DataConfig) -> Iterator[str]:
     """Yield lines about a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
-    table, source = read_captions(config)
-    folder = image_folder(config)
-    table, missing = find_pictures(table, folder, source)
-    splits.check_splits(table, source)
-    drawn = table["split"].isna().all()
-    if drawn:
-        table["split"] = table["image"].map(splits.saved_or_seeded(table, None))
+    table, source, missing = read_dataset(config)
+    note = ", drawn by a seed" if table["split"].isna().all() else ""
+    table = splits.complete(table, None)
     kind = formats.recognise(caption_files(config)[0]) if config.format == "auto" else config.format
     yield f"captions:   {source} ({kind})"
-    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {folder}"
+    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(config)}"
     yield from (f"            missing: {name}" for name in missing[:5])
     each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
     yield f"            {each.min()} to {each.max()} captions each, {len(table):,} in all, {twice:,} of them repeated"
     for split in SPLITS:
         rows = table[table["split"] == split]
-        note = ", drawn by a seed" if drawn else ""
         yield f"{split + ':':<11} {rows['image'].nunique():,} pictures, {len(rows):,} captions{note}"
     words = table["caption"].map(TOKENISERS[config.language]())
-    yield from draw_lengths(words.str.len())
+    lengths = words.str.len()
+    low, high = lengths.quantile([0.05, 0.95]).round().astype(int)
+    yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}, mostly {low} to {high}"
     counts = Counter(word for each in words[table["split"] == "train"] for word in each)
     known = {word for word, count in counts.items() if count >= config.min_count}
     yield f"vocabulary: {len(known):,} of {len(counts):,} train words occur at least {config.min_count} times"
@@ -221,28 +200,13 @@ def report(config: DataConfig) -> Iterator[str]:
             yield f"            they are {100 * sum(found) / len(found):.1f} % of the words in {split}"
 
 
-def draw_lengths(lengths: pd.Series, bins: int = 12) -> Iterator[str]:
-    """Yield a histogram of caption lengths; the last line is for all that are longer."""
-    width = max(1, round(lengths.quantile(0.99) / bins))
-    counts = (lengths // width).clip(upper=bins).value_counts().sort_index()
-    yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}"
-    for number, count in counts.items():
-        last = "" if number == bins else f"{(number + 1) * width - 1}"
-        bar = "#" * round(40 * count / counts.max())
-        yield f"{number * width:>8}-{last:<3} {bar} {100 * count / len(lengths):.1f} %"
-
-
 def main() -> None:
     parser = Parser(description="Print what a folder of captions and pictures holds.")
-    parser.add_argument("path", type=Path, help="the folder, such as archive, or a captions file in it")
-    args = parser.parse_options(setting_names())
-    if not args.path.exists():
-        raise UserError(f"there is no folder or captions file {args.path}; check the path")
-    root, captions = args.path, list[str]()
-    if args.path.is_file():  # COCO has its captions in a folder beside those of the pictures
-        root = args.path.parent.parent if args.path.parent.name == "annotations" else args.path.parent
-        captions = [f"data.captions={args.path}"]
-    for line in report(load_config(overrides=[f"data.root={root}", *captions, *args.overrides]).data):
+    parser.add_argument("folder", type=Path, help="such as archive")
+    args = parser.parse_options_and_settings(setting_names())
+    if not args.folder.is_dir():
+        raise UserError(f"there is no folder {args.folder}; check the path")
+    for line in report(load_config(overrides=[f"data.root={args.folder}", *args.overrides]).data):
         print(line)
 
 

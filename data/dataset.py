@@ -2,12 +2,10 @@
 
 from cli import UserError
 
-import copy
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,31 +14,23 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 from data.features import Features
 from data.tokens import Tokens
-from data.transforms import WHOLE, Transform, View, augment, open_picture
+from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
 
 
 @dataclass
 class Batch:
-    """N captions of B pictures.
+    """N captions of B pictures."""
 
-    Attributes:
-        features: (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S).
-        tokens: `<sos> w1 … wn <eos>`, padded (N, 1 + T).
-        image_index: each caption's row in `features` (N,).
-        image_ids: the pictures' places in the dataset's `images` (B,).
-        mirrored: which pictures are shown mirrored, their captions with left for right (B,).
-    """
-
-    features: torch.Tensor
-    tokens: torch.Tensor
-    image_index: torch.Tensor
-    image_ids: torch.Tensor
-    mirrored: torch.Tensor
+    features: torch.Tensor  # (B, D) or (B, L, D), or uint8 pixels (B, 3, S, S)
+    tokens: torch.Tensor  # `<sos> w1 … wn <eos>`, padded (N, 1 + T)
+    image_index: torch.Tensor  # each caption's row in `features` (N,)
+    image_ids: torch.Tensor  # the pictures' places in the dataset's `images` (B,)
+    mirrored: torch.Tensor  # which pictures are shown mirrored, their captions with left for right (B,)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on this device; a GPU fetches it from pinned memory while it still computes."""
-        parts = [self.features, self.tokens, self.image_index, self.image_ids, self.mirrored]
+        parts = list(vars(self).values())
         if device.type == "cuda":
             parts = [part if part.is_cuda else part.pin_memory() for part in parts]
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
@@ -54,70 +44,38 @@ class Batch:
         return self.tokens[:, 1:]  # (N, T): w1 … wn <eos>
 
 
+@dataclass(eq=False)
 class Flickr8kDataset(Dataset):
-    """One item per caption, whatever format the captions came from.
+    """One item per caption, whatever format the captions came from."""
 
-    Args:
-        images: the names of P pictures.
-        image_of: each caption's place in `images` (N,).
-        tokens: the captions, with the ids of `vocab`.
-        folder, transform: where pictures are read from, and how, when there are no `features`.
-        features: of the pictures as they are.
-        views: other ways to show the pictures, each with its features where there are `features`.
-        augmentations: names of random changes to pictures that are read, see `data.transforms.augment`.
+    images: Sequence[str]  # the names of P pictures
+    image_of: np.ndarray  # each caption's place in `images` (N,)
+    tokens: Tokens  # of the captions, with the ids of `vocab`
+    vocab: Vocabulary
+    folder: Path  # where pictures are read from, and how, when there are no `features`
+    transform: Transform
+    features: Features | None = None  # of the pictures as they are
+    views: Mapping[View, Features | None] = field(default_factory=dict)  # other ways to show them, each with features
+    augmentations: Sequence[str] = ()  # random changes to pictures that are read, by their names in AUGMENTATIONS
 
-    Attributes:
-        view_of: how each picture is shown in this epoch (P,): 0 as it is, else one of `views`, counted from 1.
-    """
-
-    def __init__(
-        self,
-        images: Sequence[str],
-        image_of: np.ndarray,
-        tokens: Tokens,
-        vocab: Vocabulary,
-        folder: Path,
-        transform: Transform,
-        features: Features | None = None,
-        views: Mapping[View, Features | None] | None = None,
-        augmentations: Sequence[str] = (),
-    ) -> None:
-        self.images, self.image_of, self.tokens = images, image_of.astype(np.int32), tokens
-        self.folder, self.transform, self.augmentations = folder, transform, augmentations
-        self.set_features({WHOLE: features} | dict(views or {}))
-        self.view_of = np.zeros(len(images), dtype=np.int64)
+    def __post_init__(self) -> None:
+        self.image_of = self.image_of.astype(np.int32)
+        self.lengths = self.tokens.lengths.astype(np.int32) + 1  # targets of each caption, words and `<eos>` (N,)
+        self.shown = {WHOLE: self.features, **self.views}
+        self.places = {view: each.index(self.images) for view, each in self.shown.items() if each}  # (P,) for each
+        self.view_of = np.zeros(
+            len(self.images), dtype=np.int64
+        )  # how each is shown in this epoch, by place in `shown`
         self.seed = (0, 0)
-        self.mirrored_id = torch.tensor(vocab.mirrored())  # (V,): left for right
-
-    def set_features(self, views: Mapping[View, Features | None]) -> None:
-        """Show the pictures in these ways from now on, WHOLE first."""
-        self.views = dict(views)
-        self.places = {view: each.index(self.images) for view, each in self.views.items() if each}  # (P,) for each
+        self.mirrored_id = torch.tensor(self.vocab.mirrored())  # (V,): left for right
 
     def with_features(self, features: Features) -> "Flickr8kDataset":
         """Return the same captions of pictures with these features."""
-        dataset = copy.copy(self)
-        dataset.set_features({WHOLE: features})
-        return dataset
-
-    @property
-    def features(self) -> Features | None:
-        """The features of the pictures as they are; None where pictures are read and encoded anew each time."""
-        return self.views[WHOLE]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The number of targets of each caption (N,): its words and `<eos>`."""
-        return self.tokens.lengths + 1
-
-    def count_targets(self, captions: np.ndarray) -> int:
-        """Return the number of targets of these captions, without a pass over all."""
-        begins, ends = self.tokens.offsets[captions], self.tokens.offsets[captions + 1]
-        return int((ends - begins + 1).sum())
+        return replace(self, features=features)
 
     def start_epoch(self, seed: int, epoch: int, rng: np.random.Generator) -> None:
         """Draw how each picture is shown from now on."""
-        self.view_of = rng.integers(len(self.views), size=len(self.images))
+        self.view_of = rng.integers(len(self.shown), size=len(self.images))
         self.seed = (seed, epoch)
 
     def sample_images(self, most: int) -> list[str]:
@@ -128,14 +86,11 @@ class Flickr8kDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Return the captions `indices` as one Batch; each of their pictures is read once."""
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Return these captions as one Batch; each of their pictures is read once."""
         images, places = np.unique(self.image_of[indices], return_inverse=True)
         tokens, image_index = pad([[SOS, *self.tokens[index], EOS] for index in indices]), torch.from_numpy(places)
-        is_mirrored = np.array([view.mirrored for view in self.views])  # (views,)
+        is_mirrored = np.array([view.mirrored for view in self.shown])  # (views,)
         mirrored = torch.from_numpy(is_mirrored[self.view_of[images]])  # (B,)
         tokens = torch.where(mirrored[image_index, None], self.mirrored_id[tokens], tokens)
         image_ids = torch.from_numpy(images.astype(np.int64))
@@ -143,13 +98,12 @@ class Flickr8kDataset(Dataset):
 
     def read(self, images: np.ndarray) -> torch.Tensor:
         """Return the pictures at these places in `images`: their features if there are any, else pixels."""
-        shown = self.view_of[images]  # (B,)
+        view_of, views = self.view_of[images], list(self.shown)  # (B,)
         if self.features is None:
-            views = list(self.views)
-            return torch.stack([self.read_pixels(int(image), views[v]) for image, v in zip(images, shown, strict=True)])
+            return torch.stack([self.read_pixels(int(i), views[v]) for i, v in zip(images, view_of, strict=True)])
         rows = self.features.take(self.places[WHOLE][images])  # (B, D) or (B, L, D)
-        for number, (view, features) in enumerate(self.views.items()):
-            here = np.flatnonzero(shown == number)
+        for number, (view, features) in enumerate(self.shown.items()):
+            here = np.flatnonzero(view_of == number)
             if number and features and len(here):
                 rows[torch.from_numpy(here)] = features.take(self.places[view][images[here]]).to(rows.device)
         return rows
@@ -157,8 +111,9 @@ class Flickr8kDataset(Dataset):
     def read_pixels(self, image: int, view: View) -> torch.Tensor:
         """Return a view of a picture, augmented by noise of (seed, epoch, image), as uint8 (3, S, S)."""
         picture = open_picture(self.folder / self.images[image])
-        if self.augmentations:
-            picture = augment(picture, self.augmentations, np.random.default_rng([*self.seed, image]))
+        rng = np.random.default_rng([*self.seed, image])
+        for name in self.augmentations:
+            picture = AUGMENTATIONS[name](picture, rng)
         return self.transform.resize(picture, view)
 
 
@@ -178,9 +133,8 @@ def make_batches(
 ) -> list[np.ndarray]:
     """Return the caption indices of each batch, about `batch_size` captions each.
 
-    Captions of similar length share a batch, or, `by_image`, whole pictures with all their captions, sorted by the
-    longest: what is computed of a picture is then computed once. The order is drawn from `rng`; without one it is
-    always the same.
+    Captions of similar length share a batch, or, `by_image`, whole pictures with all their captions, so that each is
+    encoded once. The order is drawn from `rng`; without one it is always the same.
     """
     order = np.argsort(dataset.image_of, kind="stable") if by_image else np.arange(len(dataset))
     sizes = np.bincount(dataset.image_of) if by_image else np.ones(len(dataset), dtype=np.int64)  # (groups,)
@@ -197,16 +151,11 @@ def make_batches(
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a batch that one process computes.
+    """The part of a batch that one process computes."""
 
-    Attributes:
-        indices: its captions.
-        batch_words: target words in the whole batch; fraction: of these in this share, from 0 to 1.
-    """
-
-    indices: np.ndarray
-    batch_words: int
-    fraction: float
+    indices: np.ndarray  # its captions
+    batch_words: int  # target words in the whole batch
+    fraction: float  # of these in this share, from 0 to 1
 
 
 def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) -> Share:
@@ -214,14 +163,14 @@ def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) 
 
     A process that gets no picture takes a caption with fraction 0, since every process takes part in each step.
     """
-    words = dataset.count_targets(batch)
+    words = int(dataset.lengths[batch].sum())
     if size == 1:
         return Share(batch, words, 1.0)
     picture = np.unique(dataset.image_of[batch], return_inverse=True)[1]  # (N,)
     mine = batch[picture % size == rank]
     if not len(mine):
         return Share(batch[:1], words, 0.0)
-    return Share(mine, words, dataset.count_targets(mine) / words)
+    return Share(mine, words, int(dataset.lengths[mine].sum()) / words)
 
 
 def read_shares(
@@ -234,8 +183,8 @@ def read_shares(
     shares = [share_of(dataset, batch, distributed.rank(), distributed.size()) for batch in batches]
     loader = DataLoader(
         ErrorsAsItems(dataset),
-        batch_sampler=(share.indices.tolist() for share in shares),
-        collate_fn=unchanged,
+        batch_size=None,  # an item is a whole batch
+        sampler=[share.indices for share in shares],
         num_workers=workers if dataset.features is None else 0,
         worker_init_fn=ignore_interrupts,
     )
@@ -245,15 +194,15 @@ def read_shares(
         yield share, batch
 
 
+@dataclass
 class ErrorsAsItems(Dataset):
     """The dataset, but it returns a UserError: one raised in another process would come with its traceback."""
 
-    def __init__(self, dataset: Flickr8kDataset) -> None:
-        self.dataset = dataset
+    dataset: Flickr8kDataset
 
-    def __getitems__(self, indices: np.ndarray) -> Batch | UserError:
+    def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
         try:
-            return self.dataset.__getitems__(indices)
+            return self.dataset[indices]
         except UserError as error:
             return error
 
@@ -261,7 +210,3 @@ class ErrorsAsItems(Dataset):
 def ignore_interrupts(worker: int) -> None:
     """Leave Ctrl-C, which a terminal sends to all processes, to the training one: it ends the readers when it stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def unchanged(batch: Any) -> Any:
-    return batch

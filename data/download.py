@@ -7,27 +7,20 @@ unpacked. `--source` takes the files from a mirror, or from a folder, instead of
 from cli import Parser, UserError, run_script
 
 import argparse
-import difflib
 import hashlib
 import http.client
 import shutil
-import stat
 import sys
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.formats import leaves_folder
-
-CHUNK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte
-ATTEMPTS = 5  # in a row without a byte
-MAX_RATIO = 50  # unpacked size / archive size; captions, which compress best, reach some 10
+ATTEMPTS = 5
 FINISHED = ".downloaded"  # lists the files that were unpacked, one a line
 
 
@@ -45,35 +38,28 @@ class Source:
 
 
 FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
-FLICKR8K_CN = "https://raw.githubusercontent.com/li-xirong/flickr8kcn/master/data"
 COCO = "http://images.cocodataset.org"
-KARPATHY = "https://cs.stanford.edu/people/karpathy/deepimagesent"
-IMAGES = Source(f"{FLICKR8K}/Flickr8k_Dataset.zip", 1_115_419_746, "md5:f18a1e2920de5bd84dae7cf08ec78978")
+PICTURES = Source(f"{FLICKR8K}/Flickr8k_Dataset.zip", 1_115_419_746, "md5:f18a1e2920de5bd84dae7cf08ec78978")
 TEXT = Source(f"{FLICKR8K}/Flickr8k_text.zip", 2_340_801, "md5:bf6c1abcb8e4a833b7f922104de18627")
+CHINESE_TEXT = Source(
+    "https://raw.githubusercontent.com/li-xirong/flickr8kcn/master/data/flickr8kzhc.caption.txt", 3_000_000, None
+)
+COCO2014 = [
+    Source(f"{COCO}/zips/train2014.zip", 13_510_573_713, "md5:0da8c0bd3d6becc4dcb32757491aca88"),
+    Source(f"{COCO}/zips/val2014.zip", 6_645_013_297, "md5:a3d79f5ed8d289b7a7554ce06a5782b3"),
+    Source(f"{COCO}/annotations/annotations_trainval2014.zip", 252_872_794, "md5:0a379cfc70b0e71301e0f377548639bd"),
+]
+KARPATHY = Source(
+    "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
+    36_745_453,
+    "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
+)
 SOURCES = {  # name: where it goes by default, and what it is made of
-    "flickr8k": ("archive", [IMAGES, TEXT]),
+    "flickr8k": ("archive", [PICTURES, TEXT]),
     "flickr8k_splits": ("archive", [TEXT]),
-    "flickr8k_cn": ("archive", [Source(f"{FLICKR8K_CN}/flickr8kzhc.caption.txt", 3_000_000, None)]),
-    "coco2014": (
-        "coco",
-        [
-            Source(f"{COCO}/zips/train2014.zip", 13_510_573_713, "md5:0da8c0bd3d6becc4dcb32757491aca88"),
-            Source(f"{COCO}/zips/val2014.zip", 6_645_013_297, "md5:a3d79f5ed8d289b7a7554ce06a5782b3"),
-            Source(
-                f"{COCO}/annotations/annotations_trainval2014.zip", 252_872_794, "md5:0a379cfc70b0e71301e0f377548639bd"
-            ),
-        ],
-    ),
-    "karpathy": (
-        "coco",
-        [
-            Source(
-                f"{KARPATHY}/caption_datasets.zip",
-                36_745_453,
-                "sha256:4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817",
-            )
-        ],
-    ),
+    "flickr8k_cn": ("archive", [CHINESE_TEXT]),
+    "coco2014": ("coco", COCO2014),
+    "karpathy": ("coco", [KARPATHY]),
 }
 BY_HAND = {
     "kaggle": """Flickr8k from Kaggle needs an account there:
@@ -96,14 +82,10 @@ KNOWN = [*SOURCES, *BY_HAND]
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(KNOWN)}")
+    parser.add_argument("dataset", metavar="DATASET", choices=KNOWN, help=f"one of {', '.join(KNOWN)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
     args = parser.parse_options()
-    if args.dataset not in KNOWN:
-        near = difflib.get_close_matches(args.dataset, KNOWN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"take one of {', '.join(KNOWN)}"
-        raise UserError(f"there is no dataset {args.dataset} to download; {hint}")
     if args.dataset in BY_HAND:
         print(BY_HAND[args.dataset])
         return
@@ -124,15 +106,18 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
             print(f"{source.name} is unpacked in {folder}/ already")
             continue
         part = folder / f"{source.name}.part"
-        download(address(source, mirror), part, source)
-        check(part, source)
+        download(source, part, mirror)
+        check(source, part)
         if source.name.endswith(".zip"):
-            unpack(part, folder)
+            with zipfile.ZipFile(part) as archive:
+                members = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+                for name in tqdm(members, desc=f"unpacking {source.name}", unit="file", disable=None):
+                    archive.extract(name, folder)
             part.unlink()
         else:
             part.replace(folder / source.name)
-        finished.append(source.name)
-        marks.write_text("".join(f"{name}\n" for name in finished))
+        with open(marks, "a") as file:
+            file.write(f"{source.name}\n")
 
 
 def check_disk(sources: list[Source], folder: Path) -> None:
@@ -146,59 +131,43 @@ def check_disk(sources: list[Source], folder: Path) -> None:
         )
 
 
-def address(source: Source, mirror: str | None) -> str:
-    if mirror is None:
-        return source.url
-    return f"{mirror.rstrip('/')}/{source.name}" if "://" in mirror else (Path(mirror) / source.name).resolve().as_uri()
+def download(source: Source, part: Path, mirror: str | None) -> None:
+    """Bring the file `part` to its end, from where it stops; raises UserError after several attempts."""
+    url = source.url
+    if mirror:
+        url = f"{mirror.rstrip('/')}/{source.name}" if "://" in mirror else Path(mirror, source.name).resolve().as_uri()
+    for attempt in range(ATTEMPTS):
+        try:
+            receive(url, source, part)
+            return
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            if attempt == ATTEMPTS - 1:
+                raise UserError(
+                    f"cannot download {url} ({error}); the same command goes on, or name another place: --source"
+                ) from None
 
 
-def download(url: str, part: Path, source: Source) -> None:
-    """Bring the file `part` to its end, from where it stops.
-
-    Raises UserError when the server has not got it, or drops the connection ATTEMPTS times in a row.
-    """
-    attempts = 0
-    with tqdm(total=source.size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar:
-        while attempts < ATTEMPTS:
-            before = size_of(part)
-            bar.n = before
-            try:
-                for written in receive(url, part):
-                    bar.update(written)
-                return
-            except urllib.error.HTTPError as error:
-                if error.code == 416 and before:  # it has no more bytes than these
-                    return
-                reason: object = f"{error.code} {error.reason}"
-                if error.code < 500:
-                    break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                reason = getattr(error, "reason", error)
-            attempts = 0 if size_of(part) > before else attempts + 1
-    raise UserError(f"cannot download {url} ({reason}); the same command goes on, or name another place: --source")
-
-
-def receive(url: str, part: Path) -> Iterator[int]:
-    """Append what the file at `url` has beyond `part`; yields the number of bytes of each piece."""
-    begun = size_of(part)
+def receive(url: str, source: Source, part: Path) -> None:
+    """Append what the file at `url` has beyond `part`; raises OSError or HTTPException where it does not all arrive."""
+    begun = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        resumed = begun and answer.status == 206
+    try:
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and begun:  # it has no more bytes than these
+            return
+        raise
+    with answer, tqdm(total=source.size, desc=source.name, unit="B", unit_scale=True, disable=None) as bar:
+        resumed = answer.status == 206
+        bar.update(begun if resumed else 0)
         with open(part, "ab" if resumed else "wb") as file:
-            missing = int(answer.headers["Content-Length"] or 0)
-            while piece := answer.read(CHUNK):
-                file.write(piece)
-                missing -= len(piece)
-                yield len(piece)
-    if missing > 0:
-        raise http.client.IncompleteRead(b"", missing)
+            while piece := answer.read(1 << 20):
+                bar.update(file.write(piece))
+        if getattr(answer, "length", None):  # bytes that were announced and did not come
+            raise ConnectionError("the connection was cut off")
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def check(part: Path, source: Source) -> None:
+def check(source: Source, part: Path) -> None:
     """Raise UserError, and delete the file, unless it has the checksum of its source."""
     if source.checksum is None:
         return
@@ -208,27 +177,6 @@ def check(part: Path, source: Source) -> None:
     if found != expected:
         part.unlink()
         raise UserError(f"{source.name} came damaged ({algorithm} {found}, not {expected}), deleted; run this again")
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip file; raises UserError, before a file is written, for members that would lie outside `folder`."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            members = [member for member in content.infolist() if not member.filename.startswith("__MACOSX/")]
-            for member in members:
-                if leaves_folder(member.filename) or stat.S_ISLNK(member.external_attr >> 16):
-                    raise UserError(f"{archive.stem} holds {member.filename!r}, which leaves the folder; do not use it")
-            unpacked = sum(member.file_size for member in members)
-            if unpacked > MAX_RATIO * archive.stat().st_size or unpacked > shutil.disk_usage(folder).free:
-                raise UserError(
-                    f"{archive.stem} would unpack to {unpacked / 1e9:,.1f} GB, too much for the disk, or for an honest "
-                    "archive of its size; make room, or name another --source"
-                )
-            for member in tqdm(members, desc=f"unpacking {archive.stem}", unit="file", disable=None):
-                content.extract(member, folder)
-    except zipfile.BadZipFile:
-        archive.unlink()
-        raise UserError(f"{archive.stem} is not a zip file, deleted; run this again or name another --source") from None
 
 
 if __name__ == "__main__":

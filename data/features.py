@@ -2,9 +2,9 @@
 
 `cache/<encoder>-<key>/` holds all that one encoder has made: the key names its weights, transform, precision and view.
 Inside, each image folder (or tar) has a folder of its own with files of fp16 rows, 00000.npy …, and beside each a
-00000.json that says whose rows they are (name, size and mtime of each picture) and how many are done. A picture that is
-new or has changed is encoded into a new file, and no other picture is. A file is never written again once it can be
-read, so that a training that has it mapped keeps its rows.
+manifest, 00000.json, that says whose rows they are: name, size and mtime of each picture. A picture that is new or has
+changed is encoded into a new file, and no other picture is. A file is never written again, so that a training that has
+it mapped keeps its rows.
 """
 
 from cli import UserError
@@ -34,19 +34,13 @@ from utils import write_atomically
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Opener = Callable[[], Image.Image]  # opens a picture, wherever it lies
-Stamp = list[Any]  # name, size and mtime (ns) of a picture, or of the tar it lies in
+Stamp = tuple[str, int, int]  # name, size and mtime (ns) of a picture, or its name and those of the tar it lies in
 
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
-SAVE_EVERY = 256  # pictures between two writes of `rows_done`: the most that a kill can cost
 
 
 class Features:
-    """Encoded pictures: the features of `names[i]` are row `rows[i]` of all files, one after the other.
-
-    Args:
-        files: fp16 rows (rows, D) or (rows, L, D), usually mapped from disk.
-        names: P pictures; rows: (P,), by default 0 … P - 1.
-    """
+    """Encoded pictures: files of fp16 rows (rows, D) or (rows, L, D), where row `rows[i]`, or i, is of `names[i]`."""
 
     def __init__(self, files: Sequence[torch.Tensor], names: Sequence[str], rows: np.ndarray | None = None) -> None:
         self.files, self.names = list(files), names
@@ -76,14 +70,6 @@ class Features:
             self.files = [file.to(device) for file in self.files]
 
 
-def concatenate(parts: Sequence[Features]) -> Features:
-    """Return the features of all parts' pictures."""
-    before = np.cumsum([0] + [int(part.ends[-1]) if len(part.ends) else 0 for part in parts])
-    rows = [part.rows + first for part, first in zip(parts, before[:-1].tolist(), strict=True)]
-    names = [name for part in parts for name in part.names]
-    return Features([file for part in parts for file in part.files], names, np.concatenate(rows))
-
-
 # ---- from pictures to features ---------------------------------------------------------------------------------------
 
 
@@ -97,18 +83,21 @@ class Encoder(Protocol):
     def for_inference(self, dtype: torch.dtype) -> nn.Module: ...
 
 
+@dataclass(eq=False)
 class Extractor:
     """The one way from pictures to features, at full speed, by a frozen copy of the encoder."""
 
-    def __init__(self, encoder: Encoder, transform: Transform, precision: torch.dtype, device: torch.device) -> None:
-        self.transform, self.precision, self.device = transform, precision, device
-        self.network = encoder.for_inference(precision).to(device)
+    encoder: Encoder
+    transform: Transform
+    precision: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.encoder.for_inference(self.precision).to(self.device)
 
     def encode(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[list[torch.Tensor | UserError]]:
-        """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, on the CPU.
-
-        Threads read a batch ahead. For a picture that cannot be read, its UserError is yielded.
-        """
+        """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, or the UserError that it raised."""
 
         def read(opener: Opener) -> torch.Tensor | UserError:
             try:
@@ -143,39 +132,33 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch:
 
 def encode_files(extractor: Extractor, names: Sequence[str], folder: Path) -> Features:
     """Encode pictures into memory, as for a backbone that is being trained; raises UserError for a broken one."""
-    rows = []
-    for batch in extractor.encode(Files(list(names), folder).openers(range(len(names)))):
-        rows += [raise_errors(item) for item in batch]
-    return Features([torch.stack(rows)], names)
+    batches = extractor.encode(Files(list(names), folder).openers(range(len(names))))
+    return Features([torch.cat([stack(batch) for batch in batches])], names)
 
 
-def raise_errors(item: torch.Tensor | UserError) -> torch.Tensor:
-    if isinstance(item, UserError):
-        raise item
-    return item
+def stack(items: list[torch.Tensor | UserError]) -> torch.Tensor:
+    """Return the features of pictures as one tensor (B, D) or (B, L, D); raises the error of one that has none."""
+    for item in items:
+        if isinstance(item, UserError):
+            raise item
+    return torch.stack([item for item in items if isinstance(item, torch.Tensor)])
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
-    """Pictures that lie together, in a folder or in a tar (`data.tars.Tar`)."""
+    """Pictures that lie together, in a folder or in a tar; `key` names their folder in the cache."""
 
     @property
-    def key(self) -> str:
-        """A name for their folder in the cache, unlike that of any other source."""
-        ...
+    def key(self) -> str: ...
 
     @property
     def names(self) -> list[str]: ...
 
-    def stamps(self) -> list[Stamp]:
-        """Return name, size and mtime (ns) of each picture."""
-        ...
+    def stamps(self) -> list[Stamp]: ...
 
-    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
-        """Return what opens each of the pictures with these numbers, which ascend."""
-        ...
+    def openers(self, numbers: Sequence[int]) -> Iterable[Opener]: ...  # of pictures with these numbers, which ascend
 
 
 @dataclass(frozen=True)
@@ -195,54 +178,46 @@ class Files:
             stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
         except OSError as error:
             raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.names, stats, strict=True)]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(self.names, stats, strict=True)]
 
     def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
         return (partial(open_picture, self.folder / self.names[number]) for number in numbers)
 
 
+@dataclass
 class FeatureCache:
-    """The features that one frozen encoder has made of one view of pictures.
+    """The features that one frozen encoder has made of one view of pictures."""
 
-    Args:
-        folder: `data.cache`; rows_per_file: `data.shard_rows`, the share that processes take turns at.
-    """
+    folder: Path
+    extractor: Extractor
+    rows_per_file: int  # what processes take turns at, and the most that a kill costs each of them
+    view: View = WHOLE
 
-    def __init__(
-        self,
-        folder: Path,
-        encoder: Encoder,
-        transform: Transform,
-        precision: torch.dtype,
-        device: torch.device,
-        rows_per_file: int,
-        view: View = WHOLE,
-    ) -> None:
-        self.encoder, self.transform, self.precision, self.device = encoder, transform, precision, device
-        self.rows_per_file, self.view = rows_per_file, view
+    @cached_property
+    def place(self) -> Path:
+        encoder, transform, precision = self.extractor.encoder, self.extractor.transform, self.extractor.precision
         identity = {
             "encoder": {name: value for name, value in encoder.identity.items() if name != "source"},
             "spatial": encoder.spatial,
             "transform": asdict(transform),
             "precision": str(precision).removeprefix("torch."),
-            "view": asdict(view),
+            "view": asdict(self.view),
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        self.place = folder / f"{encoder.identity['name'].replace('/', '_')}-{key}"
+        return self.folder / f"{encoder.identity['name'].replace('/', '_')}-{key}"
 
     def find(self, source: Source) -> Features | None:
         """Return the features of a source's pictures if all are in the cache, else None."""
-        features, missing = self.look_up(source)
+        features, [missing] = self.look_up(source)
         return None if missing else features
 
-    def fill(self, *sources: Source, note: str = "") -> list[Features]:
-        """Return the features of each source's pictures, after encoding what is missing.
+    def fill(self, *sources: Source, note: str = "") -> Features:
+        """Return the features of all sources' pictures, after encoding what is missing; processes share the work.
 
-        Several processes share the work. Raises UserError for a picture that cannot be read or that changes meanwhile,
-        and for a disk that cannot take the rows.
+        Raises UserError for a picture that cannot be read or that changes meanwhile, and for a full disk.
         """
-        found = [self.look_up(source) for source in sources]
-        if distributed.any_of(any(missing for _, missing in found)):
+        features, missing = self.look_up(*sources)
+        if distributed.any_of(any(missing)):
             try:
                 with distributed.locked(self.place / "lock", f"another process encodes into {self.place}/"):
                     self.encode_missing(sources, note)
@@ -253,109 +228,82 @@ class FeatureCache:
                     f"cannot keep encoded pictures in {self.place}: {error.strerror or error}; make room or set "
                     "data.cache=FOLDER"
                 ) from None
-            found = [self.look_up(source) for source in sources]
-        for source, (_, missing) in zip(sources, found, strict=True):
-            if missing:
-                raise UserError(f"{source.names[missing[0]]} has changed while it was encoded; start again")
-        return [features for features, _ in found]
+            features, missing = self.look_up(*sources)
+        for source, numbers in zip(sources, missing, strict=True):
+            if numbers:
+                raise UserError(f"{source.names[numbers[0]]} has changed while it was encoded; start again")
+        return features
 
-    def look_up(self, source: Source) -> tuple[Features, list[int]]:
-        """Return the features that are there, and the numbers of the pictures that are missing or have changed."""
-        stamps = source.stamps()
-        row_of: dict[str, tuple[Stamp, int]] = {}  # by name; a later file counts more than an earlier one
-        files, first = [], 0
-        for path in sorted((self.place / source.key).glob("*.json")):
-            manifest, rows = self.open(path)
-            if rows is not None:
-                done = manifest["pictures"][: manifest["rows_done"]]
-                row_of |= {stamp[0]: (stamp, first + row) for row, stamp in enumerate(done)}
-                files.append(rows)
-                first += len(rows)
-        places = np.full(len(stamps), -1)  # (P,)
-        for number, stamp in enumerate(stamps):
-            saved, row = row_of.get(stamp[0], (None, -1))
-            if saved == stamp:
-                places[number] = row
-        return Features(files, source.names, places), np.flatnonzero(places < 0).tolist()
+    def look_up(self, *sources: Source) -> tuple[Features, list[list[int]]]:
+        """Return the features that are there, and the numbers of each source's pictures that are missing or changed."""
+        files, names, rows, missing, first = [], list[str](), [], [], 0
+        for source in sources:
+            row_of = dict[Stamp, int]()
+            for _, stamps, file in self.files(source):
+                row_of |= {stamp: first + row for row, stamp in enumerate(stamps)}
+                files.append(file)
+                first += len(file)
+            found = np.array([row_of.get(stamp, -1) for stamp in source.stamps()], dtype=np.int64)  # (P,)
+            names += source.names
+            rows.append(found)
+            missing.append(np.flatnonzero(found < 0).tolist())
+        return Features(files, names, np.concatenate(rows)), missing
 
-    def open(self, path: Path) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """Return what a manifest says, and the rows beside it as they lie on disk; no rows if either is damaged."""
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            rows = np.load(path.with_suffix(".npy"), mmap_mode="c")
-            done, pictures = manifest["rows_done"], manifest["pictures"]
-            whole = rows.dtype == np.float16 and rows.shape == (len(pictures), *self.encoder.feature_shape)
-            if whole and 0 <= done <= len(pictures) and all(len(stamp) == 3 for stamp in pictures):
-                return manifest, torch.from_numpy(rows)
-        except (OSError, ValueError, EOFError, KeyError, TypeError):
-            pass
-        return {}, None
+    def files(self, source: Source) -> Iterator[tuple[Path, list[Stamp], torch.Tensor]]:
+        """Yield each file of a source, the oldest first: whose rows they are, and the rows, as they lie on disk."""
+        for path in sorted((self.place / source.key).glob("*.npy")):
+            try:
+                stamps = [tuple(stamp) for stamp in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
+                rows = np.load(path, mmap_mode="c")
+            except (OSError, ValueError, EOFError):  # not finished, or damaged
+                continue
+            if rows.shape == (len(stamps), *self.extractor.encoder.feature_shape):
+                yield path, stamps, torch.from_numpy(rows)
 
     def encode_missing(self, sources: Sequence[Source], note: str) -> None:
         """Encode what is missing into new files, each process its share of them; only one job does so at a time."""
-        chunks: list[tuple[Source, list[int], list[Stamp], Path]] = []
+        chunks: list[tuple[Path, Source, list[int], list[Stamp]]] = []
         for source in sources:
             stamps = source.stamps()  # before any picture is opened: one that changes meanwhile is found out
-            _, missing = self.look_up(source)
+            _, [missing] = self.look_up(source)
             folder = self.place / source.key
-            taken = [int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()]  # rows or manifest
-            parts = [missing[i : i + self.rows_per_file] for i in range(0, len(missing), self.rows_per_file)]
-            chunks += [
-                (source, part, [stamps[i] for i in part], folder / f"{number:05}.npy")
-                for number, part in enumerate(parts, start=max(taken, default=-1) + 1)
-            ]
+            number = max((int(path.stem) for path in folder.glob("[0-9]*.*")), default=-1)  # of rows or of a manifest
+            for first in range(0, len(missing), self.rows_per_file):
+                number += 1
+                part = missing[first : first + self.rows_per_file]
+                chunks.append((folder / f"{number:05}.npy", source, part, [stamps[i] for i in part]))
         if not distributed.any_of(bool(chunks)):  # once all processes have looked, before any writes
             return  # another job has encoded them meanwhile
-        mine, total, done = distributed.share(chunks), sum(len(part) for _, part, _, _ in chunks), 0
-        print(f"encoding {total:,} pictures{note}, once, into {self.place}/")
-        extractor = Extractor(self.encoder, self.transform, self.precision, self.device)
-        own = sum(len(part) for _, part, _, _ in mine)
-        with tqdm(total=own, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
-            for source, part, part_stamps, path in mine:
-                for rows in self.write(path, source, part, part_stamps, extractor):
+        print(f"encoding {sum(len(part) for *_, part in chunks):,} pictures{note}, once, into {self.place}/")
+        mine = distributed.share(chunks)
+        total = sum(len(part) for *_, part in mine)
+        with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
+            for number, chunk in enumerate(mine, start=1):
+                for rows in self.write(*chunk):
                     bar.update(rows)
-                    done += rows
-                    if bar.disable and (done % SAVE_EVERY < rows or done == own):
-                        print(f"encoded {done:,} of {own:,}", flush=True)
+                if bar.disable:
+                    print(f"encoded {number:,} of {len(mine):,} files")
         distributed.wait()
-        distributed.on_first_rank(self.remove_superseded, [self.place / source.key for source in sources])
+        distributed.on_first_rank(self.remove_superseded, sources)
 
-    def write(
-        self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp], extractor: Extractor
-    ) -> Iterator[int]:
-        """Encode these pictures of a source, which have these stamps, into a new file; yields how many rows were added.
-
-        Rows count once the manifest says so. They are plain writes, not stores to a map, so that a full disk is an
-        error.
-        """
+    def write(self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp]) -> Iterator[int]:
+        """Encode these pictures into a new file, whose rows count once its manifest is there; yields their numbers."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest: dict[str, Any] = {"pictures": stamps, "rows_done": 0}
-        shape = (len(numbers), *self.encoder.feature_shape)
-        begin = np.lib.format.open_memmap(path, "w+", np.float16, shape).offset
-        done = 0
-        with open(path, "r+b") as file:
-            file.seek(begin)
-            for batch in extractor.encode(source.openers(numbers), self.view):
-                rows = torch.stack([raise_errors(item) for item in batch])  # (b, D) or (b, L, D)
-                file.write(rows.numpy().tobytes())
-                done += len(rows)
-                if done - manifest["rows_done"] >= SAVE_EVERY or done == len(numbers):
-                    file.flush()
-                    os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
-                    manifest["rows_done"] = done
-                    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
-                yield len(rows)
+        with open(path, "xb") as file:
+            shape = (len(numbers), *self.extractor.encoder.feature_shape)
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+            for batch in self.extractor.encode(source.openers(numbers), self.view):
+                file.write(stack(batch).numpy().tobytes())
+                yield len(batch)
+            file.flush()
+            os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
+        write_atomically(path.with_suffix(".json"), json.dumps(stamps).encode())
 
-    def remove_superseded(self, folders: list[Path]) -> None:
-        """Delete the files none of whose rows count any more; a training that has one mapped keeps it on POSIX."""
-        for folder in folders:
-            latest: dict[str, Path] = {}
-            for path in sorted(folder.glob("*.npy")):
-                manifest, _ = self.open(path.with_suffix(".json"))
-                names = [stamp[0] for stamp in manifest["pictures"][: manifest["rows_done"]]] if manifest else []
-                latest |= dict.fromkeys(names, path)
-            every = {path.with_suffix(".npy") for path in folder.glob("*.*") if path.stem.isdecimal()}
-            for path in every - set(latest.values()):
+    def remove_superseded(self, sources: Sequence[Source]) -> None:
+        """Delete files of which no row counts any more; a training that has one mapped keeps it on POSIX."""
+        for source in sources:
+            latest = {stamp[0]: path.stem for path, stamps, _ in self.files(source) for stamp in stamps}
+            used = set(latest.values())
+            for path in [path for path in (self.place / source.key).iterdir() if path.stem not in used]:
                 with contextlib.suppress(OSError):  # Windows deletes no file that is mapped
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".json").unlink(missing_ok=True)
+                    path.unlink()

@@ -1,8 +1,7 @@
 """Caption files as people find them: each reader makes rows (image, image_id, caption, split) of one file.
 
 `read` recognises a format by what is in the file. A picture may be named by its path or by its file name alone, as
-the source has it: `data.annotations` finds it. Where a file names no split (as `split`: in Karpathy's JSON, JSON lines,
-a column of a CSV), it is None.
+the source has it: `data.annotations` finds it. Where a file names no split, it is None.
 """
 
 from cli import UserError
@@ -11,7 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,31 +20,29 @@ from config import pick
 Row = tuple[str, str | int, str, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
 WORD = re.compile(r"\w")
-PLAIN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a path below a folder
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
-SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test", None: None}
+FLICKR30K = {"image_name": "image", "comment_number": "number", "comment": "caption"}  # columns of its results.csv
+# What a reader raises for a file of another form.
+UNLIKE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error)
 
 
 def read(path: Path, name: str = "auto") -> pd.DataFrame:
-    """Return the table of a captions file; `name` overrules the format recognised.
-
-    Captions without a word are left out.
-
-    Raises UserError for a file that cannot be read, naming the line or the entry at fault.
-    """
+    """Return the table of a captions file, without wordless captions; `name` overrules the format recognised."""
     name = recognise(path) if name == "auto" else name
     reader = pick(READERS, name, "data.format")
     try:
-        rows = [(image, whole_characters(key), tidy(caption), split) for image, key, caption, split in reader(path)]
+        rows = [
+            (whole_characters(image).replace("\\", "/"), whole_characters(image_id), tidy(caption), split)
+            for image, image_id, caption, split in reader(path)
+        ]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); take a whole copy of it") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; take another copy of it") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path} is not as {name} files are ({error!r}); set the right one: data.format=NAME") from None
+    except UNLIKE as error:
+        raise UserError(
+            f"{path} is not as {name} files are ({error!r}); take a whole copy of it, or set data.format=NAME"
+        ) from None
     return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
 
 
@@ -76,21 +73,17 @@ def recognise(path: Path) -> str:
 def read_csv(path: Path) -> list[Row]:
     """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
 
-    A column `split` may say train, val (or dev) or test; all others are passed over.
-    Flickr30k's results.csv has bars: `image_name| comment_number| comment`, and lacks one in a single line.
+    A column `split` may say train, val (or dev) or test. Flickr30k's results.csv has bars, and lacks one in one line.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         bars = "|" in file.readline()
         file.seek(0)
         rows = csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if bars else csv.reader(file)
-        try:
-            names = [name.strip().lower() for name in next(rows, [])]
-            header = ["image", "number", "caption"] if names == ["image_name", "comment_number", "comment"] else names
-            if "image" not in header or "caption" not in header:
-                raise UserError(f"{path} starts with {','.join(names)!r}; its first line should be: image,caption")
-            return [split_row(row, header, f"{path} line {rows.line_num}") for row in rows if row]
-        except csv.Error as error:
-            raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as such") from None
+        names = [name.strip().lower() for name in next(rows, [])]
+        header = [FLICKR30K.get(name, name) for name in names]
+        if "image" not in header or "caption" not in header:
+            raise UserError(f"{path} starts with {','.join(names)!r}; its first line should be: image,caption")
+        return [split_row(row, header, f"{path} line {rows.line_num}") for row in rows if row]
 
 
 def split_row(row: list[str], header: list[str], where: str) -> Row:
@@ -101,11 +94,10 @@ def split_row(row: list[str], header: list[str], where: str) -> Row:
         row = [row[0], *parts.groups()]
     if len(row) != len(header):
         raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
-    named = dict(zip(header, row, strict=True))
-    image, caption = named["image"].strip(), named["caption"].strip()
-    if "\n" in caption or "\r" in caption:
-        raise UserError(f"{where}: the caption of {image} runs over several lines; close its quotation mark")
-    return make_row(image, caption, where, named.get("split", "").strip() or None)
+    named = dict(zip(header, map(str.strip, row), strict=True))
+    if "\n" in named["caption"] or "\r" in named["caption"]:
+        raise UserError(f"{where}: the caption of {named['image']} runs over several lines; close its quotation mark")
+    return make_row(named["image"], named["caption"], where, named.get("split") or None)
 
 
 def read_token(path: Path) -> list[Row]:
@@ -113,42 +105,40 @@ def read_token(path: Path) -> list[Row]:
 
     Left out: the captions of 2258277193_586949ec62.jpg.1 in Flickr8k.token.txt, a picture that was never published.
     """
-    found: dict[tuple[str, str, str], Row] = {}
+    found: dict[tuple[str | Any, ...], Row] = {}  # each line once
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         parts = NUMBERED.fullmatch(line.strip())
         if parts is None:
             raise UserError(f"{path} line {number} has no number and caption; write it as: name.jpg#0<tab>caption")
-        image, place, caption = parts[1], parts[2], parts[3]
-        if not re.search(r"\.\w+\.\d$", image):
-            found.setdefault((image, place, caption), make_row(image, caption, f"{path} line {number}"))
+        if not re.search(r"\.\w+\.\d$", parts[1]):
+            found[parts.groups()] = make_row(parts[1], parts[3], f"{path} line {number}")
     return list(found.values())
+
+
+def make_row(image: str, caption: str, where: str, split: str | None = None) -> Row:
+    """Return the row of a line that a person wrote; raises UserError for one without picture or words."""
+    if not image or not WORD.search(caption):
+        raise UserError(f"{where} has no picture, or a caption without words; fill or remove it")
+    return image, image, caption, as_split(split, where)
 
 
 def read_karpathy(path: Path) -> list[Row]:
     """Read a dataset_*.json of Karpathy and Fei-Fei (2015), with its splits; `restval` is trained on."""
     found: list[Row] = []
-    for place, picture in enumerate(load_json(path)["images"]):
-        where = f"{path} images[{place}]"
-        split = as_split(picture["split"], where)
-        image = safe_path("/".join(filter(None, [picture.get("filepath"), picture["filename"]])), where)
-        for sentence in picture["sentences"]:
-            found.append((image, picture.get("cocoid", image), sentence["raw"], split))
+    for picture in load_json(path)["images"]:
+        image = "/".join(filter(None, [picture.get("filepath"), picture["filename"]]))
+        image_id, split = picture.get("cocoid", image), as_split(picture["split"], str(path))
+        found += [(image, image_id, sentence["raw"], split) for sentence in picture["sentences"]]
     return found
 
 
 def read_coco(path: Path) -> list[Row]:
     """Read COCO's captions_*.json: pictures and captions are two lists, joined by the picture's id."""
     content = load_json(path)
-    names = {picture["id"]: safe_path(picture["file_name"], str(path)) for picture in content["images"]}
-    found: list[Row] = []
-    for place, entry in enumerate(content["annotations"]):
-        image_id = entry["image_id"]
-        if image_id not in names:
-            raise UserError(f"{path} annotations[{place}] is of picture {image_id}, which it does not list; remove it")
-        found.append((names[image_id], image_id, entry["caption"], None))
-    return found
+    names = {picture["id"]: picture["file_name"] for picture in content["images"]}
+    return [(names[each["image_id"]], each["image_id"], each["caption"], None) for each in content["annotations"]]
 
 
 def read_ai_challenger(path: Path) -> list[Row]:
@@ -158,18 +148,22 @@ def read_ai_challenger(path: Path) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[Row]:
     """Read one JSON object a line: `image`, `caption` or `captions`, and optionally `image_id` and `split`."""
-    lines = enumerate(read_lines(path), start=1)
-    return read_entries(path, (parse_json(line, path, number) for number, line in lines if line.strip()), "image")
+    entries = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            if line.strip():
+                entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); fix it") from None
+    return read_entries(path, entries, "image")
 
 
 def read_entries(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
     """Return the rows of JSON entries that name their picture under `key`, and have one caption or a list of them."""
     found: list[Row] = []
-    for place, entry in enumerate(entries):
-        where = f"{path} entry {place + 1}"
-        image = safe_path(entry[key], where)
-        captions, split = captions_of(entry, where)
-        found += [(image, entry.get("image_id", image), caption, split) for caption in captions]
+    for entry in entries:
+        captions, split = captions_of(entry, str(path))
+        found += [(entry[key], entry.get("image_id", entry[key]), caption, split) for caption in captions]
     return found
 
 
@@ -180,10 +174,10 @@ def captions_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | Non
 
 
 def as_split(name: str | None, where: str) -> str | None:
-    """Return the split that a name means, None for None; raises UserError for an unknown name."""
-    if name is not None and name not in SPLIT_NAMES:
+    """Return the split that a name means, None for None."""
+    if name not in SPLIT_NAMES:
         raise UserError(f"{where} has the split {name!r}; make it train, val or test")
-    return None if name is None else SPLIT_NAMES[name]
+    return SPLIT_NAMES[name]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -201,38 +195,6 @@ def load_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
-def parse_json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); fix it") from None
-
-
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file; `splitlines` would also break at U+2028 and the like inside a caption."""
     return path.read_text(encoding="utf-8-sig").split("\n")
-
-
-def make_row(image: str, caption: str, where: str, split: str | None = None) -> Row:
-    """Return the row of a line that a person wrote; raises UserError for one without picture or words."""
-    if not WORD.search(caption):
-        raise UserError(f"{where}: the caption of {image or 'an unnamed picture'} is empty; fill or remove it")
-    image = safe_path(image, where)
-    return image, image, caption, as_split(split, where)
-
-
-def safe_path(image: str, where: str) -> str:
-    """Return the path of a picture with forward slashes; raises UserError for one outside its folder."""
-    if PLAIN.fullmatch(image):
-        return image
-    if not image or leaves_folder(image):
-        raise UserError(f"{where} names the picture {image!r}, which is not inside the image folder; fix or remove it")
-    if whole_characters(image) != image:
-        raise UserError(f"{where} names the picture {image!r}, which holds half a character; fix or remove it")
-    return PurePosixPath(image.replace("\\", "/")).as_posix()
-
-
-def leaves_folder(name: str) -> bool:
-    """Whether a path from a file, with slashes of either kind, leads out of the folder it is to be taken in."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:", name))

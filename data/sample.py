@@ -11,6 +11,7 @@ import csv
 import itertools
 import math
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,7 @@ SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
 COUNTS = {"train": 3200, "dev": 80, "test": 80}
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (44, 150, 70),
-    "blue": (35, 90, 200),
-}
+COLOURS = {"red": (214, 40, 40), "green": (44, 150, 70), "blue": (35, 90, 200)}
 SCALES = {"small": 0.15, "large": 0.26}  # radius, as a share of the picture
 PLACES = {"top": 0.27, "bottom": 0.73}
 BACKGROUNDS = ("white", "grey", "black", "striped", "dotted", "checkered")
@@ -40,50 +37,53 @@ CAPTIONS = (
     "At the {place} of the {background} picture is a {size} {colour} {shape} .",
 )
 
+# The corners of shapes of radius 1 around the origin, y downwards.
+OUTLINES = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -1), (0.95, 0.75), (-0.95, 0.75)],
+    "star": [
+        (r * math.cos(angle), r * math.sin(angle))
+        for r, angle in ((1.1 if k % 2 == 0 else 0.45, math.pi * (k / 5 - 0.5)) for k in range(10))
+    ],
+    "cross": [
+        *((0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32), (0.32, 1)),
+        *((-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32), (-0.32, -1)),
+    ],
+    "heart": [
+        (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
+        for a in (2 * math.pi * k / 60 for k in range(60))
+    ],
+}
+
 Scene = tuple[str, str, str, str, str]  # shape, colour, size, place, background
 
 
 def draw(root: Path) -> None:
-    """Write captions.csv, images/ and the split lists into `root`, unless they are there already.
-
-    Of several processes one draws, and the others wait.
-
-    Raises UserError when `root` holds something else.
-    """
+    """Write captions.csv, images/ and the split lists into `root`, unless they are there; refuse where others are."""
     root = root.resolve()
-    if is_drawn(root):
-        return
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}-lock")):
-        if not is_drawn(root):
-            draw_afresh(root)
-
-
-def is_drawn(root: Path) -> bool:
-    return (root / "captions.csv").is_file()
-
-
-def draw_afresh(root: Path) -> None:
-    if root.exists() and any(root.iterdir()):
-        raise UserError(f"{root} is not empty, so no scenes are drawn there; name another folder with data.root=FOLDER")
-    unfinished = root.with_name(f".{root.name}-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "images").mkdir(parents=True)
-    rows = []
-    lists: dict[str, list[str]] = {split: [] for split in COUNTS}
-    for number, (split, scene) in enumerate(tqdm(choose_scenes(), desc="drawing", unit="img", disable=None)):
-        rng = np.random.default_rng([SEED, number])
-        name = f"scene{number:05d}.jpg"
-        draw_scene(scene, rng).save(unfinished / "images" / name, quality=92)
-        lists[split].append(name)
-        rows += [(name, caption) for caption in describe(scene)]
-    for split, names in lists.items():
-        (unfinished / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names) + "\n")
-    with open(unfinished / "captions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("image", "caption"), *rows])
-    if root.exists():
-        root.rmdir()
-    unfinished.rename(root)
+        if (root / "captions.csv").is_file():
+            return
+        if root.exists() and any(root.iterdir()):
+            raise UserError(f"{root} is not empty, so no scenes are drawn there; name another: data.root=FOLDER")
+        unfinished = root.with_name(f".{root.name}-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "images").mkdir(parents=True)
+        rows, names = [("image", "caption")], defaultdict[str, list[str]](list)
+        for number, (split, scene) in enumerate(tqdm(choose_scenes(), desc="drawing", unit="img", disable=None)):
+            name = f"scene{number:05d}.jpg"
+            picture = draw_scene(scene, np.random.default_rng([SEED, number]))
+            picture.save(unfinished / "images" / name, quality=92)
+            names[split].append(name)
+            rows += [(name, caption) for caption in describe(scene)]
+        for split in COUNTS:
+            (unfinished / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names[split]) + "\n")
+        with open(unfinished / "captions.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        if root.exists():
+            root.rmdir()
+        unfinished.rename(root)
 
 
 def choose_scenes() -> list[tuple[str, Scene]]:
@@ -117,30 +117,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
     elif shape == "ring":
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], None, fill, int(radius * 0.42))
     else:
-        pen.polygon([(x + radius * u, y + radius * v) for u, v in outline(shape)], fill)
+        pen.polygon([(x + radius * u, y + radius * v) for u, v in OUTLINES[shape]], fill)
     return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-
-
-def outline(shape: str) -> list[tuple[float, float]]:
-    """Return the corners of a shape of radius 1 around the origin, y downwards."""
-    if shape == "square":
-        return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
-    if shape == "triangle":
-        return [(0, -1), (0.95, 0.75), (-0.95, 0.75)]
-    if shape == "star":
-        spokes = [(1.1 if k % 2 == 0 else 0.45, math.pi * (k / 5 - 0.5)) for k in range(10)]
-        return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in spokes]
-    if shape == "cross":
-        quarter = [(0.32, -1), (0.32, -0.32), (1, -0.32)]
-        turned = [quarter]
-        for _ in range(3):
-            turned.append([(-y, x) for x, y in turned[-1]])
-        return [corner for part in turned for corner in part]
-    angles = [2 * math.pi * k / 60 for k in range(60)]  # the heart curve
-    return [
-        (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
-        for a in angles
-    ]
 
 
 def draw_background(background: str, side: int, rng: np.random.Generator) -> Image.Image:

@@ -14,28 +14,21 @@ import pandas as pd
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
-SPLIT_LISTS = {
-    "train": "*[tT]rain[iI]mages.txt",
-    "val": "*[dD]ev[iI]mages.txt",
-    "test": "*[tT]est[iI]mages.txt",
-}
+SPLIT_LISTS = {"train": "*[tT]rain[iI]mages.txt", "val": "*[dD]ev[iI]mages.txt", "test": "*[tT]est[iI]mages.txt"}
 SAVED_SPLITS = "splits.json"
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
 def official_splits(folder: Path) -> dict[str, str] | None:
-    """Return each picture's split by the official lists in `folder`; None where there are no lists.
-
-    Raises UserError for a list that cannot be read and for a picture on two of them.
-    """
+    """Return each picture's split by the official lists in `folder`, on one of which it may be; None without lists."""
     paths = [(split, path) for split, pattern in SPLIT_LISTS.items() for path in sorted(folder.glob(pattern))]
     split_of: dict[str, str] = {}
     for split, path in paths:
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
-        for name in filter(None, names):
+        for name in filter(None, map(str.strip, lines)):
             if split_of.setdefault(name, split) != split:
                 raise UserError(f"{path} lists {name}, which is also in {split_of[name]}; remove it from one list")
     return split_of if paths else None
@@ -55,14 +48,20 @@ def check_splits(table: pd.DataFrame, source: str) -> None:
         raise UserError(f"{source} has {image} in {several}; leave it in one split, or no score can be trusted")
 
 
-def saved_or_seeded(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> dict[str, str]:
+def complete(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> pd.DataFrame:
+    """Return the table with a split for every row: as it names them, else as `saved` or drawn by a seed."""
+    if table["split"].notna().any():
+        return table
     if saved is not None:
-        return {image: split for split, images in saved.items() for image in images}
-    images = np.array(sorted(table["image"].unique()), dtype=object)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
-    held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
-    of_rank = np.repeat(np.array(SPLITS)[[1, 2, 0]], [held_out, held_out, len(images) - 2 * held_out])
-    return dict(zip(images[order], of_rank, strict=True))
+        split_of = {image: split for split, images in saved.items() for image in images}
+    else:
+        images = np.array(sorted(table["image"].unique()), dtype=object)
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
+        held_out = max(round(len(images) / 10), 1 if len(images) >= 3 else 0)
+        of_rank = np.repeat(["val", "test", "train"], [held_out, held_out, len(images) - 2 * held_out])
+        split_of = dict(zip(images[order], of_rank.tolist(), strict=True))
+    table = table.assign(split=table["image"].map(split_of))
+    return table[table["split"].notna()].reset_index(drop=True)  # a picture that is new since the run is left out
 
 
 def read_splits(run: Path) -> dict[str, list[str]] | None:
@@ -83,10 +82,7 @@ def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:
-    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test.
-
-    Raises UserError, naming the `source` of the table, for a split without pictures.
-    """
+    """Return the name and the rows of a split: `dev` is val, None is test, or val where there is no test."""
     if split is None:
         split = "test" if (table["split"] == "test").any() else "val"
     split = "val" if split == "dev" else split

@@ -21,35 +21,27 @@ from data.vocab import TOKENISERS, Vocabulary
 from utils import write_atomically
 
 PACKAGES = {"en": "nltk", "zh": "rjieba"}  # whose version may change how captions are tokenised
-LINE_END = "\n"  # formats.read leaves none in a caption
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load raises for damaged files
-EDITION = 1  # of the tokenisers in data.vocab: raise it when they change
+EDITION = 2  # of the tokenisers in data.vocab: raise it when they change
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of N captions.
+    """The tokens of N captions."""
 
-    Attributes:
-        types: what an id stands for: every word that occurs, once; after `numericalize`, the vocabulary's words.
-        ids: (tokens,) int32; offsets: (N + 1,) int64.
-    """
-
-    types: list[str]
-    ids: np.ndarray
-    offsets: np.ndarray
+    types: list[str]  # what an id stands for: every word that occurs, once, or the vocabulary's after `numericalize`
+    ids: np.ndarray  # (tokens,) int32
+    offsets: np.ndarray  # (N + 1,) int64
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, caption: int) -> np.ndarray:
-        """Return the ids of one caption."""
         return self.ids[self.offsets[caption] : self.offsets[caption + 1]]
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens in each caption (N,)."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets)  # (N,)
 
     def select(self, chosen: np.ndarray) -> "Tokens":
         """Return the captions that the mask `chosen` (N,) marks."""
@@ -80,8 +72,8 @@ def tokenise(captions: Sequence[str], language: str) -> Tokens:
 
 def tokenise_once(captions: Sequence[str], language: str, cache: Path) -> Tokens:
     """Return the tokens of captions, from a file in `cache` if the same captions were tokenised before."""
-    key = hashlib.sha256(json.dumps([*tokeniser_version(language), len(captions)]).encode() + as_bytes(captions))
-    path = cache / f"tokens-{key.hexdigest()[:12]}.npz"
+    key = hashlib.sha256(json.dumps([tokeniser_version(language), captions]).encode()).hexdigest()
+    path = cache / f"tokens-{key[:12]}.npz"
     try:
         with np.load(path) as saved:
             return unpack(saved)
@@ -110,25 +102,16 @@ def join(parts: Sequence[Tokens]) -> Tokens:
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return where each caption begins, and where the last one ends (N + 1,)."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def unpack(saved: Mapping[str, np.ndarray]) -> Tokens:
-    return Tokens(as_texts(saved["types"]), saved["ids"], saved["offsets"])
+    return Tokens(json.loads(saved["types"].item()), saved["ids"], saved["offsets"])
 
 
-def write(path: Path, tokens: Tokens, **others: np.ndarray) -> None:
-    """Write tokens, and other arrays that belong to their captions, to a file for `unpack`."""
+def write(path: Path, tokens: Tokens, **others: Any) -> None:
+    """Write tokens, and what else belongs to their captions, to a file for `unpack`."""
+    arrays = {"types": json.dumps(tokens.types).encode(), "ids": tokens.ids, "offsets": tokens.offsets, **others}
     buffer = io.BytesIO()
-    types = np.frombuffer(as_bytes(tokens.types), dtype=np.uint8)
-    arrays: dict[str, Any] = {"types": types, "ids": tokens.ids, "offsets": tokens.offsets, **others}
     np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
-
-
-def as_texts(array: np.ndarray) -> list[str]:
-    return array.tobytes().decode(errors="surrogatepass").split(LINE_END)
-
-
-def as_bytes(texts: Sequence[str]) -> bytes:
-    return LINE_END.join(texts).encode(errors="surrogatepass")  # JSON may hold halves of characters

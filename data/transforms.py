@@ -5,7 +5,7 @@ from cli import UserError
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,15 @@ from torchvision.transforms.v2 import functional as F
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow raises for damaged files, depending on their format.
-UNREADABLE = (OSError, UnidentifiedImageError, ValueError, SyntaxError, RuntimeError, *BOMBS)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 CROP = 0.8  # of each side is left in a corner view, or at least in a random crop
 JITTER = 0.4  # the most by which brightness, contrast and saturation change
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,30 +79,14 @@ AUGMENTATIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Imag
 }
 
 
-def check_augmentations(names: Sequence[str]) -> None:
-    """Raise UserError for a name in `train.augment` that is not in AUGMENTATIONS."""
-    for unknown in (name for name in names if name not in AUGMENTATIONS):
-        raise UserError(f"train.augment has {unknown:.60}, which is unknown; take some of {', '.join(AUGMENTATIONS)}")
-
-
-def augment(picture: Image.Image, names: Sequence[str], rng: np.random.Generator) -> Image.Image:
-    """Return an RGB picture after these augmentations, in this order, with random numbers from `rng` alone."""
-    for name in names:
-        picture = AUGMENTATIONS[name](picture, rng)
-    return picture
-
-
 @dataclass(frozen=True)
 class Transform:
-    """Resizes the whole picture to `image_size` squared, without a crop, and normalises it.
-
-    Plain values, kept in checkpoints; `interpolation` is bilinear, as in checkpoints that do not name one, or bicubic.
-    """
+    """Resizes the whole picture to `image_size` squared, without a crop, and normalises it; kept in checkpoints."""
 
     image_size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bilinear"
+    interpolation: str = "bilinear"  # or bicubic
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
@@ -116,27 +106,22 @@ class Transform:
 def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     """Open any picture file as it is meant to be seen: upright, in 8-bit RGB, with transparent parts white.
 
-    It can be greyscale, palette, CMYK, 16-bit, RGBA or rotated by EXIF; an animation gives its first frame. `content`
-    holds the file's bytes when it lies in an archive. Raises UserError, naming the file, when it cannot be decoded in
-    full or has more pixels than Pillow's limit.
+    An animation gives its first frame. `content` holds the file's bytes when it lies in an archive. Raises UserError
+    when it cannot be decoded in full or has more pixels than Pillow's limit.
     """
     if content is None and not os.path.isfile(path):  # nor a pipe, which would block
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            return to_rgb(file)
+            return upright(file)
     except UNREADABLE as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Return a copy of an open picture as `open_picture` would read its file."""
-    return to_rgb(ImageOps.exif_transpose(picture))
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return an open picture as `open_picture` would read its file."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # PIL's own conversion would clip them
         values = np.asarray(picture, dtype=np.float32)
         white = 65535 if values.max() > 255 else 1 if picture.mode == "F" and values.max() <= 1 else 255
@@ -144,5 +129,4 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture.load()
     return picture if picture.mode == "RGB" else picture.convert("RGB")  # no needless copy

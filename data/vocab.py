@@ -2,10 +2,12 @@
 
 from cli import UserError
 
+import importlib.util
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
 
@@ -28,14 +30,6 @@ ENDS = frozenset("。．.！!？?…；;，,、：:～~")
 SIDE = re.compile(r"\b(?:left|right)\b|左|右")
 OTHER_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
 PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
-
-
-class Tokeniser(Protocol):
-    """Splits a caption into words, and joins words into a sentence."""
-
-    def __call__(self, text: str) -> list[str]: ...
-
-    def join(self, words: Iterable[str]) -> str: ...
 
 
 class EnglishTokeniser:
@@ -80,20 +74,19 @@ class ChineseTokeniser(CharacterTokeniser):
     """Chinese words, as jieba segments them; all else as in `CharacterTokeniser`."""
 
     def __init__(self) -> None:
-        try:
-            import rjieba
-        except ImportError:
+        if not importlib.util.find_spec("rjieba"):
             raise UserError(
                 "Chinese words need rjieba; install it: pip install -r requirements-extras.txt, "
                 "or take characters: data.language=zh-characters"
-            ) from None
-        self.jieba = rjieba
+            )
 
     def split_han(self, characters: str) -> list[str]:
-        return self.jieba.cut(characters)
+        import rjieba
+
+        return rjieba.cut(characters)
 
 
-TOKENISERS: dict[str, Callable[[], Tokeniser]] = {
+TOKENISERS: dict[str, Callable[[], EnglishTokeniser | CharacterTokeniser]] = {
     "en": EnglishTokeniser,
     "zh": ChineseTokeniser,
     "zh-characters": CharacterTokeniser,
@@ -101,20 +94,12 @@ TOKENISERS: dict[str, Callable[[], Tokeniser]] = {
 
 
 class Vocabulary:
-    """The words a model can read and write; ids 0 to 3 are `<pad> <sos> <eos> <unk>`.
-
-    Args:
-        words: all words by id, the four special ones first.
-        language: picks the tokeniser.
-
-    Raises UserError when the words cannot be a vocabulary.
-    """
+    """The words a model can read and write, by id, the four special ones first; `language` picks the tokeniser."""
 
     def __init__(self, words: list[str], language: str = "en") -> None:
         if tuple(words[:4]) != SPECIALS or len(set(words)) != len(words) or language not in TOKENISERS:
             raise UserError("the vocabulary is damaged: special words missing or a word twice; build it again")
-        self.words = words
-        self.language = language
+        self.words, self.language = words, language
         self.tokenise = TOKENISERS[language]()
         self._id_of = {word: i for i, word in enumerate(words)}
 
@@ -135,26 +120,17 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the sentence up to `<eos>`, without special words."""
-        words = []
-        for i in ids:
-            if i == EOS:
-                break
-            if i >= len(SPECIALS):
-                words.append(self.words[i])
-        return self.tokenise.join(words)
+        said = itertools.takewhile(lambda i: i != EOS, ids)
+        return self.tokenise.join(self.words[i] for i in said if i >= len(SPECIALS))
 
     def state(self) -> dict[str, Any]:
         return {"words": self.words, "language": self.language}
 
 
 def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:
-    """Return the vocabulary of the words seen at least `min_count` times in `captions`: give training captions only.
-
-    A Counter of their words may be given instead. Raises UserError when no word is that frequent.
-    """
-    if isinstance(captions, Counter):
-        counts = captions
-    else:
+    """Return the vocabulary of the words seen at least `min_count` times in captions, or in counts of words."""
+    counts = captions
+    if not isinstance(counts, Counter):
         tokenise = TOKENISERS[language]()
         counts = Counter(word for caption in captions for word in tokenise(caption))
     words = sorted(word for word, count in counts.items() if count >= min_count and word not in SPECIALS)

@@ -16,10 +16,7 @@ from data.splits import SPLIT_SEED
 
 
 def main() -> None:
-    parser = Parser(
-        description="Write a dataset as WebDataset tar shards.",
-        epilog="Example: python -m data.write_tars tars data.root=archive",
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, help="the folder for them")
     parser.add_argument("--pictures", type=int, default=5000, metavar="N", help="in each tar (5000)")
     args = parser.parse_options(setting_names())
@@ -27,14 +24,11 @@ def main() -> None:
     tars.expand("")  # says what to install, before any work
     written = write(config, args.out, max(1, args.pictures))
     pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
-    print(f'wrote {tars.count(written)}; train on them with: python train.py "data.shards={pattern}"')
+    print(f'wrote {written:,} tars; train on them with: python train.py "data.shards={pattern}"')
 
 
 def write(config: DataConfig, folder: Path, pictures: int) -> int:
-    """Write a dataset as tars of so many pictures, in an order drawn once; returns how many tars.
-
-    Raises UserError where there are tars already, and for a picture that could not be found again by its ending.
-    """
+    """Write a dataset as tars of so many pictures, in an order drawn once; returns how many tars."""
     from webdataset import TarWriter
 
     table, images = annotations.load(config), annotations.image_folder(config)
@@ -43,11 +37,11 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.tar")):
         raise UserError(f"{folder} has tars already; name another folder")
-    for image in table["image"][~table["image"].str.lower().str.endswith(PICTURE_SUFFIXES)][:1]:
+    for image in table["image"][~table["image"].str.lower().str.endswith(PICTURE_SUFFIXES)][:1]:  # not found again
         raise UserError(f"{image} ends in none of {', '.join(PICTURE_SUFFIXES)}; rename it, in the captions too")
-    paths = [folder / f"{number:05}.tar" for number in range(-(-len(rows) // pictures))]
-    for path, first in zip(tqdm(paths, unit="tar", disable=None), range(0, len(rows), pictures), strict=True):
-        unfinished = path.with_suffix(".unfinished")
+    starts = range(0, len(rows), pictures)
+    for file, first in enumerate(tqdm(starts, unit="tar", disable=None)):
+        unfinished = folder / f"{file:05}.unfinished"
         with open(unfinished, "wb") as stream, TarWriter(stream, mtime=0) as tar:
             for number in range(first, min(first + pictures, len(rows))):
                 (image, image_id, split), captions = rows[order[number]]
@@ -55,8 +49,8 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
                 ending = Path(image).suffix.lower().removeprefix(".")
                 content = (images / image).read_bytes()
                 tar.write({"__key__": f"{number:09}", ending: content, "json": json.dumps(entry).encode()})
-        unfinished.replace(path)
-    return len(paths)
+        unfinished.rename(unfinished.with_suffix(".tar"))
+    return len(starts)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,10 @@ def test_a_seeded_split_is_kept_with_the_run(archive: Path, run: Run) -> None:
         ("encoder.name=resnet81", ["encoder.name", "resnet81", "did you mean resnet18?"]),
         ("data.format=coko", ["data.format = coko is unknown", "did you mean coco?"]),
         ("data.language=zh-character", ["data.language", "did you mean zh-characters?"]),
-        ("encoder.frozen=false train.augment=[random_crops]", ["train.augment has random_crops", "random_crop"]),
+        (
+            "encoder.frozen=false train.augment=[random_crops]",
+            ["train.augment = random_crops", "did you mean random_crop?"],
+        ),
         ("train.doubly_stochastic=1", ["train.doubly_stochastic", "decoder.name"]),
         ("train.loss=self_critical", ["train.loss=self_critical", "train.start=runs/NAME/checkpoints.pth"]),
         ("--run mine", ["--run goes with --resume", "run=mine"]),

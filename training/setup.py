@@ -13,11 +13,11 @@ from captioning import encode_dataset, feature_cache
 from config import Config, pick
 from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset
-from data.features import Features, concatenate
+from data.features import Features
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
-from data.transforms import WHOLE, View, check_augmentations, other_views
+from data.transforms import AUGMENTATIONS, WHOLE, View, other_views
 from data.vocab import TOKENISERS, build_vocab
 from models.checkpoint import model_from_start, model_from_state
 from models.encoder import transform_for
@@ -54,7 +54,7 @@ class Captions:
         return annotations.references(self.of(split)[0])
 
     def count_training_words(self) -> Counter[str]:
-        return tars.count_words(self.shards) if self.shards else self.of("train")[1].count()
+        return (join([tar.tokens() for tar in self.shards]) if self.shards else self.of("train")[1]).count()
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
@@ -63,7 +63,7 @@ class Captions:
             rows = self.table[self.table["split"] == split]
             pictures, captions = rows["image"].nunique(), len(rows)
             if self.shards and split == "train":
-                pictures = sum(tar.pictures for tar in self.shards)
+                pictures = sum(len(tar.names) for tar in self.shards)
                 captions = sum(tar.captions for tar in self.shards)
             if not captions and split != "test":
                 remedy = "fix its split lists, or add pictures: it takes three at least"
@@ -83,7 +83,8 @@ def check_config(config: Config) -> None:
     pick({"auto": None, **formats.READERS}, config.data.format, "data.format")
     pick(TOKENISERS, config.data.language, "data.language")
     transform_for(config.encoder)
-    check_augmentations(config.train.augment)
+    for name in config.train.augment:
+        pick(AUGMENTATIONS, name, "train.augment")
     if config.train.loss == "self_critical" and not config.train.start:
         raise UserError(
             "train.loss=self_critical improves a captioner that can write already; name it with "
@@ -123,7 +124,7 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
             note = f", view {number} of {len(views)}" if number > 1 else ""
             if captions.shards:
                 sources = [tar for tar in captions.shards if tar.captions]
-                train_views[view] = concatenate(feature_cache(model, view).fill(*sources, note=note))
+                train_views[view] = feature_cache(model, view).fill(*sources, note=note)
             else:
                 train_views[view] = val_features if number == 1 else encode_dataset(model, images, folder, view, note)
         for features in (val_features, *train_views.values()):
@@ -148,7 +149,7 @@ def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
     """Return the training pictures of tars, the index of each caption's picture (N,), and the captions' tokens."""
     shards = [tar for tar in shards if tar.captions]
     images = [name for tar in shards for name in tar.names]
-    captions_per_image = np.concatenate([tar.captions_per_image() for tar in shards])  # (P,)
+    captions_per_image = np.concatenate([tar.captions_per_image for tar in shards])  # (P,)
     image_of = np.repeat(np.arange(len(images), dtype=np.int32), captions_per_image)
     return images, image_of, join([tar.tokens() for tar in shards])
 

@@ -7,27 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dataset_files import load, put, rows, run
+from dataset_files import load, put, run
 
 from data import annotations, splits
 
 ROOT = Path(annotations.__file__).parents[1]
 TWO = "image,caption\na.jpg,A dog .\nb.jpg,Two cats .\n"
-
-
-def test_a_table_has_four_columns(tmp_path: Path) -> None:
-    put(tmp_path, "images/a.jpg", "images/b.jpg")
-    put(tmp_path, "captions.csv", text=TWO)
-    table = load(tmp_path)
-    assert list(table.columns) == ["image", "image_id", "caption", "split"]
-    assert rows(table) == [("a.jpg", "A dog ."), ("b.jpg", "Two cats .")]
-    assert list(table["image_id"]) == ["a.jpg", "b.jpg"]
-
-
-def test_pictures_may_lie_in_folders_below_with_slashes_of_either_kind(tmp_path: Path) -> None:
-    put(tmp_path, "images/x/a.jpg", "images/y/b.jpg")
-    put(tmp_path, "captions.csv", text="image,caption\nx/a.jpg,A dog\ny\\b.jpg,A cat\n")
-    assert list(load(tmp_path)["image"]) == ["x/a.jpg", "y/b.jpg"]
 
 
 def test_a_picture_may_lie_deeper_but_never_beside(tmp_path: Path, refused: Callable) -> None:
@@ -37,8 +22,8 @@ def test_a_picture_may_lie_deeper_but_never_beside(tmp_path: Path, refused: Call
     put(tmp_path, "images/y/a.jpg")
     with refused("x/a.jpg", "y/a.jpg", "with its folder"):
         load(tmp_path)
-    put(tmp_path, "captions.csv", text="image,caption\ny/a.jpg,A dog\n")  # as the sentence says
-    assert load(tmp_path)["image"].tolist() == ["y/a.jpg"]
+    put(tmp_path, "captions.csv", text="image,caption\ny/a.jpg,A dog\nx\\a.jpg,A cat\n")  # as the sentence says
+    assert load(tmp_path)["image"].tolist() == ["y/a.jpg", "x/a.jpg"]
     put(tmp_path, "captions.csv", text="image,caption\nz/a.jpg,A dog\n")
     with refused("1 of 1", "z/a.jpg"):
         load(tmp_path)
@@ -52,13 +37,12 @@ def test_a_link_to_itself_does_not_matter(tmp_path: Path) -> None:
     assert load(tmp_path)["image"].tolist() == ["a.jpg", "b.jpg"]
 
 
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "x/../../a.jpg", "..\\a.jpg", "\\\\host\\a.jpg", "C:\\a.jpg", "c:a.jpg"]
-)
-def test_a_name_that_leaves_the_picture_folder_is_refused(name: str, tmp_path: Path, refused: Callable) -> None:
-    put(tmp_path, "images/a.jpg")
-    put(tmp_path, "captions.csv", text=f"image,caption\na.jpg,A dog\n{name},A cat\n")
-    with refused("line 3", repr(name)):
+def test_no_picture_is_taken_from_outside_its_folder(tmp_path: Path, refused: Callable) -> None:
+    put(tmp_path, "images/a.jpg", "b.jpg")
+    put(
+        tmp_path, "captions.csv", text=f"image,caption\nC:\\mine\\a.jpg,A dog\n../b.jpg,A cat\n{tmp_path}/b.jpg,A cat\n"
+    )
+    with refused("2 of 3", "../b.jpg"):
         load(tmp_path)
 
 
@@ -109,16 +93,15 @@ def test_a_dataset_is_described_in_numbers(archive: Path, capsys: pytest.Capture
     with open("archive/captions.csv", "a") as file:
         file.write("11.jpg,A zebra .\n11.jpg,A zebra .\n")
     (archive / "images/11.jpg").unlink()
-    for path in ("archive", "archive/captions.csv"):
-        assert run(annotations.main, path, "data.min_count=1") == 0
-        said = capsys.readouterr().out
-        assert "captions:   archive/captions.csv (csv)" in said
-        assert "pictures:   12, of which 1 are not in archive/images" in said and "missing: 11.jpg" in said
-        assert "5 to 7 captions each, 62 in all, 1 of them repeated" in said
-        assert all(f"{split}:" in said for split in splits.SPLITS) and "8 pictures, 40 captions" in said
-        assert "% of the words in test" in said and "a caption, 2 to " in said
+    assert run(annotations.main, "archive", "data.min_count=1") == 0
+    said = capsys.readouterr().out
+    assert "captions:   archive/captions.csv (csv)" in said
+    assert "pictures:   12, of which 1 are not in archive/images" in said and "missing: 11.jpg" in said
+    assert "5 to 7 captions each, 62 in all, 1 of them repeated" in said
+    assert all(f"{split}:" in said for split in splits.SPLITS) and "8 pictures, 40 captions" in said
+    assert "% of the words in test" in said and "a caption, 2 to " in said
     assert run(annotations.main, "nowhere") == 2
-    assert "there is no folder or captions file nowhere; check the path" in capsys.readouterr().err
+    assert "there is no folder nowhere; check the path" in capsys.readouterr().err
 
 
 def test_real_flickr8k_has_its_official_sizes(shared: Path) -> None:

@@ -85,9 +85,3 @@ def test_a_damaged_file_is_made_again(damage: bytes | None, tmp_path: Path, monk
     assert words_of(tokenise_once(CAPTIONS, "en", tmp_path)) == WORDS
     monkeypatch.setattr(tokens, "tokenise", None)
     assert words_of(tokenise_once(CAPTIONS, "en", tmp_path)) == WORDS
-
-
-def test_a_full_disk_is_one_sentence(tmp_path: Path, full_disk: Callable, refused: Callable) -> None:
-    with full_disk(100), refused("cannot write", "tokens-", "make room"):
-        tokenise_once(CAPTIONS, "en", tmp_path)
-    assert not list(tmp_path.iterdir())

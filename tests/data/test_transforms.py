@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,7 @@ from PIL import Image
 
 from data import transforms
 from data.formats import PICTURE_SUFFIXES
-from data.transforms import (
-    AUGMENTATIONS,
-    Transform,
-    View,
-    augment,
-    check_augmentations,
-    open_picture,
-    other_views,
-)
+from data.transforms import AUGMENTATIONS, Transform, View, open_picture, other_views
 
 ROOT = Path(transforms.__file__).parents[1]
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -40,18 +31,14 @@ PICTURES = {
     "rgb.png": (plain("RGB", RED), RED),
     "grey.png": (plain("L", 120), (120, 120, 120)),
     "grey.jpg": (plain("L", 120), (120, 120, 120)),
-    "one-bit.png": (plain("1", 1), WHITE),
     "palette.gif": (plain("RGB", BLUE).convert("P", palette=Image.Palette.ADAPTIVE), BLUE),
     "transparent-colour.png": (plain("P", 0), WHITE),
-    "opaque.png": (plain("RGBA", (*RED, 255)), RED),
     "transparent.png": (plain("RGBA", (*BLACK, 0)), WHITE),
     "half-transparent.png": (plain("RGBA", (*BLACK, 128)), (127, 127, 127)),
     "transparent-grey.png": (plain("LA", (0, 0)), WHITE),
     "opaque-grey.png": (plain("LA", (90, 255)), (90, 90, 90)),
-    "transparent.webp": (plain("RGBA", (*BLACK, 0)), WHITE),
     "cmyk.jpg": (plain("CMYK", (255, 0, 0, 0)), (0, 255, 255)),
     "cmyk.tif": (plain("CMYK", (0, 255, 255, 0)), RED),
-    "white-16-bit.png": (plain("I;16", 65535), WHITE),
     "middle-16-bit.png": (plain("I;16", 32768), (127, 127, 127)),
     "32-bit-float.tif": (plain("F", 40.0), (40, 40, 40)),
     "float-up-to-1.tif": (plain("F", 0.5), (127, 127, 127)),
@@ -112,12 +99,17 @@ def test_a_damaged_picture_is_refused_by_name_or_read_whole(suffix: str, tmp_pat
             assert open_picture(path).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", None])
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"  # Pillow would call Ghostscript
+
+
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n", EPS, None])
 def test_a_file_that_is_no_picture_is_refused_by_name(content: bytes | None, tmp_path: Path, refused: Callable) -> None:
     path = tmp_path / "odd.jpg"
     if content is not None:
         path.write_bytes(content)
-    with refused(str(path)):
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path)  # which is not waited for
+    with refused(str(path), "unknown format" if content == EPS else ""):
         open_picture(path)
     with refused(str(tmp_path)):  # a folder
         open_picture(tmp_path)
@@ -145,34 +137,27 @@ def test_pictures_are_resized_as_the_backbone_asks() -> None:
     assert not torch.equal(resized["bilinear"], resized["bicubic"])
 
 
-def augmented(seed: int, *names: str, size: tuple[int, int] = (50, 40)) -> np.ndarray:
-    return np.asarray(augment(noisy().resize(size), names, np.random.default_rng(seed)), dtype=int)
+def augmented(name: str, seed: int, size: tuple[int, int] = (50, 40)) -> np.ndarray:
+    return np.asarray(AUGMENTATIONS[name](noisy().resize(size), np.random.default_rng(seed)), dtype=int)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_an_augmentation_is_drawn_from_its_generator_alone(name: str) -> None:
-    assert np.array_equal(augmented(1, name), augmented(1, name))
-    assert len({augmented(seed, name).tobytes() for seed in range(20)}) == 20
-    assert augmented(0, name, size=(1, 1)).shape == (1, 1, 3)
-    assert np.array_equal(augmented(0), np.asarray(noisy().resize((50, 40))))
+    assert np.array_equal(augmented(name, 1), augmented(name, 1))
+    assert len({augmented(name, seed).tobytes() for seed in range(20)}) == 20
+    assert augmented(name, 0, (1, 1)).shape == (1, 1, 3)
 
 
 def test_augmentations_change_a_picture_and_keep_what_captions_say_of_it() -> None:
     whole, red = noisy().resize((50, 40)), plain("RGB", (200, 60, 60))
     for seed in range(50):
-        height, width = augmented(seed, "random_crop").shape[:2]
+        height, width = augmented("random_crop", seed).shape[:2]
         assert 40 <= width <= 50 and 32 <= height <= 40
-        r, g, b = np.asarray(augment(red, ["color_jitter"], np.random.default_rng(seed)), dtype=int)[0, 0]
+        r, g, b = np.asarray(AUGMENTATIONS["color_jitter"](red, np.random.default_rng(seed)), dtype=int)[0, 0]
         assert g == b and r > g + 20  # still red
-    crop = augmented(3, "random_crop")
+    crop = augmented("random_crop", 3)
     parts = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), crop.shape)
     assert (parts == crop).all((-3, -2, -1)).sum() == 1  # a part of it, as it is
-
-
-def test_an_unknown_augmentation_is_refused_with_those_there_are(refused: Callable) -> None:
-    check_augmentations(list(AUGMENTATIONS))
-    with refused("train.augment", "flip", "color_jitter, random_crop"):
-        check_augmentations(["random_crop", "flip"])
 
 
 def test_a_view_is_the_mirror_image_or_a_corner() -> None:
@@ -203,13 +188,6 @@ def test_pixels_are_normalised_with_the_mean_and_std_of_the_weights() -> None:
     torch.testing.assert_close(grey[:, 0, 0], torch.tensor([5.0, 2.5, -1.0]))
 
 
-def test_a_transform_is_plain_values_and_comes_back_equal() -> None:
-    transform = Transform(224, mean=(0.1, 0.2, 0.3), interpolation="bicubic")
-    values = asdict(transform)
-    assert all(isinstance(value, int | str | tuple) for value in values.values())
-    assert Transform(**values) == transform
-
-
 def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
     Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 20_000
@@ -217,16 +195,3 @@ def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "bomb.png")]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
     assert re.search(r"UserError: cannot read the picture .*bomb.png \(Image size \(90000000 pixels\) exceeds", said)
-
-
-def test_a_picture_is_never_handed_to_another_program(tmp_path: Path, refused: Callable) -> None:
-    (tmp_path / "a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
-    with refused("a.jpg", "unknown format"):
-        open_picture(tmp_path / "a.jpg")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
-def test_a_pipe_is_not_waited_for(tmp_path: Path, refused: Callable) -> None:
-    os.mkfifo(tmp_path / "a.jpg")
-    with refused("a.jpg"):
-        open_picture(tmp_path / "a.jpg")

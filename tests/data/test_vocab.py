@@ -1,6 +1,7 @@
 """One tokeniser for everything, ids always in range, and no downloaded data."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from config import load_config
-from data import formats, vocab
+from data import vocab
 from data.vocab import EOS, PAD, SOS, SPECIALS, UNK, EnglishTokeniser, Vocabulary, build_vocab
 from utils import load_checkpoint
 
@@ -29,11 +29,6 @@ SENTENCES = [
     "They're at Joe's - the boys' room -- and it's 5:30 .",
 ]
 FAMILIAR = build_vocab(SENTENCES, min_count=1)
-
-
-def test_the_four_special_words_come_first() -> None:
-    assert tuple(FAMILIAR.words[:4]) == SPECIALS == ("<pad>", "<sos>", "<eos>", "<unk>")
-    assert (PAD, SOS, EOS, UNK) == (0, 1, 2, 3)
 
 
 def test_in_the_mirror_left_is_right_and_all_else_what_it_is() -> None:
@@ -102,20 +97,12 @@ def test_no_nltk_data_is_needed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=environment, check=True)
 
 
-def test_a_vocabulary_comes_back_from_its_state() -> None:
-    again = Vocabulary(**FAMILIAR.state())
-    assert again.state() == FAMILIAR.state()
-    assert [again.numericalize(text) for text in SENTENCES] == [FAMILIAR.numericalize(text) for text in SENTENCES]
-
-
 @pytest.mark.parametrize(
     "state",
     [
-        {"words": []},
         {"words": ["a", "dog"]},
         {"words": ["<sos>", "<pad>", "<eos>", "<unk>", "a"]},
         {"words": [*SPECIALS, "a", "dog", "a"]},
-        {"words": [*SPECIALS, "<pad>"]},
         {"words": [*SPECIALS, "a"], "language": "klingon"},
     ],
 )
@@ -130,13 +117,6 @@ def test_the_tokeniser_agrees_with_the_one_papers_score_with() -> None:
 
     theirs = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(SENTENCES)})
     assert [" ".join(TOKENISE(text)) for text in SENTENCES] == [theirs[i][0] for i in range(len(SENTENCES))]
-
-
-def test_real_captions_survive_encoding_and_decoding(shared: Path) -> None:
-    captions = formats.read(shared / "flickr8k" / "captions.csv")["caption"].iloc[::70]
-    real = build_vocab(captions, min_count=1)
-    ids = [real.numericalize(text) for text in captions]
-    assert sum(real.numericalize(real.decode(each)) != each for each in ids) <= len(ids) / 500
 
 
 CHINESE = {
@@ -164,18 +144,6 @@ def test_chinese_is_split_into_characters_or_words_and_joined_without_blanks(
 def test_a_vocabulary_remembers_how_chinese_is_split() -> None:
     captions = ["一只狗在草地上。", "一只猫"]
     for language, first in (("zh", "一只"), ("zh-characters", "一")):
-        again = Vocabulary(**build_vocab(captions, 1, language).state())
+        again = pickle.loads(pickle.dumps(Vocabulary(**build_vocab(captions, 1, language).state())))
         assert first in again.words
         assert again.decode(again.numericalize(captions[0])) == "一只狗在草地上"
-
-
-def test_without_rjieba_the_sentence_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., Any]
-) -> None:
-    monkeypatch.setitem(sys.modules, "rjieba", None)
-    with refused("rjieba", "pip install -r requirements-extras.txt", "zh-characters"):
-        build_vocab(["一只狗"], 1, "zh")
-
-
-def test_every_setting_of_data_language_has_a_tokeniser() -> None:
-    assert all(load_config(overrides=[f"data.language={language}"]) for language in vocab.TOKENISERS)
