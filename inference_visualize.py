@@ -11,27 +11,25 @@ import glob
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import distributed
 import metrics
-from captioning import SEARCH_BATCH, Captioned, Captioner, Picture, feature_cache, prediction, probability_per_word
+from captioning import Captioner, Encoded, Picture, feature_cache, prediction, probability_per_word
 from config import setting_names
 from data import annotations, splits
 from data.features import Features, Files
 from data.formats import PICTURE_SUFFIXES
 from models.ensemble import refuse_homeless_ensemble
 from models.model import Caption, CaptionModel
+from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
-from render.gallery import Gallery
 from utils import PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
@@ -50,10 +48,8 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
-    checkpoint = (
-        "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, or "
-    )
-    checkpoint += "pretrained/captioner.pth); repeat it and several models write together"
+    checkpoint = "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, "
+    checkpoint += "or pretrained/captioner.pth); repeat it and several models write together"
     add("--checkpoint", action="append", metavar="FILE", help=checkpoint)
     add("--run", metavar="NAME", help="take this run's checkpoint")
     split = "the pictures, without --images (default: test, or val where it is empty)"
@@ -81,11 +77,6 @@ def positive(text: str) -> int:
 
 def main() -> None:
     args, began = parse_args(), time.monotonic()
-    with distributed.processes():
-        caption(args, began)
-
-
-def caption(args: argparse.Namespace, began: float) -> None:
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
@@ -102,8 +93,7 @@ def caption(args: argparse.Namespace, began: float) -> None:
     print(f"captioning {count(len(pictures))} with {named} ({source})")
 
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
-    results = Results(out, pictures, model, heads, args.num_captions)
-    skipped = results.write(captioner, features)
+    skipped = write_results(out, captioner, pictures, features, heads, args.num_captions)
     for reason in skipped[:MAX_SKIPS]:
         print(f"skipped: {reason}")
     if len(skipped) > MAX_SKIPS:
@@ -191,107 +181,84 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture that was captioned and drawn: `file` is the JPG, relative to the page; `size` that of the picture."""
+def write_results(
+    out: Path,
+    captioner: Captioner,
+    pictures: list[Picture],
+    features: Features | None,
+    heads: slice | None,
+    num_captions: int,
+) -> list[str]:
+    """Caption the pictures and write outputs/*.jpg, the page and predictions.json into the folder `out`.
 
-    picture: Picture
-    captions: list[Caption]
-    attention: AttentionMaps | None
-    file: str
-    size: tuple[int, int]
-
-
-class Results:
-    """Writes outputs/*.jpg, the page and predictions.json into the folder `out`, for all these pictures.
+    Returns what was wrong with pictures that could not be read; raises UserError where that was all of them.
 
     Args:
+        features: of all pictures, or None where they are to be encoded.
         heads: the attention heads whose mean is drawn into a second JPG, or None for no such JPG.
     """
+    config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
+    stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
+    attention_stems = {picture: unique_name(f"{stem}-attention", taken) for picture, stem in stems.items()}
 
-    def __init__(
-        self, out: Path, pictures: list[Picture], model: CaptionModel, heads: slice | None, num_captions: int
-    ) -> None:
-        self.out, self.pictures, self.model, self.heads, self.num_captions = out, pictures, model, heads, num_captions
-        taken: set[str] = set()  # names of files, which no two pictures share in whichever process
-        self.stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
-        self.attention_stems = {stem: unique_name(f"{stem}-attention", taken) for stem in self.stems.values() if heads}
-
-    def write(self, captioner: Captioner, features: Features | None) -> list[str]:
-        """Caption and draw all pictures; returns what was wrong with those that could not be read."""
-        skipped, done = list[str](), list[tuple[Picture, list[Caption]]]()
-        subtitle = f"{self.model.config.encoder.name} and {self.model.config.decoder.name}"
-        subtitle += "; point at a word to see its attention" if self.heads else ""
-        found = self.draw_all(captioner, features)
-        if distributed.rank():
-            for _ in found:
-                pass
-            return skipped
-        bar = tqdm(found, total=len(self.pictures), desc="captioning", unit="img", disable=distributed.bar_hidden())
-        with Gallery(self.out / PAGE, "Captions", subtitle, attention=self.heads is not None) as gallery:
-            for item in bar:
-                if isinstance(item, UserError):
-                    skipped.append(str(item))
-                    continue
-                done.append((item.picture, item.captions))
-                texts = [each.text for each in item.captions]
-                longest = self.model.config.search.max_length
-                gallery.add(
-                    item.file,
-                    texts,
-                    item.picture.references,
-                    size=item.size,
-                    name=item.picture.name,
-                    probabilities=[probability_per_word(c, longest) for c in item.captions] if len(texts) > 1 else [],
-                    attention=item.attention,
-                )
-            if not done:
-                raise UserError(f"nothing was captioned: {skipped[0]}")
-            gallery.score(self.rate(done))
-        lacking = sorted(set().union(*(undrawable(captions[0].text) for _, captions in done)))
-        if lacking:
-            print(
-                f"no font here has {''.join(lacking[:5])}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
-                "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
-            )
-        rows = [prediction(picture.image_id, captions, self.num_captions) for picture, captions in done]
-        write_atomically(self.out / "predictions.json", as_json(rows))
-        for picture, captions in done if len(done) <= FEW else []:
-            print(printable(f"    {picture.name}: {captions[0].text or NO_WORDS}"))
-        return skipped
-
-    def draw_all(self, captioner: Captioner, features: Features | None) -> Iterator[Drawn | UserError]:
-        """Yield what became of each picture; several processes take turns at batches of them."""
-        batches = [self.pictures[i : i + SEARCH_BATCH] for i in range(0, len(self.pictures), SEARCH_BATCH)]
-        mine = [picture for batch in distributed.share(batches) for picture in batch]
-        found = captioner.caption_pictures(mine, features, self.num_captions, self.heads is not None)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in range(0, len(batches), distributed.size()):  # in the last turn some may have nothing left
-                yield from distributed.gather(list(pool.map(self.draw, next(found, []))))
-
-    def draw(self, item: Captioned | UserError) -> Drawn | UserError:
-        """Write the JPGs of a picture."""
-        if isinstance(item, UserError):
-            return item
-        folder, stem = self.out / "outputs", self.stems[item.picture]
-        folder.mkdir(parents=True, exist_ok=True)
-        attention = AttentionMaps.of(item.captions[0], self.heads) if self.heads else None
-        draw_caption(item.shown, item.captions[0].text).save(folder / f"{stem}.jpg", quality=QUALITY)
+    def draw(item: Encoded, captions: list[Caption]) -> dict[str, Any]:
+        """Write the JPGs of a picture and return its row of the page."""
+        picture, best = item.picture, captions[0]
+        draw_caption(item.shown, best.text).save(folder / f"{stems[picture]}.jpg", quality=QUALITY)
+        attention = AttentionMaps.of(best, heads) if heads else None
         if attention:
-            path = folder / f"{self.attention_stems[stem]}.jpg"
-            draw_attention(item.shown, attention).save(path, quality=QUALITY)
-        captions = [replace(each, attention=None) for each in item.captions]
-        return Drawn(item.picture, captions, attention, f"{folder.name}/{stem}.jpg", item.shown.size)
+            drawn = draw_attention(item.shown, attention)
+            drawn.save(folder / f"{attention_stems[picture]}.jpg", quality=QUALITY)
+        probabilities = [probability_per_word(each, config.search.max_length) for each in captions]
+        return gallery.row(
+            f"outputs/{stems[picture]}.jpg",
+            [each.text for each in captions],
+            picture.references,
+            size=item.shown.size,
+            name=picture.name,
+            probabilities=probabilities if len(captions) > 1 else [],
+            attention=attention,
+        )
 
-    def rate(self, done: list[tuple[Picture, list[Caption]]]) -> list[float | None]:
-        """Return the CIDEr-D x100 of each picture's best caption; none unless two pictures have references."""
-        references = {picture.name: picture.references for picture, _ in done if picture.references}
-        if len(references) < 2:
-            return []
-        best = {picture.name: captions[0].text for picture, captions in done}
-        tokenise = metrics.batched(self.model.vocab.tokenise)
-        language = self.model.config.data.language
-        return metrics.evaluate(best, references, tokenise, language, ["cider"]).per_image["cider"].tolist()
+    skipped, done, rows, predictions = list[str](), list[Picture](), list[dict](), list[dict]()
+    batches = captioner.caption_pictures(pictures, features, num_captions, keep_attention=heads is not None)
+    bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for captioned, errors in batches:
+            if captioned:
+                folder.mkdir(parents=True, exist_ok=True)
+                rows += pool.map(draw, *zip(*captioned, strict=True))
+            done += [item.picture for item, _ in captioned]
+            predictions += [prediction(item.picture.image_id, each, num_captions) for item, each in captioned]
+            skipped += map(str, errors)
+            bar.update(len(captioned) + len(errors))
+    if not done:
+        raise UserError(f"nothing was captioned: {skipped[0]}")
+    captions = [row["caption"] for row in predictions]
+    subtitle = f"{config.encoder.name} and {config.decoder.name}"
+    subtitle += "; point at a word to see its attention" if heads else ""
+    page = gallery.page("Captions", subtitle, rows, rate(done, captions, captioner.model))
+    write_atomically(out / PAGE, page.encode())
+    write_atomically(out / "predictions.json", as_json(predictions))
+    lacking = sorted(set().union(*map(undrawable, captions)))
+    if lacking:
+        print(
+            f"no font here has {''.join(lacking[:5])}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
+            "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
+        )
+    for picture, text in zip(done, captions, strict=True) if len(done) <= FEW else []:
+        print(printable(f"    {picture.name}: {text or NO_WORDS}"))
+    return skipped
+
+
+def rate(pictures: list[Picture], captions: list[str], model: CaptionModel) -> list[float]:
+    """Return the CIDEr-D x100 of each picture's caption; none unless there are two pictures, with references."""
+    if len(pictures) < 2 or not pictures[0].references:
+        return []
+    references = {picture.name: picture.references for picture in pictures}
+    best, tokenise = dict(zip(references, captions, strict=True)), metrics.batched(model.vocab.tokenise)
+    scores = metrics.evaluate(best, references, tokenise, model.config.data.language, ["cider"])
+    return scores.per_image["cider"].tolist()
 
 
 if __name__ == "__main__":

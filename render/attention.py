@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from PIL import Image, ImageDraw
 
-from render.caption import INK, PAPER, wrap
+from render.caption import INK, PAPER, display_size, wrap
 from render.fonts import UNPRINTABLE, choose_font, plain_text
 
 if TYPE_CHECKING:  # so that this module is imported without waiting for torch
@@ -51,8 +51,7 @@ def heat_map(picture: Image.Image, level: np.ndarray) -> Image.Image:
 
 def draw_attention(picture: Image.Image, attention: AttentionMaps) -> Image.Image:
     """Return an RGB sheet of panels: the picture, then for each word its heat-map, with the word above it."""
-    factor = PANEL_SIZE / max(picture.size)
-    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    size = display_size(picture.size, PANEL_SIZE, PANEL_SIZE)
     scaled = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     panels = [scaled, *(heat_map(scaled, level) for level in attention.levels()[:MAX_PANELS])]
     titles = ["", *map(plain_text, attention.words[:MAX_PANELS])]

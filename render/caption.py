@@ -13,9 +13,9 @@ PAPER = (250, 250, 249)
 INK = (31, 35, 40)
 
 
-def display_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Scale a (width, height), proportions kept, so that the longer side is between MIN_SIZE and MAX_SIZE."""
-    factor = min(max(max(size), MIN_SIZE), MAX_SIZE) / max(size)
+def display_size(size: tuple[int, int], least: int = MIN_SIZE, most: int = MAX_SIZE) -> tuple[int, int]:
+    """Scale a (width, height), proportions kept, so that the longer side is between `least` and `most`."""
+    factor = min(max(max(size), least), most) / max(size)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
@@ -36,8 +36,7 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
 
     sheet = Image.new("RGB", (width, height + len(lines) * line_height + 2 * margin), PAPER)
     scaled = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if scaled.size != (width, height):
-        sheet.paste(BACKGROUND, (0, 0, width, height))
+    sheet.paste(BACKGROUND, (0, 0, width, height))
     sheet.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
 
     draw = ImageDraw.Draw(sheet)
