@@ -87,7 +87,7 @@ def main() -> None:
         pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
     else:
         pictures, features = split_pictures(model, args.split, checkpoints[0].parent)
-        out = Path(args.out) if args.out else checkpoints[0].parent
+        out = Path(args.out or checkpoints[0].parent)
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {model.device.type}"
     print(f"captioning {count(len(pictures))} with {named} ({source})")
