@@ -61,7 +61,9 @@ def main() -> None:
     if args.compare:
         compare(args)
     elif args.predictions:
-        score_predictions(args)
+        path = Path(args.predictions)
+        references = read_references(path, args)
+        score(read_predictions(path, references), references, f"search:{path.name}", Path(args.out or path.parent))
     else:
         with distributed.processes():
             score_run(args)
@@ -172,13 +174,6 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
 
 
 # ---- captions of any system ------------------------------------------------------------------------------------------
-
-
-def score_predictions(args: argparse.Namespace) -> None:
-    """Score a file in COCO's results form, whoever wrote it."""
-    path = Path(args.predictions)
-    references = read_references(path, args)
-    score(read_predictions(path, references), references, f"search:{path.name}", Path(args.out or path.parent))
 
 
 def choose_references(table: pd.DataFrame, config: Config, split: str | None, tokeniser: str) -> References:

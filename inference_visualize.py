@@ -34,7 +34,6 @@ from utils import PRETRAINED, as_json, find_run, knows_photographs, unique_name,
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
-MAX_SKIPS = 20  # broken pictures that are named
 FEW = 10  # pictures whose captions are printed, too
 MEAN = "mean"  # --attention without a head
 
@@ -47,25 +46,21 @@ def parse_args() -> argparse.Namespace:
         "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
     )
     add = parser.add_argument
-    add("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
+    add_pictures, add_model = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
+    add_pictures("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
     checkpoint = "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, "
     checkpoint += "or pretrained/captioner.pth); repeat it and several models write together"
-    add("--checkpoint", action="append", metavar="FILE", help=checkpoint)
-    add("--run", metavar="NAME", help="take this run's checkpoint")
+    add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    add_model("--run", metavar="NAME", help="take this run's checkpoint")
     split = "the pictures, without --images (default: test, or val where it is empty)"
-    add("--split", choices=["train", "val", "dev", "test"], help=split)
+    add_pictures("--split", choices=["train", "val", "dev", "test"], help=split)
     add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
     several = "the best N captions of each picture, by a beam of at least N (default: 1)"
     add("--num-captions", type=positive, default=1, metavar="N", help=several)
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)")
-    args = parser.parse_options_and_settings(setting_names())
-    if args.checkpoint and args.run:
-        raise UserError("--checkpoint and --run both say which model; give one of them")
-    if args.images and args.split:
-        raise UserError("--images and --split both say which pictures; give one of them")
-    return args
+    return parser.parse_options_and_settings(setting_names())
 
 
 def positive(text: str) -> int:
@@ -94,10 +89,8 @@ def main() -> None:
 
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
     skipped = write_results(out, captioner, pictures, features, heads, args.num_captions)
-    for reason in skipped[:MAX_SKIPS]:
+    for reason in skipped:
         print(f"skipped: {reason}")
-    if len(skipped) > MAX_SKIPS:
-        print(f"… and {len(skipped) - MAX_SKIPS:,} more")
     print(f"wrote captions of {count(len(pictures) - len(skipped))} in {time.monotonic() - began:.0f} s:")
     print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
 
@@ -136,8 +129,7 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
     if asked == MEAN:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
-        known = f"heads 1 to {heads}; name one of them, or" if heads > 1 else "one head;"
-        raise UserError(f"--attention {asked}: the decoder of {named} has {known} give --attention alone")
+        raise UserError(f"--attention {asked}: {named} has heads 1 to {heads}; name one, or give --attention alone")
     return slice(int(asked) - 1, int(asked))
 
 

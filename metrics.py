@@ -16,14 +16,12 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import pycocoevalcap.spice.spice
 import pycocoevalcap.tokenizer.ptbtokenizer as ptbtokenizer
 from nltk.util import ngrams
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.spice.spice import Spice
 
 from data import vocab
 
@@ -74,17 +72,12 @@ class Scores:
     Attributes:
         corpus: the score of each metric over all P images.
         per_image: what each image contributes: its CIDEr-D (P,), and its counts for BLEU-4 (P, 10), see `Corpus.bleu`.
-        left_out: the titles of metrics that are left out, by the reason.
+        notes: which metrics are left out, and why.
     """
 
     corpus: dict[str, float] = field(default_factory=dict)
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for each reason for which metrics are left out."""
-        return [f"{' and '.join(t)} {'are' if t[1:] else 'is'} left out: {why}" for why, t in self.left_out.items()]
+    notes: list[str] = field(default_factory=list)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -105,8 +98,11 @@ def rouge_l(corpus: Corpus) -> Result:
 
 
 def meteor(corpus: Corpus) -> Result:
-    """METEOR 1.5 (Denkowski and Lavie 2014); raises UserError without Java and when it fails."""
-    need_java(corpus.language)
+    """METEOR 1.5 (Denkowski and Lavie 2014), for English; raises UserError without Java and when it fails."""
+    if corpus.language != "en":
+        raise UserError("available for English only")
+    if not has_java():
+        raise UserError("Java is missing (apt install default-jre-headless)")
     # METEOR's own protocol has ||| between texts.
     references = {image: [text.replace("|||", "") for text in texts] for image, texts in corpus.references.items()}
     scorer = Meteor()
@@ -119,25 +115,6 @@ def meteor(corpus: Corpus) -> Result:
     finally:
         if scorer.lock.locked():  # after an error or Ctrl-C; its destructor would wait for the lock for ever
             scorer.lock.release()
-
-
-def spice(corpus: Corpus) -> Result:
-    """SPICE (Anderson et al. 2016); raises UserError without Java or its jars, and when Java fails."""
-    need_java(corpus.language)
-    library = Path(pycocoevalcap.spice.spice.__file__).parent / "lib"
-    if len(list(library.glob("stanford-corenlp-3.6.0*.jar"))) < 2:  # pycocoevalcap would download them
-        raise UserError("put stanford-corenlp-3.6.0.jar and its models beside pycocoevalcap's jars")
-    try:
-        return 100 * float(Spice().compute_score(corpus.references, corpus.captions)[0]), None
-    except (ValueError, subprocess.SubprocessError) as error:
-        raise UserError(str(error)) from None
-
-
-def need_java(language: str) -> None:
-    if language != "en":
-        raise UserError("available for English only")
-    if not has_java():
-        raise UserError("Java is missing (apt install default-jre-headless)")
 
 
 def has_java() -> bool:
@@ -185,7 +162,6 @@ METRICS = {  # in the order of tables
     "meteor": Metric("METEOR", meteor),
     "rouge_l": Metric("ROUGE-L", rouge_l),
     "cider": Metric("CIDEr-D", cider),
-    "spice": Metric("SPICE", spice),
 }
 
 
@@ -210,7 +186,7 @@ def evaluate(
         try:
             scores.corpus[name], per_image = METRICS[name].compute(corpus)
         except (UserError, OSError) as error:
-            scores.left_out.setdefault(str(error), []).append(METRICS[name].title)
+            scores.notes.append(f"{METRICS[name].title} is left out: {error}")
             continue
         if per_image is not None:
             scores.per_image[name] = per_image

@@ -134,7 +134,7 @@ def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
         ("transformer", ("0",), ["--attention 0", "heads 1 to 4"]),
         ("transformer", ("-1",), ["--attention -1", "heads 1 to 4"]),
         ("transformer", ("first",), ["--attention first", "heads 1 to 4"]),
-        ("attention", ("2",), ["--attention 2", "attention.pth", "one head"]),
+        ("attention", ("2",), ["--attention 2", "attention.pth", "heads 1 to 1"]),
     ],
 )
 def test_attention_that_there_is_not_is_refused_before_anything_else(
