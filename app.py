@@ -4,9 +4,8 @@ What models write and what files are called is shown by `show`, as plain text:
 Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
 """
 
-from cli import UserError
+from cli import Parser, UserError
 
-import argparse
 import html
 import re
 from collections.abc import Iterator
@@ -72,19 +71,19 @@ def show(kind: str, text: str) -> None:
 
 
 def find_checkpoints() -> list[Path]:
-    """Return those named by --checkpoint, those of runs, the newest first, and the pretrained; models of drawn shapes
-    come last."""
-    parser = argparse.ArgumentParser(add_help=False)
+    """Return those named in `streamlit run app.py -- --checkpoint FILE`, then the newest runs and the pretrained.
+
+    Models of drawn shapes come last.
+    """
+    parser = Parser(add_help=False)
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}; write: streamlit run app.py -- --checkpoint FILE")
+    named = parser.parse_options().checkpoint
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     given = [PRETRAINED] if PRETRAINED.is_file() else []
     found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
-    if not args.checkpoint and not found:
+    if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
-    return list(dict.fromkeys([*args.checkpoint, *found]))
+    return list(dict.fromkeys([*named, *found]))
 
 
 def name_of(path: Path) -> str:
@@ -185,13 +184,14 @@ def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], m
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
-        show("quiet", f"Probability per word: {percent(probability_per_word(best, max_length))}")
+        show("quiet", f"Probability per word: {sure(best, max_length)}")
         word = 0
         if attention and attention.words:
             word = st.slider("Attention, word by word", 0, len(attention.words), key=str(hash((key, best.words))))
         text.html(f'<p class="caption">{marked(best, word)}</p>')
-        if others:
-            st.html("".join(row(each.text, percent(probability_per_word(each, max_length))) for each in others))
+        cells = [(html.escape(plain_text(each.text)), sure(each, max_length)) for each in others]
+        if cells:
+            st.html("".join(f'<p class="other"><span>{said}</span><span>{how}</span></p>' for said, how in cells))
     with left:
         enlarged = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS)
         lit = heat_map(enlarged, attention.levels()[word - 1]) if attention and word else enlarged
@@ -201,18 +201,14 @@ def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], m
 
 def marked(caption: Caption, word: int) -> str:
     """Return a caption as HTML, with this word marked, counted from 1."""
-    if not word:
-        return html.escape(plain_text(caption.text))
     pieces = [html.escape(piece) for piece in split_before(caption.text, caption.words)]
-    pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
+    if word:
+        pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
     return "".join(pieces)
 
 
-def row(text: str, sure: str) -> str:
-    return f'<p class="other"><span>{html.escape(plain_text(text))}</span><span>{sure}</span></p>'
-
-
-def percent(probability: float) -> str:
+def sure(caption: Caption, max_length: int) -> str:
+    probability = probability_per_word(caption, max_length)
     return f"{probability:.0%}" if probability >= 0.1 else f"{probability:.1%}"
 
 

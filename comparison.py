@@ -48,13 +48,10 @@ def search_of(predictions: Path, split: str) -> str:
 
 
 def write_table(path: Path, scores: Mapping[str, Scores], searches: Mapping[str, str], signature: str) -> str:
-    """Write the table as Markdown and CSV, and return the Markdown.
+    """Write the table as Markdown and CSV, and return the Markdown; `path` has no suffix.
 
-    Args:
-        path: where to write, without the suffixes .md and .csv.
-        scores: of each run, by its name; the first is the one that the others are compared with.
-        searches: how each run's captions were searched, from `search_of`.
-        signature: of the references.
+    `scores` are those of each run, of which the first is the one that the others are compared with; `searches` say how
+    their captions were searched, from `search_of`.
     """
     first, baseline = next(iter(scores.items()))
     rows: list[dict[str, Any]] = []

@@ -31,7 +31,6 @@ from utils import RUNS, as_json, find_run, write_atomically
 
 SHOWN = 5  # picture names in a message
 DIGITS = 4  # of scores in files; what is printed has one, rounded once
-FEW = 30  # with fewer pictures, p-values say little
 
 
 @dataclass
@@ -143,8 +142,6 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
 
     `search` is the part of the signature that says how the captions came about.
     """
-    if len(captions) == 1:
-        print("warning: one picture alone has a CIDEr of 0, since all its n-grams are in every document")
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
         print(f"warning: {empty:,} of {len(captions):,} captions have no words")
@@ -246,8 +243,6 @@ def compare(args: argparse.Namespace) -> None:
     print(comparison.write_table(path, systems, searches, references.signature))
     for note in next(iter(systems.values())).notes:
         print(note)
-    if len(references.captions) < FEW:
-        print(f"of {len(references.captions)} pictures alone p says little; compare on {FEW} or more")
     print(f"wrote {path}.md and {path}.csv")
 
 

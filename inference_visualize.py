@@ -143,13 +143,11 @@ def find_pictures(patterns: list[str]) -> list[Picture]:
         path = Path(pattern)
         if path.is_dir():
             paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        elif path.exists():
-            paths = [path]
         else:
-            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+            names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+            paths = [Path(name) for name in names if Path(name).is_file()]
         if not paths:
-            what = "holds no picture files" if path.is_dir() else "matches no picture"
-            raise UserError(f"--images {pattern} {what}; check the path")
+            raise UserError(f"--images {pattern}: there is no picture; check the path")
         found |= dict.fromkeys(paths)
     return [Picture(path, path.name, path.as_posix()) for path in found]
 
@@ -183,11 +181,8 @@ def write_results(
 ) -> list[str]:
     """Caption the pictures and write outputs/*.jpg, the page and predictions.json into the folder `out`.
 
+    `features` are those of all pictures, where they are known. With `heads`, a second JPG shows their mean attention.
     Returns what was wrong with pictures that could not be read; raises UserError where that was all of them.
-
-    Args:
-        features: of all pictures, or None where they are to be encoded.
-        heads: the attention heads whose mean is drawn into a second JPG, or None for no such JPG.
     """
     config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
     stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
@@ -226,19 +221,19 @@ def write_results(
             bar.update(len(captioned) + len(errors))
     if not done:
         raise UserError(f"nothing was captioned: {skipped[0]}")
-    captions = [row["caption"] for row in predictions]
+    texts = [row["caption"] for row in predictions]
     subtitle = f"{config.encoder.name} and {config.decoder.name}"
     subtitle += "; point at a word to see its attention" if heads else ""
-    page = gallery.page("Captions", subtitle, rows, rate(done, captions, captioner.model))
+    page = gallery.page("Captions", subtitle, rows, rate(done, texts, captioner.model))
     write_atomically(out / PAGE, page.encode())
     write_atomically(out / "predictions.json", as_json(predictions))
-    lacking = sorted(set().union(*map(undrawable, captions)))
+    lacking = "".join(sorted(set().union(*map(undrawable, texts))))
     if lacking:
         print(
-            f"no font here has {''.join(lacking[:5])}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
+            f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
             "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
         )
-    for picture, text in zip(done, captions, strict=True) if len(done) <= FEW else []:
+    for picture, text in zip(done, texts, strict=True) if len(done) <= FEW else []:
         print(printable(f"    {picture.name}: {text or NO_WORDS}"))
     return skipped
 

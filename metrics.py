@@ -71,7 +71,7 @@ class Scores:
 
     Attributes:
         corpus: the score of each metric over all P images.
-        per_image: what each image contributes: its CIDEr-D (P,), and its counts for BLEU-4 (P, 10), see `Corpus.bleu`.
+        per_image: what each image contributes: its CIDEr-D (P,), and its counts for BLEU-4 (P, 10) of `Corpus.bleu`.
         notes: which metrics are left out, and why.
     """
 
@@ -90,11 +90,6 @@ def cider(corpus: Corpus) -> Result:
     """
     score, per_image = Cider().compute_score(corpus.references, corpus.captions)
     return 100 * float(score), 100 * np.asarray(per_image)
-
-
-def rouge_l(corpus: Corpus) -> Result:
-    """ROUGE-L (Lin 2004)."""
-    return 100 * float(Rouge().compute_score(corpus.references, corpus.captions)[0]), None
 
 
 def meteor(corpus: Corpus) -> Result:
@@ -141,12 +136,9 @@ def bleu4(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
 class Metric:
     """An entry of METRICS.
 
-    Attributes:
-        title: its name in tables.
-        compute: corpus → Result. A metric that returns what each image contributes has intervals and p-values; one that
-            raises UserError, with the reason, is left out.
-        resample: how often each bootstrap sample has each image (S, P), what each image contributes (P, …) → the score
-            of each sample (S,).
+    A metric whose `compute` returns what each image contributes has intervals and p-values; one that raises UserError,
+    with the reason, is left out. `resample` makes of how often each bootstrap sample has each image (S, P), and of what
+    each contributes (P, …), the score of each sample (S,).
     """
 
     title: str
@@ -160,7 +152,9 @@ METRICS = {  # in the order of tables
     "bleu3": Metric("BLEU-3", lambda corpus: (corpus.bleu[0][2], None)),
     "bleu4": Metric("BLEU-4", lambda corpus: (corpus.bleu[0][3], corpus.bleu[1]), resample=bleu4),
     "meteor": Metric("METEOR", meteor),
-    "rouge_l": Metric("ROUGE-L", rouge_l),
+    "rouge_l": Metric(  # Lin 2004
+        "ROUGE-L", lambda corpus: (100 * float(Rouge().compute_score(corpus.references, corpus.captions)[0]), None)
+    ),
     "cider": Metric("CIDEr-D", cider),
 }
 

@@ -124,7 +124,7 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--images nowhere.jpg", "--images nowhere.jpg matches no picture"),
+        ("--images nowhere.jpg", "--images nowhere.jpg: there is no picture"),
         ("--images archive/captions.csv", "nothing was captioned: cannot read the picture archive/captions.csv"),
         ("--limit 0", "must be at least 1"),
         ("--num-captions 0", "must be at least 1"),
