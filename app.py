@@ -71,10 +71,7 @@ def show(kind: str, text: str) -> None:
 
 
 def find_checkpoints() -> list[Path]:
-    """Return those named in `streamlit run app.py -- --checkpoint FILE`, then the newest runs and the pretrained.
-
-    Models of drawn shapes come last.
-    """
+    """Return those in `streamlit run app.py -- --checkpoint FILE`, runs, pretrained/, and last models of drawn shapes."""
     parser = Parser(add_help=False)
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     named = parser.parse_options().checkpoint
@@ -127,17 +124,11 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
     with st.sidebar:
         num_captions = st.slider("Captions", 1, 10, 3)
         beam = st.slider("Beam", 1, max(10, own.beam), own.beam, help="Hypotheses kept while a caption is searched.")
-        penalty = st.slider(
-            "Length penalty",
-            *(0.0, max(2.0, own.length_penalty), own.length_penalty, 0.05),
-            help="Captions are ranked by log-probability / length to this power; 0 favours short ones.",
-        )
+        ranked = "Captions are ranked by log-probability / length to this power; 0 favours short ones."
+        penalty = st.slider("Length penalty", 0.0, max(2.0, own.length_penalty), own.length_penalty, 0.05, help=ranked)
         longest = st.slider("Most words", 1, max(50, own.max_length), own.max_length)
-        temperature = st.slider(
-            "Temperature",
-            *(0.0, max(2.0, own.temperature), own.temperature, 0.05),
-            help="Above 0, words are drawn instead of searched: 1 as the model says, less is more careful.",
-        )
+        drawn = "Above 0, words are drawn instead of searched: 1 as the model says, less is more careful."
+        temperature = st.slider("Temperature", 0.0, max(2.0, own.temperature), own.temperature, 0.05, help=drawn)
     chosen = {"beam": beam, "length_penalty": penalty, "max_length": longest, "temperature": temperature}
     return own.model_copy(update=chosen), num_captions
 

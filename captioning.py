@@ -35,18 +35,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to caption: a file, or what a file holds.
-
-    Attributes:
-        image_id: names it in predictions.json; references: human captions, if known.
-        content: the bytes of the file, if it is not a file on disk.
-    """
+    """A picture to caption: a file, or what a file holds."""
 
     path: Path
     name: str
-    image_id: str | int
-    references: tuple[str, ...] = ()
-    content: bytes | None = None
+    image_id: str | int  # names it in predictions.json
+    references: tuple[str, ...] = ()  # human captions, if known
+    content: bytes | None = None  # of the file, if it is not on disk
 
     def open(self) -> Image.Image:
         return open_picture(self.path, self.content)
@@ -120,11 +115,7 @@ class Captioner:
             yield features if isinstance(features, UserError) else Encoded(picture, shown.pop(picture), features)
 
     def caption_pictures(
-        self,
-        pictures: Sequence[Picture],
-        known: Features | None = None,
-        num_captions: int = 1,
-        keep_attention: bool = False,
+        self, pictures: Sequence[Picture], known: Features | None, num_captions: int = 1, keep_attention: bool = False
     ) -> Iterator[tuple[list[tuple[Encoded, list[Caption]]], list[UserError]]]:
         """Yield, in batches, pictures with their captions, the best first, and the errors of those without."""
         for batch in batched(self.read(pictures, known)):

@@ -30,7 +30,6 @@ from models.ensemble import refuse_homeless_ensemble
 from utils import RUNS, as_json, find_run, write_atomically
 
 SHOWN = 5  # picture names in a message
-DIGITS = 4  # of scores in files; what is printed has one, rounded once
 
 
 @dataclass
@@ -138,17 +137,14 @@ def describe_search(config: Config) -> str:
 
 
 def score(captions: dict[str, str], references: References, search: str, out: Path, **about: Any) -> None:
-    """Print the scores of captions and write them, with what else there is to say `about` them, to scores-<split>.json.
-
-    `search` is the part of the signature that says how the captions came about.
-    """
+    """Print the scores of captions and write them, and `about` them, to scores-<split>.json, signed with `search`."""
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
         print(f"warning: {empty:,} of {len(captions):,} captions have no words")
     found = references.score(captions)
     corpus, intervals = found.corpus, metrics.intervals(found.per_image)
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
-    scores = {name: round(corpus[name], DIGITS) if name in corpus else None for name in METRICS} | {
+    scores = {name: round(corpus[name], 4) if name in corpus else None for name in METRICS} | {
         "split": references.split,
         "signature": f"{references.signature}|{search}",
         "intervals": intervals,
@@ -203,31 +199,22 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
         # Half an emoji, which JSON can hold, can be neither printed nor given to Java.
         found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        form = '[{"image_id": …, "caption": "…"}, …]'
-        raise UserError(f"{path} is not in COCO's results form; it should read {form}") from None
+        raise UserError(f'{path} is not in COCO\'s results form: [{{"image_id": …, "caption": "…"}}, …]') from None
     ids = {image: str(image_id) for image, image_id in references.image_ids.items()}
-    refuse_twice([name for name, _ in found], f"{path} has more than one caption for")
-    refuse_twice(list(ids.values()), "the references have more than one picture with the id")
+    for where, names in ((path, [name for name, _ in found]), ("the dataset", list(ids.values()))):
+        twice = pd.Series(names, dtype=str).duplicated()
+        if twice.any():
+            raise UserError(f"{where} has the picture {names[twice.argmax()]} twice; keep one")
     captions = dict(found)
     missing = [name for name in ids.values() if name not in captions]
     if missing:
         raise UserError(
             f"{path} has no caption for {len(missing):,} of {len(ids):,} {references.split} pictures "
-            f"({shorten(missing)}); caption them, or take another --split or dataset"
+            f"({', '.join(missing[:SHOWN])} …); caption them, or take another --split or dataset"
         )
     if len(captions) > len(ids):
         print(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
     return {image: captions[name] for image, name in ids.items()}
-
-
-def refuse_twice(names: list[str], what: str) -> None:
-    twice = pd.Series(names, dtype=str)[lambda series: series.duplicated()].unique().tolist()
-    if twice:
-        raise UserError(f"{what} {shorten(twice)}; keep one")
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------

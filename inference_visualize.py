@@ -172,16 +172,11 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
 
 
 def write_results(
-    out: Path,
-    captioner: Captioner,
-    pictures: list[Picture],
-    features: Features | None,
-    heads: slice | None,
-    num_captions: int,
+    out: Path, captioner: Captioner, pictures: list[Picture], known: Features | None, heads: slice | None, number: int
 ) -> list[str]:
-    """Caption the pictures and write outputs/*.jpg, the page and predictions.json into the folder `out`.
+    """Write `number` captions of each picture: outputs/*.jpg, the page and predictions.json in the folder `out`.
 
-    `features` are those of all pictures, where they are known. With `heads`, a second JPG shows their mean attention.
+    `known` are the features of all pictures, if they are cached. With `heads`, a second JPG shows their mean attention.
     Returns what was wrong with pictures that could not be read; raises UserError where that was all of them.
     """
     config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
@@ -208,7 +203,7 @@ def write_results(
         )
 
     skipped, done, rows, predictions = list[str](), list[Picture](), list[dict](), list[dict]()
-    batches = captioner.caption_pictures(pictures, features, num_captions, keep_attention=heads is not None)
+    batches = captioner.caption_pictures(pictures, known, number, keep_attention=heads is not None)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for captioned, errors in batches:
@@ -216,7 +211,7 @@ def write_results(
                 folder.mkdir(parents=True, exist_ok=True)
                 rows += pool.map(draw, *zip(*captioned, strict=True))
             done += [item.picture for item, _ in captioned]
-            predictions += [prediction(item.picture.image_id, each, num_captions) for item, each in captioned]
+            predictions += [prediction(item.picture.image_id, each, number) for item, each in captioned]
             skipped += map(str, errors)
             bar.update(len(captioned) + len(errors))
     if not done:

@@ -67,17 +67,13 @@ class Corpus:
 
 @dataclass
 class Scores:
-    """What `evaluate` returns.
+    """What `evaluate` returns: the scores of P images, by the names of METRICS."""
 
-    Attributes:
-        corpus: the score of each metric over all P images.
-        per_image: what each image contributes: its CIDEr-D (P,), and its counts for BLEU-4 (P, 10) of `Corpus.bleu`.
-        notes: which metrics are left out, and why.
-    """
-
-    corpus: dict[str, float] = field(default_factory=dict)
-    per_image: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    corpus: dict[str, float] = field(default_factory=dict)  # over all images
+    per_image: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # what each contributes: CIDEr-D (P,), BLEU-4 (P, 10)
+    notes: list[str] = field(default_factory=list)  # which metrics are left out, and why
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -134,15 +130,11 @@ def bleu4(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of METRICS.
-
-    A metric whose `compute` returns what each image contributes has intervals and p-values; one that raises UserError,
-    with the reason, is left out. `resample` makes of how often each bootstrap sample has each image (S, P), and of what
-    each contributes (P, …), the score of each sample (S,).
-    """
+    """An entry of METRICS; one that returns what each image contributes has intervals and p-values."""
 
     title: str
-    compute: Callable[[Corpus], Result]
+    compute: Callable[[Corpus], Result]  # raises UserError, with the reason, where the metric is to be left out
+    # How often each bootstrap sample has each image (S, P), what each contributes (P, …) → scores of the samples (S,).
     resample: Callable[[np.ndarray, np.ndarray], np.ndarray] = mean
 
 

@@ -37,14 +37,12 @@ MAX_DOTS = 30  # a curve of more epochs has no dots
 
 def main() -> None:
     args = parse_args()
-    folders = list(dict.fromkeys(find_run(LOG, name) for name in args.run or [None]))
     if not args.run:
-        print(f"newest run: {folders[0]}")
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):  # runs of the same name in different folders
-        names = [str(folder) for folder in folders]
-    runs = {name: read_log(folder / LOG) for name, folder in zip(names, folders, strict=True)}
-    out = args.out or (folders[0] / "loss_curve.png" if len(runs) == 1 else Path("loss_curve.png"))
+        args.run = [find_run(LOG).name]
+        print(f"newest run: {args.run[0]}")
+    folders = {name: find_run(LOG, name) for name in args.run}
+    runs = {name: read_log(folder / LOG) for name, folder in folders.items()}
+    out = args.out or Path(folders[args.run[0]] if len(runs) == 1 else "", "loss_curve.png")
     save(draw(runs), out)
     print(f"wrote {out}")
 

@@ -6,7 +6,6 @@ from render.fonts import choose_font, plain_text
 
 MIN_SIZE, MAX_SIZE = 448, 800  # pixels of a drawn picture's longer side: large enough to read text beside it
 MIN_FRAME = 240  # a narrower picture lies on a background this wide, so that its caption has room
-MAX_CHARACTERS = 600  # of a caption; the rest is cut off, so that a runaway caption does not make a huge picture
 NO_WORDS = "(no words)"  # shown in place of an empty caption
 BACKGROUND = (226, 228, 231)
 PAPER = (250, 250, 249)
@@ -29,8 +28,6 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return an RGB image: the picture, at its `display_size` and centred in its frame, above the caption's strip."""
     width, height = frame_size(picture.size)
     caption, font = choose_font(plain_text(caption) or NO_WORDS, 16 + width // 100)
-    if len(caption) > MAX_CHARACTERS:
-        caption = caption[: MAX_CHARACTERS - 1] + "…"
     margin, line_height = round(0.7 * font.size), round(1.4 * font.size)
     lines = wrap(caption, font, width - 2 * margin)
 

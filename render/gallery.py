@@ -18,7 +18,6 @@ from render.caption import NO_WORDS, display_size, frame_size
 from render.fonts import plain_text
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
-ATTENTION = re.compile(r"/\* attention \*/\n(.*?)/\* end \*/\n(\n?)", re.DOTALL)  # left out of a page without attention
 PLACES = re.compile(r"{{title}}|{{subtitle}}|/\* rows \*/|/\* scores \*/")
 
 
@@ -35,10 +34,9 @@ def row(
     """Return what the page holds of a picture as `draw_caption` saved it, and of its captions, the best first.
 
     Args:
-        image: the file's path relative to the page, with forward slashes.
+        image: the file's path relative to the page, with forward slashes; `name` is shown below the captions.
         references: captions written by people.
         size: (width, height) of the picture itself; the page hides the strip below it.
-        name: shown below the captions.
         probabilities: of each caption, per word, between 0 and 1; empty where they are not to be shown.
         attention: of the best caption; pointing at a word shows the regions that the model attended to.
     """
@@ -60,15 +58,13 @@ def row(
 
 def page(title: str, subtitle: str, rows: Sequence[dict[str, Any]], scores: Sequence[float] = ()) -> str:
     """Return the page of these rows; it can be sorted by the scores x100, of which each row has one, or none has."""
-    has_attention = any("attention" in row for row in rows)
-    template = ATTENTION.sub(r"\1\2" if has_attention else "", TEMPLATE.read_text(encoding="utf-8"))
     texts = {
         "{{title}}": html.escape(plain_text(title)),
         "{{subtitle}}": html.escape(plain_text(subtitle)),
         "/* rows */": "".join(f"{as_script(row)},\n" for row in rows),
         "/* scores */": as_script([round(score, 1) for score in scores]),
     }
-    return PLACES.sub(lambda found: texts[found[0]], template)
+    return PLACES.sub(lambda found: texts[found[0]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def as_script(content: Any) -> str:

@@ -69,7 +69,7 @@ def test_captions_of_other_pictures_are_not_scored_and_this_is_said(
 def test_missing_captions_are_refused_with_their_number_and_names(refuses: Refusal) -> None:
     list_pictures("train", "00.jpg")
     list_pictures("test", *(f"{number:02}.jpg" for number in (*range(1, 8), 10, 11)))
-    names = "01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg, …"
+    names = "01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg …"
     refuses(f"--predictions {write_captions({'10.jpg': 'a dog'})}", "8 of 9 test pictures", names, "--split")
     refuses(f"--predictions {write_captions({'elsewhere.jpg': 'a dog'})}", "9 of 9 test pictures", "or dataset")
     assert not Path("scores-test.json").exists()
@@ -80,10 +80,10 @@ def test_a_picture_twice_is_refused(refuses: Refusal, monkeypatch: pytest.Monkey
     for twice in ('10, "caption": "a bird"', '"10", "caption": "a cat"'):
         rows = f'[{{"image_id": 10, "caption": "a dog"}}, {{"image_id": 11, "caption": "a"}}, {{"image_id": {twice}}}]'
         Path("theirs.json").write_text(rows)
-        refuses("--predictions theirs.json", "theirs.json", "more than one caption for 10")
+        refuses("--predictions theirs.json", "theirs.json has the picture 10 twice")
     table = [("10.jpg", 7, "a dog", None), ("11.jpg", 7, "a cat", None)]
     monkeypatch.setitem(formats.READERS, "csv", lambda path: table)
-    refuses(f"--predictions {write_captions({7: 'a dog'})}", "more than one picture with the id 7")
+    refuses(f"--predictions {write_captions({7: 'a dog'})}", "the dataset has the picture 7 twice")
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_captions_are_the_same_without_attention_and_nothing_of_it_is_written(ru
         assert Path("with", file).read_bytes() == Path("without", file).read_bytes()
     assert {path.name for path in Path("without/outputs").iterdir()} == {"00.jpg", "01.jpg", "02.jpg"}
     pages = [Path(folder, "captions_result.html").read_text() for folder in ("without", "with")]
-    assert ["canvas" in page and "point at a word to see its attention" in page for page in pages] == [False, True]
+    assert ["point at a word to see its attention" in page for page in pages] == [False, True]
 
 
 def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:

@@ -88,12 +88,10 @@ def test_titles_are_plain_and_no_wider_than_their_panels() -> None:
 
 
 @pytest.mark.parametrize("size", [(30000, 10), (10, 30000), (1, 1)])
-def test_any_shape_and_length_gives_a_sheet_of_bearable_size(size: tuple[int, int]) -> None:
-    def sheet(words: list[str]) -> Image.Image:
-        return draw_attention(Image.new("RGB", size), AttentionMaps(words, one_hot(*[(0, 1)] * len(words))))
-
-    assert all(max(sheet(["dog"] * words).size) < 4000 for words in (0, 1, 60))
-    assert sheet(["dog"] * 1000).tobytes() == sheet(["dog"] * 59 + ["dog …"]).tobytes()
+def test_a_picture_of_any_shape_gives_a_sheet_of_bearable_size(size: tuple[int, int]) -> None:
+    for words in (0, 1, 60):
+        maps = AttentionMaps(["dog"] * words, one_hot(*[(0, 1)] * words))
+        assert max(draw_attention(Image.new("RGB", size), maps).size) < 4000
 
 
 @pytest.mark.parametrize("language", ["en", "zh-characters"])
@@ -130,13 +128,6 @@ def test_a_row_holds_the_words_with_their_spaces_and_their_alphas(attention_page
     assert list(base64.b64decode(first["attention"]["alphas"])) == (255 * one_hot(*REGIONS)).flatten().tolist()
     assert (first["picture_size"], first["frame_size"]) == ([800, 114], [800, 240])
     assert "attention" not in empty
-
-
-def test_only_a_page_with_attention_has_its_code_and_it_needs_no_other_file(attention_page: Path) -> None:
-    row = gallery.row("a.jpg", ["a dog's toy", "a toy"], size=(896, 128), name="a.jpg")
-    without, with_ = gallery.page("title", "", [row]), attention_page.read_text(encoding="utf-8")
-    assert not re.search("canvas|attention|[.]word|focusin|pointerover|/[*] end", without)
-    assert "canvas" in with_ and not re.search("https?:|<link|@import|/[*] (attention|end)", with_)
 
 
 @needs_chromium
