@@ -71,7 +71,7 @@ def show(kind: str, text: str) -> None:
 
 
 def find_checkpoints() -> list[Path]:
-    """Return those in `streamlit run app.py -- --checkpoint FILE`, runs, pretrained/, and last models of drawn shapes."""
+    """Return those in `streamlit run app.py -- --checkpoint FILE`, runs and pretrained/; models of shapes last."""
     parser = Parser(add_help=False)
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     named = parser.parse_options().checkpoint

@@ -115,10 +115,7 @@ def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
 
 
 def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
-    """Return the attention heads to be averaged, or None where no attention was asked for.
-
-    Raises UserError for a decoder without attention and for a head that is not among its `heads`.
-    """
+    """Return the attention heads to be averaged, None if none was asked for; raises UserError where there is none."""
     if asked is None:
         return None
     if not heads:
@@ -134,10 +131,7 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
 
 
 def find_pictures(patterns: list[str]) -> list[Picture]:
-    """Return the picture files named by paths, folders (with all below them) and globs, each once.
-
-    Raises UserError for a pattern that matches nothing.
-    """
+    """Return the picture files named by paths, folders (with all below) and globs; raises UserError where none is."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
