@@ -198,7 +198,7 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         # Half an emoji, which JSON can hold, can be neither printed nor given to Java.
         found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f'{path} is not in COCO\'s results form: [{{"image_id": …, "caption": "…"}}, …]') from None
     ids = {image: str(image_id) for image, image_id in references.image_ids.items()}
     for where, names in ((path, [name for name, _ in found]), ("the dataset", list(ids.values()))):

@@ -3,7 +3,6 @@
 from cli import UserError
 
 import csv
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -70,24 +69,6 @@ def test_what_is_printed_is_what_is_written() -> None:
     assert "wrote runs/flickr8k/predictions-test.json (" in printed
     assert "wrote runs/flickr8k/scores-test.json\n" in printed
     assert "warning" not in printed
-
-
-def test_each_picture_gets_its_own_caption_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def caption(model: CaptionModel, features: object, images: list[str]) -> dict[str, str]:
-        assert images == ["10.jpg", "11.jpg"]
-        return {image: f"picture {image}" for image in images}
-
-    monkeypatch.setattr(evaluate, "caption_dataset", caption)
-    run()
-    rows = [{"image_id": name, "caption": f"picture {name}"} for name in ("10.jpg", "11.jpg")]
-    assert json.loads(Path("runs/flickr8k/predictions-test.json").read_text()) == rows
-
-
-def test_captions_of_the_training_set_are_not_novel(run: Run) -> None:
-    texts = read_references()
-    for first, second, novelty in (("00.jpg", "01.jpg", 0), ("10.jpg", "11.jpg", 1)):
-        run("--predictions", write_captions({"10.jpg": texts[first][0], "11.jpg": texts[second][2]}))
-        assert read_scores()["captions"]["novelty"] == novelty
 
 
 def test_greedy_captions_of_val_have_the_scores_that_training_logged_for_its_best_epoch(run: Run) -> None:

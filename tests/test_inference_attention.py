@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 import torch
 from browser import read_rows
-from conftest import SCENES
+from captioners import save_captioner
 from PIL import Image
 
 import inference_visualize
-import utils
 from config import Config
-from data import sample
 from data.transforms import open_picture
-from data.vocab import SOS, build_vocab
-from models.checkpoint import load_model, model_state
-from models.model import CaptionModel
+from data.vocab import SOS
+from models.checkpoint import load_model
 from render.attention import AttentionMaps, draw_attention
 
 Run = Callable[..., int]
@@ -33,17 +30,10 @@ SHORT = ("search.min_length=4", "search.max_length=6", "search.beam=5", "search.
 def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with lstm.pth, attention.pth and transformer.pth (four heads), of 3 x 3 cells."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
-    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
+    sizes = ("decoder.num_layers=1", "decoder.num_heads=4", "encoder.image_size=96")
     for name, sharper in (("lstm", 1), ("attention", 2.5), ("transformer", 2)):
-        sizes = ("decoder.num_layers=1", "decoder.num_heads=4", "encoder.image_size=96")
-        settings = (f"decoder.name={name}", "train.seed=2", *sizes)  # one whose captions differ
-        model = CaptionModel.build(tiny_config(*settings), vocab)
-        with torch.no_grad():
-            model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
-            for parameter in model.decoder.parameters():
-                parameter.mul_(sharper)
-        utils.save_checkpoint(folder / f"{name}.pth", model_state(model))
+        config = tiny_config(f"decoder.name={name}", "train.seed=2", *sizes)
+        save_captioner(folder / f"{name}.pth", config, drawn / "images", sharper=sharper)
     return folder
 
 
