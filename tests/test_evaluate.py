@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import SCENES
+from captioners import save_captioner
 from evaluation import (
     SEARCH,
     SIGNED,
@@ -27,13 +27,9 @@ from evaluation import (
 
 import evaluate
 import metrics
-import utils
 from config import Config
-from data import sample
-from data.vocab import EnglishTokeniser, build_vocab
+from data.vocab import EnglishTokeniser
 from metrics import METRICS
-from models.checkpoint import model_state
-from models.model import CaptionModel
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
@@ -125,9 +121,7 @@ def test_several_checkpoints_write_together(run: Run, refuses: Refusal) -> None:
 
 
 def test_a_model_with_a_trained_backbone_encodes_pictures_itself(run: Run, tiny_config: Callable[..., Config]) -> None:
-    vocab = build_vocab([text for scene in SCENES for text in sample.describe(scene)], min_count=1)
-    model = CaptionModel.build(tiny_config("encoder.frozen=false", "data.cache=unused"), vocab)
-    utils.save_checkpoint(Path("tuned.pth"), model_state(model))
+    save_captioner(Path("tuned.pth"), tiny_config("encoder.frozen=false", "data.cache=unused"), Path("archive/images"))
     assert run("--checkpoint", "tuned.pth", "search.max_length=5") == 0
     assert len(read_captions("predictions-test.json")) == 2
     assert not Path("unused").exists()

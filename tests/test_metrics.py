@@ -212,8 +212,10 @@ def test_meteor_survives_odd_captions(one_meteor: Meteor, monkeypatch: pytest.Mo
     monkeypatch.setattr(metrics, "Meteor", lambda: one_meteor)
 
     def meteor(captions: list[str], references: list[list[str]]) -> float:
-        texts = ({str(n): each for n, each in enumerate(group)} for group in ([[c] for c in captions], references))
-        return metrics.meteor(metrics.Corpus(*texts, language="en"))[0]
+        ours, theirs = (
+            {str(n): each for n, each in enumerate(group)} for group in ([[c] for c in captions], references)
+        )
+        return metrics.meteor(metrics.Corpus(ours, theirs, "en"))[0]
 
     for odd in ("", "|||", "a ||| b", "||| |||", "café 😀", "a dog ||| runs"):
         raw = [["a dog runs on the beach"], ["two cats sit", odd]]

@@ -99,7 +99,7 @@ def test_the_figure_shows_every_curve_and_names_the_best_epoch(tmp_path: Path) -
     assert {tuple(values) for column, values in curves.items() if column != "epoch"} <= drawn
     assert figure.legends[0].get_texts()[0].get_text() == "lstm: best epoch 2, CIDEr 55.5"
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["3", "20.1", "18", "55.5"]
-    equal = {"epoch": [1, 2, 3], "val_cider": [0.0, 0.0, 0.0], "val_loss": [4.0, 2.0, 3.0]}
+    equal = {"epoch": [1.0, 2.0, 3.0], "val_cider": [0.0, 0.0, 0.0], "val_loss": [4.0, 2.0, 3.0]}
     assert visualize_loss.best_epoch(equal) == 1
 
 
