@@ -4,14 +4,12 @@ What models write and what files are called is shown by `show`, as plain text:
 Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
 """
 
-from cli import UserError
+from cli import Parser, UserError
 
-import argparse
 import html
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
@@ -42,26 +40,16 @@ p.refusal { padding-left: .75rem; border-left: 3px solid #d1242f; }
 </style>"""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A captioner that was chosen; `key` is its file, and when that was written."""
-
-    name: str
-    key: tuple[str, int]
-    captioner: Captioner
-
-
 def main() -> None:
     st.set_page_config(page_title=TITLE, layout="wide")
     st.html(STYLE)
     st.title(TITLE)
     with refusals():
-        choices = choose_captioners(find_checkpoints(named_checkpoints()))
-        options, num_captions = choose_search(choices[0].captioner.model.config.search)
-        rows = caption_uploads(choices, options, num_captions)
-        for choice, own in zip(choices, rows, strict=True):
+        paths = choose_models(find_checkpoints())
+        options, num_captions = choose_search(load(paths[0]).model.config.search)
+        for path, own in zip(paths, caption_uploads(paths, options, num_captions), strict=True):
             if own:
-                of = f" of {choice.name}" if len(choices) > 1 else ""
+                of = f" of {name_of(path)}" if len(paths) > 1 else ""
                 st.download_button(f"Download captions{of}", as_json(own), "predictions.json", "application/json")
 
 
@@ -82,18 +70,11 @@ def show(kind: str, text: str) -> None:
 # ---- which model, which search ---------------------------------------------------------------------------------------
 
 
-def named_checkpoints() -> list[Path]:
-    """Return what stands after --checkpoint in: streamlit run app.py -- --checkpoint FILE."""
-    parser = argparse.ArgumentParser(add_help=False)
+def find_checkpoints() -> list[Path]:
+    """Return those in `streamlit run app.py -- --checkpoint FILE`, runs and pretrained/; models of shapes last."""
+    parser = Parser(add_help=False)
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}; write: streamlit run app.py -- --checkpoint FILE")
-    return args.checkpoint
-
-
-def find_checkpoints(named: list[Path]) -> list[Path]:
-    """Return those named, those of runs, the newest first, and the pretrained; models of drawn shapes come last."""
+    named = parser.parse_options().checkpoint
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     given = [PRETRAINED] if PRETRAINED.is_file() else []
     found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
@@ -102,37 +83,40 @@ def find_checkpoints(named: list[Path]) -> list[Path]:
     return list(dict.fromkeys([*named, *found]))
 
 
-def choose_captioners(found: list[Path]) -> list[Choice]:
-    """Return the model chosen, and the one that it is to be compared with, where there is one."""
-    with st.sidebar:
-        first = st.selectbox("Model", found, format_func=name_of)
-        choices = [introduce(first)]
-        others = [path for path in found if path != first]
-        other = st.selectbox("Compare with", others, None, name_of, placeholder="no other") if others else None
-        if other:
-            choices.append(introduce(other))
-    return choices
-
-
-def introduce(path: Path) -> Choice:
-    choice = load(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    model = choice.captioner.model
-    config, words = model.config, len(model.vocab) - len(SPECIALS)
-    show("quiet", f"{config.decoder.name} on {config.encoder.name}, {words:,} words")
-    if config.data.format == "sample":
-        show("quiet", "It learned from drawn shapes and knows no photographs.")
-    return choice
-
-
 def name_of(path: Path) -> str:
     if path == PRETRAINED:
         return "pretrained"
     return plain_text((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 
-@st.cache_resource(max_entries=3, show_spinner="Reading the model …")
-def load(path: Path, changed: int) -> Choice:
-    return Choice(name_of(path), (str(path), changed), Captioner.load(path))
+def choose_models(found: list[Path]) -> list[Path]:
+    """Return the model chosen, and the one that it is to be compared with, where there is one."""
+    with st.sidebar:
+        first = st.selectbox("Model", found, format_func=name_of)
+        introduce(first)
+        others = [path for path in found if path != first]
+        other = st.selectbox("Compare with", others, None, name_of, placeholder="no other") if others else None
+        if other:
+            introduce(other)
+    return [first, other] if other else [first]
+
+
+def introduce(path: Path) -> None:
+    model = load(path).model
+    words = len(model.vocab) - len(SPECIALS)
+    show("quiet", f"{model.config.decoder.name} on {model.config.encoder.name}, {words:,} words")
+    if model.config.data.format == "sample":
+        show("quiet", "It learned from drawn shapes and knows no photographs.")
+
+
+def stamp(path: Path) -> tuple[str, int]:
+    """Return what a model is cached by: its file, and when that was written."""
+    return str(path), path.stat().st_mtime_ns if path.is_file() else 0
+
+
+@st.cache_resource(max_entries=3, show_spinner="Reading the model …", hash_funcs={type(PRETRAINED): stamp})
+def load(path: Path) -> Captioner:
+    return Captioner.load(path)
 
 
 def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
@@ -140,17 +124,11 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
     with st.sidebar:
         num_captions = st.slider("Captions", 1, 10, 3)
         beam = st.slider("Beam", 1, max(10, own.beam), own.beam, help="Hypotheses kept while a caption is searched.")
-        penalty = st.slider(
-            "Length penalty",
-            *(0.0, max(2.0, own.length_penalty), own.length_penalty, 0.05),
-            help="Captions are ranked by log-probability / length to this power; 0 favours short ones.",
-        )
+        ranked = "Captions are ranked by log-probability / length to this power; 0 favours short ones."
+        penalty = st.slider("Length penalty", 0.0, max(2.0, own.length_penalty), own.length_penalty, 0.05, help=ranked)
         longest = st.slider("Most words", 1, max(50, own.max_length), own.max_length)
-        temperature = st.slider(
-            "Temperature",
-            *(0.0, max(2.0, own.temperature), own.temperature, 0.05),
-            help="Above 0, words are drawn instead of searched: 1 as the model says, less is more careful.",
-        )
+        drawn = "Above 0, words are drawn instead of searched: 1 as the model says, less is more careful."
+        temperature = st.slider("Temperature", 0.0, max(2.0, own.temperature), own.temperature, 0.05, help=drawn)
     chosen = {"beam": beam, "length_penalty": penalty, "max_length": longest, "temperature": temperature}
     return own.model_copy(update=chosen), num_captions
 
@@ -158,37 +136,32 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
 # ---- pictures and their captions -------------------------------------------------------------------------------------
 
 
-def caption_uploads(choices: list[Choice], options: SearchConfig, num_captions: int) -> list[list[dict]]:
-    """Show the pictures dropped, each with its captions; return the rows of predictions.json of each captioner."""
+def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int) -> list[list[dict]]:
+    """Show the pictures dropped, each with its captions; return the rows of predictions.json of each model."""
     endings = [ending.removeprefix(".") for ending in sorted(PICTURE_SUFFIXES)]
     files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
-    rows: list[list[dict]] = [[] for _ in choices]
+    rows: list[list[dict]] = [[] for _ in paths]
     taken: set[str] = set()
     for file in files:
         name = unique_name(file.name, taken)
-        picture = Picture(Path(file.name), name, name, content=file.getvalue())
         with st.container(border=True), refusals():
-            for column, choice, own in zip(st.columns(len(choices)), choices, rows, strict=True):
+            for column, path, own in zip(st.columns(len(paths)), paths, rows, strict=True):
                 with column:
-                    encoded, model = encode(choice, picture), choice.captioner.model
+                    encoded, model = encode(path, file.name, file.getvalue()), load(path).model
                     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
                     own_options = options.model_copy(update={"consensus": model.config.search.consensus})
                     features = encoded.features.unsqueeze(0)  # (1, D) or (1, L, D)
                     (captions,) = model.generate(features, own_options, num_captions, keep_attention=True)
-                    own.append(prediction(picture.image_id, captions, num_captions))
-                    title, key = f"{choice.name}: {name}" if len(choices) > 1 else name, f"{file.file_id} {choice.name}"
-                    panel(key, title, encoded.shown, captions, options.max_length, len(rows))
+                    own.append(prediction(name, captions, num_captions))
+                    title = f"{name_of(path)}: {name}" if len(paths) > 1 else name
+                    panel(f"{file.file_id} {path}", title, encoded.shown, captions, options.max_length, len(paths))
     return rows
 
 
-@st.cache_data(
-    max_entries=100,
-    show_spinner=False,
-    hash_funcs={Choice: lambda choice: choice.key, Picture: lambda picture: picture.content},
-)
-def encode(choice: Choice, picture: Picture) -> Encoded:
+@st.cache_data(max_entries=100, show_spinner=False, hash_funcs={type(PRETRAINED): stamp})
+def encode(path: Path, name: str, content: bytes) -> Encoded:
     """Return the picture as it is shown, and its features; raises UserError for a broken one."""
-    [encoded] = choice.captioner.read([picture])
+    [encoded] = load(path).read([Picture(Path(name), name, name, content=content)])
     if isinstance(encoded, UserError):
         raise encoded
     return encoded
@@ -202,18 +175,14 @@ def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], m
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
-        show(
-            "quiet",
-            f"Probability per word: {percent(probability_per_word(best, max_length))}",
-        )
+        show("quiet", f"Probability per word: {sure(best, max_length)}")
         word = 0
         if attention and attention.words:
             word = st.slider("Attention, word by word", 0, len(attention.words), key=str(hash((key, best.words))))
         text.html(f'<p class="caption">{marked(best, word)}</p>')
-        if others:
-            st.html(
-                "".join(row(caption.text, percent(probability_per_word(caption, max_length))) for caption in others)
-            )
+        cells = [(html.escape(plain_text(each.text)), sure(each, max_length)) for each in others]
+        if cells:
+            st.html("".join(f'<p class="other"><span>{said}</span><span>{how}</span></p>' for said, how in cells))
     with left:
         enlarged = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS)
         lit = heat_map(enlarged, attention.levels()[word - 1]) if attention and word else enlarged
@@ -223,18 +192,14 @@ def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], m
 
 def marked(caption: Caption, word: int) -> str:
     """Return a caption as HTML, with this word marked, counted from 1."""
-    if not word:
-        return html.escape(plain_text(caption.text))
     pieces = [html.escape(piece) for piece in split_before(caption.text, caption.words)]
-    pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
+    if word:
+        pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
     return "".join(pieces)
 
 
-def row(text: str, sure: str) -> str:
-    return f'<p class="other"><span>{html.escape(plain_text(text))}</span><span>{sure}</span></p>'
-
-
-def percent(probability: float) -> str:
+def sure(caption: Caption, max_length: int) -> str:
+    probability = probability_per_word(caption, max_length)
     return f"{probability:.0%}" if probability >= 0.1 else f"{probability:.1%}"
 
 

@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import distributed
 from config import SearchConfig, change_search
-from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead
+from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, raise_errors, read_ahead
 from data.transforms import WHOLE, View, open_picture, upright
 from models.ensemble import load_ensemble
 from models.model import Caption, CaptionModel
@@ -29,21 +30,18 @@ from utils import pick_device
 SEARCH_BATCH = 160  # pictures per search: fewer cost more overhead, more overflow a processor's cache
 LONGEST_SIDE = 800  # pixels of a picture kept to be drawn
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to caption: a file, or what a file holds.
-
-    Attributes:
-        image_id: names it in predictions.json; references: human captions, if known.
-        content: the bytes of the file, if it is not a file on disk.
-    """
+    """A picture to caption: a file, or what a file holds."""
 
     path: Path
     name: str
-    image_id: str | int
-    references: tuple[str, ...] = ()
-    content: bytes | None = None
+    image_id: str | int  # names it in predictions.json
+    references: tuple[str, ...] = ()  # human captions, if known
+    content: bytes | None = None  # of the file, if it is not on disk
 
     def open(self) -> Image.Image:
         return open_picture(self.path, self.content)
@@ -56,15 +54,6 @@ class Encoded:
     picture: Picture
     shown: Image.Image
     features: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """A picture with its captions, the best first."""
-
-    picture: Picture
-    shown: Image.Image
-    captions: list[Caption]
 
 
 class Captioner:
@@ -100,65 +89,49 @@ class Captioner:
             for each in several
         )
         captions = []
-        for features in batched(self.encode(openers)):
-            for item in features:
-                if isinstance(item, UserError):
-                    raise item
-            captions += [best.text for best, *_ in self.model.generate(torch.stack(features), options)]
+        for batch in batched(self.encode(openers)):
+            features = torch.stack([raise_errors(item) for item in batch])  # (B, D) or (B, L, D)
+            captions += [best.text for best, *_ in self.model.generate(features, options)]
         return captions
 
     def encode(self, openers: Iterable[Opener]) -> Iterator[torch.Tensor | UserError]:
         """Yield the features (D,) or (L, D) of each picture, or the error of one that cannot be read."""
-        for batch in self.extractor.encode(openers):
-            yield from batch
+        return chain.from_iterable(self.extractor.encode(openers))
 
     def read(self, pictures: Sequence[Picture], known: Features | None = None) -> Iterator[Encoded | UserError]:
         """Yield each picture with its features, taken from `known`, by name, or else encoded; or its error."""
-        shown: dict[int, Image.Image] = {}  # of the pictures that were opened but not yet yielded
+        if known is not None:
+            yield from chain.from_iterable(read_ahead(partial(look_up, features=known), pictures, SEARCH_BATCH))
+            return
+        shown: dict[Picture, Image.Image] = {}  # of the pictures that were opened but not yet yielded
 
-        def open_and_show(number: int) -> Image.Image:
-            picture = pictures[number].open()
-            shown[number] = shrink(picture)
-            return picture
+        def open_and_show(picture: Picture) -> Image.Image:
+            opened = picture.open()
+            shown[picture] = shrink(opened)
+            return opened
 
-        def look_up(number: int, features: Features) -> torch.Tensor | UserError:
-            try:
-                open_and_show(number)
-            except UserError as error:
-                return error
-            return features.take([pictures[number].name])[0]
-
-        numbers = range(len(pictures))
-        if known is None:
-            found = self.encode(partial(open_and_show, number) for number in numbers)
-        else:
-            batches = read_ahead(partial(look_up, features=known), numbers, SEARCH_BATCH)
-            found = (each for batch in batches for each in batch)
-        for number, features in enumerate(found):
-            if isinstance(features, UserError):
-                yield features
-            else:
-                yield Encoded(pictures[number], shown.pop(number), features)
+        encoded = self.encode(partial(open_and_show, picture) for picture in pictures)
+        for picture, features in zip(pictures, encoded, strict=True):
+            yield features if isinstance(features, UserError) else Encoded(picture, shown.pop(picture), features)
 
     def caption_pictures(
-        self,
-        pictures: Sequence[Picture],
-        known: Features | None = None,
-        num_captions: int = 1,
-        keep_attention: bool = False,
-    ) -> Iterator[list[Captioned | UserError]]:
-        """Yield, in batches, each picture with its captions, or its error; no picture is kept."""
+        self, pictures: Sequence[Picture], known: Features | None, num_captions: int = 1, keep_attention: bool = False
+    ) -> Iterator[tuple[list[tuple[Encoded, list[Caption]]], list[UserError]]]:
+        """Yield, in batches, pictures with their captions, the best first, and the errors of those without."""
         for batch in batched(self.read(pictures, known)):
             good = [item for item in batch if isinstance(item, Encoded)]
-            found: Iterator[list[Caption]] = iter([])
+            captions: list[list[Caption]] = []
             if good:
                 features = torch.stack([item.features for item in good])  # (B, D) or (B, L, D)
-                options = self.model.config.search
-                found = iter(self.model.generate(features, options, num_captions, keep_attention))
-            yield [
-                item if isinstance(item, UserError) else Captioned(item.picture, item.shown, next(found))
-                for item in batch
-            ]
+                captions = self.model.generate(features, None, num_captions, keep_attention)
+            yield list(zip(good, captions, strict=True)), [item for item in batch if isinstance(item, UserError)]
+
+
+def look_up(picture: Picture, features: Features) -> Encoded | UserError:
+    try:
+        return Encoded(picture, shrink(picture.open()), features.take([picture.name])[0])
+    except UserError as error:
+        return error
 
 
 def probability_per_word(caption: Caption, max_length: int) -> float:
@@ -174,14 +147,9 @@ def prediction(image_id: str | int, captions: list[Caption], num_captions: int) 
     return row
 
 
-def batched(items: Iterable[Any]) -> Iterator[list[Any]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == SEARCH_BATCH:
-            yield batch
-            batch = []
-    if batch:
+def batched(items: Iterable[Item]) -> Iterator[list[Item]]:
+    left = iter(items)
+    while batch := list(islice(left, SEARCH_BATCH)):
         yield batch
 
 
@@ -214,7 +182,7 @@ def encode_dataset(
     """
     if model.config.encoder.frozen:
         return feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
-    return encode_files(Extractor(model.encoder, model.transform, model.precision, model.device), names, folder)
+    return encode_files(Captioner(model).extractor, names, folder)
 
 
 def caption_dataset(
@@ -223,8 +191,7 @@ def caption_dataset(
     """Return a caption for each of the pictures `names` among `features`; several processes share the work."""
     mine, captions = distributed.share(names), dict[str, str]()
     with tqdm(total=len(mine), desc="captioning", unit="img", disable=distributed.bar_hidden()) as bar:
-        for first in range(0, len(mine), SEARCH_BATCH):
-            batch = mine[first : first + SEARCH_BATCH]
+        for batch in batched(mine):
             best = model.generate(features.take(batch), options)
             captions |= {name: each[0].text for name, each in zip(batch, best, strict=True)}
             bar.update(len(batch))

@@ -2,15 +2,14 @@
 
 from cli import UserError
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import metrics
-from metrics import METRICS, Scores
+import pandas as pd
+
+from metrics import METRICS, Scores, p_values
 from utils import RUNS, write_atomically
 
 
@@ -22,14 +21,14 @@ def find_predictions(names: Sequence[str], split: str | None) -> tuple[str | Non
     """
     if all(Path(name).is_file() for name in names):
         return split, {name: Path(name) for name in names}
-    splits = ["val" if split == "dev" else split] if split else ["val", "test"]
-    found = {each: {name: path for name in names if (path := find_file(name, each))} for each in splits}
-    for each in splits:
-        if len(found[each]) == len(set(names)):
-            return each, found[each]
-    missing = next(name for name in names if name not in found[splits[0]])
-    again = f"python evaluate.py --run {missing} --split {splits[0]}"
-    raise UserError(f"{missing} has no predictions-{splits[0]}.json to compare; score it first with: {again}")
+    first, *others = ["val" if split == "dev" else split] if split else ["val", "test"]
+    for each in (first, *others):
+        found = {name: path for name in names if (path := find_file(name, each))}
+        if len(found) == len(set(names)):
+            return each, found
+    missing = next(name for name in names if not find_file(name, first))
+    again = f"python evaluate.py --run {missing} --split {first}"
+    raise UserError(f"{missing} has no predictions-{first}.json to compare; score it first with: {again}")
 
 
 def find_file(name: str, split: str) -> Path | None:
@@ -42,47 +41,39 @@ def search_of(predictions: Path, split: str) -> str:
     scores = predictions.with_name(f"scores-{split}.json")
     if predictions.name != f"predictions-{split}.json" or not scores.is_file():
         return "unknown"
-    try:
-        return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{scores} is damaged; score that run again") from None
+    return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
 
 
 def write_table(path: Path, scores: Mapping[str, Scores], searches: Mapping[str, str], signature: str) -> str:
-    """Write the table as Markdown and CSV, and return the Markdown.
+    """Write the table as Markdown and CSV, and return the Markdown; `path` has no suffix.
 
-    Args:
-        path: where to write, without the suffixes .md and .csv.
-        scores: of each run, by its name; the first is the one that the others are compared with.
-        searches: how each run's captions were searched, from `search_of`.
-        signature: of the references.
+    `scores` are those of each run, of which the first is the one that the others are compared with; `searches` say how
+    their captions were searched, from `search_of`.
     """
-    (first, baseline), *others = scores.items()
-    rows: list[dict[str, Any]] = [{"run": first} | baseline.corpus]
-    for name, each in others:
-        chance = metrics.p_values(baseline, each)
-        rows.append({"run": name} | each.corpus | {f"p_{metric}": p for metric, p in chance.items()})
-    shown = [name for name in METRICS if any(name in row for row in rows)]
-    tested = [f"p_{name}" for name in baseline.per_image]
-    titles = [METRICS[name].title for name in shown] + [f"p ({METRICS[name].title})" for name in baseline.per_image]
+    first, baseline = next(iter(scores.items()))
+    rows: list[dict[str, Any]] = []
+    for name, each in scores.items():
+        chance = dict.fromkeys(baseline.per_image) if name == first else p_values(baseline, each)
+        row = {metric: each.corpus.get(metric) for metric in baseline.corpus}
+        row |= {f"p_{metric}": chance[metric] for metric in baseline.per_image}
+        rows.append({"run": name, **row, "search": searches[name]})
+    titles = {name: metric.title for name, metric in METRICS.items()}
+    titles |= {f"p_{name}": f"p ({title})" for name, title in titles.items()}
 
-    lines = [f"| run | {' | '.join(titles)} | search |", "|---" * (2 + len(titles)) + "|"]
-    for row in rows:
-        row["search"] = searches[row["run"]]
-        cells = [f"{row[name]:.1f}" if name in row else "–" for name in shown]
-        cells += [format_p(row[name]) if name in row else "–" for name in tested]
-        lines.append(f"| {row['run']} | {' | '.join(cells)} | {row['search'].replace('|', ' ')} |")
-    lines += ["", f"p: paired bootstrap against {first}, two-sided.", f"`{signature}`"]
-    page = "\n".join(lines) + "\n"
-
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["run", *shown, *tested, "search"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    lines = [f"| {' | '.join(titles.get(column, column) for column in rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines += [f"| {' | '.join(format_cell(column, value) for column, value in row.items())} |" for row in rows]
+    lines += ["", f"p: paired bootstrap against {first}, two-sided.", f"`{signature}`", ""]
+    page = "\n".join(lines)
     write_atomically(path.with_suffix(".md"), page.encode())
-    write_atomically(path.with_suffix(".csv"), table.getvalue().encode())
+    write_atomically(path.with_suffix(".csv"), pd.DataFrame(rows).to_csv(index=False, lineterminator="\n").encode())
     return page
 
 
-def format_p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+def format_cell(column: str, value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value.replace("|", " ")
+    if column.startswith("p_"):
+        return f"{value:.3f}" if value >= 0.001 else "<0.001"
+    return f"{value:.1f}"

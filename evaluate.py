@@ -27,12 +27,9 @@ from data import annotations, splits, tars
 from data.vocab import TOKENISERS
 from metrics import METRICS
 from models.ensemble import refuse_homeless_ensemble
-from models.model import CaptionModel
 from utils import RUNS, as_json, find_run, write_atomically
 
 SHOWN = 5  # picture names in a message
-DIGITS = 4  # of scores in files; what is printed has one, rounded once
-FEW = 30  # with fewer pictures, p-values say little
 
 
 @dataclass
@@ -62,7 +59,9 @@ def main() -> None:
     if args.compare:
         compare(args)
     elif args.predictions:
-        score_predictions(args)
+        path = Path(args.predictions)
+        references = read_references(path, args)
+        score(read_predictions(path, references), references, f"search:{path.name}", Path(args.out or path.parent))
     else:
         with distributed.processes():
             score_run(args)
@@ -73,31 +72,18 @@ def parse_args() -> argparse.Namespace:
         description="Score the captions of a run, or of another system, against the references of a split.",
         epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--checkpoint",
-        action="append",
-        metavar="FILE",
-        help="a checkpoints.pth (default: the newest run's); repeat it to score several models as one ensemble",
-    )
-    what.add_argument("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
-    what.add_argument("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
-    parser.add_argument("--run", metavar="NAME", help="score this run, or with --predictions take its references")
-    parser.add_argument(
-        "--split",
-        choices=["train", "val", "dev", "test"],
-        help="default: test, or val where it is empty; with --compare val, or test where only that is scored",
-    )
-    parser.add_argument(
-        "--tokeniser",
-        choices=["auto", *metrics.TOKENISERS],
-        default="auto",
-        help="ptb as in papers (needs Java), words (without Java), characters (for Chinese); auto chooses (default)",
-    )
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)"
-    )
-    return parser.parse_options(setting_names())
+    add, add_what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    several = "a checkpoints.pth (default: the newest run's); repeat it to score several models as one ensemble"
+    add_what("--checkpoint", action="append", metavar="FILE", help=several)
+    add_what("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
+    add_what("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
+    add("--run", metavar="NAME", help="score this run, or with --predictions take its references")
+    split = "default: test, or val where it is empty; with --compare val, or test where only that is scored"
+    add("--split", choices=["train", "val", "dev", "test"], help=split)
+    tokeniser = "ptb as in papers (needs Java), words (without Java), characters (for Chinese); auto chooses (default)"
+    add("--tokeniser", choices=["auto", *metrics.TOKENISERS], default="auto", help=tokeniser)
+    add("--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)")
+    return parser.parse_options_and_settings(setting_names())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -113,105 +99,82 @@ def score_run(args: argparse.Namespace) -> None:
     config = model.config
     table = annotations.load(config.data, splits.read_splits(paths[0].parent))
     references = choose_references(table, config, args.split, args.tokeniser)
-    print(f"captioning {len(references.captions):,} {references.split} pictures with {', '.join(map(str, paths))}")
-    captions, rate = caption_split(model, list(references.captions))
+    images = list(references.captions)
+    print(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
+    features = encode_dataset(model, images, annotations.image_folder(config.data))
+    torch.manual_seed(config.train.seed)  # where captions are drawn
+    began = time.perf_counter()
+    captions = caption_dataset(model, features, images)
+    rate = len(images) / (time.perf_counter() - began)
     if distributed.rank():
         return
-    out = Path(args.out) if args.out else paths[0].parent
+    out = Path(args.out or paths[0].parent)
     predictions = out / f"predictions-{references.split}.json"
     rows = [{"image_id": image_id, "caption": captions[image]} for image, image_id in references.image_ids.items()]
     write_atomically(predictions, as_json(rows))
+    print(f"wrote {predictions} ({rate:,.0f} pictures captioned a second)")
     search = describe_search(config) + (f"|ensemble:{len(paths)}" if len(paths) > 1 else "")
-    scores = score(captions, references, search) | {
-        "images_per_second": round(rate, 1),
-        "checkpoint": ", ".join(path.name for path in paths),
-    }
-    report(scores, out / f"scores-{references.split}.json", predictions)
-
-
-def caption_split(model: CaptionModel, images: list[str]) -> tuple[dict[str, str], float]:
-    """Return a caption of each of these pictures, and how many pictures a second the search took."""
-    features = encode_dataset(model, images, annotations.image_folder(model.config.data))
-    torch.manual_seed(model.config.train.seed)  # where captions are drawn
-    began = time.perf_counter()
-    captions = caption_dataset(model, features, images)
-    return captions, len(captions) / (time.perf_counter() - began)
+    checkpoint = ", ".join(path.name for path in paths)
+    score(captions, references, search, out, images_per_second=round(rate, 1), checkpoint=checkpoint)
 
 
 def describe_search(config: Config) -> str:
     """Return the search as a part of a signature; settings that are off are not named."""
     search = config.search
     if search.temperature:
-        parts = [f"search:draw|temperature:{search.temperature:g}|top_k:{search.top_k}|top_p:{search.top_p:g}"]
-        parts.append(f"seed:{config.train.seed}")
+        how = f"draw|temperature:{search.temperature:g}|top_k:{search.top_k}|top_p:{search.top_p:g}"
+        how += f"|seed:{config.train.seed}"
     else:
-        parts = [f"search:{'greedy' if search.beam == 1 else f'beam-{search.beam}'}|lp:{search.length_penalty:g}"]
-    parts.append(f"max:{search.max_length}")
-    if search.by_consensus():
-        parts.append(f"consensus:{search.consensus:g}")
-    for name in ("min_length", "no_repeat_ngram", "forbidden"):
-        value = getattr(search, name)
-        if value:
-            parts.append(f"{name}:{','.join(value) if isinstance(value, list) else value}")
-    return "|".join(parts)
+        how = f"{'greedy' if search.beam == 1 else f'beam-{search.beam}'}|lp:{search.length_penalty:g}"
+    others = {
+        "max": search.max_length,
+        "consensus": f"{search.consensus:g}" if search.by_consensus() else None,
+        "min_length": search.min_length,
+        "no_repeat_ngram": search.no_repeat_ngram,
+        "forbidden": ",".join(search.forbidden),
+    }
+    return f"search:{how}" + "".join(f"|{name}:{value}" for name, value in others.items() if value)
 
 
-def score(captions: dict[str, str], references: References, search: str) -> dict[str, Any]:
-    """Return what scores-<split>.json holds."""
-    if len(captions) == 1:
-        print("warning: one picture alone has a CIDEr of 0, since all its n-grams are in every document")
+def score(captions: dict[str, str], references: References, search: str, out: Path, **about: Any) -> None:
+    """Print the scores of captions and write them, and `about` them, to scores-<split>.json, signed with `search`."""
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
         print(f"warning: {empty:,} of {len(captions):,} captions have no words")
-    scores = references.score(captions)
-    for note in scores.notes:
-        print(note)
-    return {
-        **{name: round(scores.corpus[name], DIGITS) if name in scores.corpus else None for name in METRICS},
+    found = references.score(captions)
+    corpus, intervals = found.corpus, metrics.intervals(found.per_image)
+    texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
+    scores = {name: round(corpus[name], 4) if name in corpus else None for name in METRICS} | {
         "split": references.split,
         "signature": f"{references.signature}|{search}",
-        "intervals": metrics.intervals(scores.per_image),
-        "captions": metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]()),
+        "intervals": intervals,
+        "captions": texts,
     }
-
-
-def report(scores: dict[str, Any], path: Path, predictions: Path | None = None) -> None:
-    """Print the scores and write them to `path`."""
-    write_atomically(path, as_json(scores))
-    titles = {name: metric.title for name, metric in METRICS.items()}
-    print("  ".join(f"{title} {scores[name]:.1f}" for name, title in titles.items() if scores[name] is not None))
-    bounds = ", ".join(f"{titles[name]} {low:.1f} to {high:.1f}" for name, (low, high) in scores["intervals"].items())
+    path = out / f"scores-{references.split}.json"
+    write_atomically(path, as_json(scores | about))
+    for note in found.notes:
+        print(note)
+    print("  ".join(f"{METRICS[name].title} {value:.1f}" for name, value in corpus.items()))
+    bounds = ", ".join(f"{METRICS[name].title} {low:.1f} to {high:.1f}" for name, (low, high) in intervals.items())
     print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
-    about = scores["captions"]
     print(
-        f"captions: {about['length']:.1f} words on average, {about['vocabulary']:,} different words, "
-        f"{about['distinct_captions']:.0%} distinct, {about['novelty']:.0%} not among the training captions, "
-        f"{about['bad_endings']:.1%} with a bad ending, {about['repetition']:.1%} with repetitions"
+        f"captions: {texts['length']:.1f} words on average, {texts['vocabulary']:,} different words, "
+        f"{texts['distinct_captions']:.0%} distinct, {texts['novelty']:.0%} not among the training captions, "
+        f"{texts['bad_endings']:.1%} with a bad ending, {texts['repetition']:.1%} with repetitions"
     )
-    if "images_per_second" in scores:
-        print(f"{scores['images_per_second']:,.0f} pictures captioned a second")
     print(scores["signature"])
-    print(f"wrote {path}{f' and {predictions}' if predictions else ''}")
+    print(f"wrote {path}")
 
 
 # ---- captions of any system ------------------------------------------------------------------------------------------
-
-
-def score_predictions(args: argparse.Namespace) -> None:
-    """Score a file in COCO's results form, whoever wrote it."""
-    path = Path(args.predictions)
-    references = read_references(path, args)
-    scores = score(read_predictions(path, references), references, f"search:{path.name}")
-    report(scores, (Path(args.out) if args.out else path.parent) / f"scores-{references.split}.json")
 
 
 def choose_references(table: pd.DataFrame, config: Config, split: str | None, tokeniser: str) -> References:
     split, rows = splits.choose_split(table, split, config.data.source)
     ids = dict(rows.drop_duplicates("image")[["image", "image_id"]].to_numpy().tolist())
     training = tars.train_captions(config.data) if config.data.shards else table["caption"][table["split"] == "train"]
-    language = config.data.language
-    picked = metrics.pick_tokeniser(tokeniser, language)
-    return References(split, ids, annotations.references(rows), training, language, picked)
+    picked = metrics.pick_tokeniser(tokeniser, config.data.language)
+    return References(split, ids, annotations.references(rows), training, config.data.language, picked)
 
 
 def read_references(predictions: Path, args: argparse.Namespace) -> References:
@@ -219,9 +182,8 @@ def read_references(predictions: Path, args: argparse.Namespace) -> References:
     searched = [word for word in args.overrides if word.startswith("search.")]
     if searched:
         raise UserError(f"{searched[0]} changes nothing about captions that are written already; leave it out")
-    run = predictions.parent if (predictions.parent / "config.yaml").is_file() else None
-    if args.run:
-        run = find_run("config.yaml", args.run)
+    beside = predictions.parent if (predictions.parent / "config.yaml").is_file() else None
+    run = find_run("config.yaml", args.run) if args.run else beside
     config = load_config(run / "config.yaml" if run else None, args.overrides)
     table = annotations.load(config.data, splits.read_splits(run) if run else None)
     return choose_references(table, config, args.split, args.tokeniser)
@@ -236,37 +198,23 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
         # Half an emoji, which JSON can hold, can be neither printed nor given to Java.
         found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        form = '[{"image_id": …, "caption": "…"}, …]'
-        raise UserError(f"{path} is not in COCO's results form; it should read {form}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f'{path} is not in COCO\'s results form: [{{"image_id": …, "caption": "…"}}, …]') from None
     ids = {image: str(image_id) for image, image_id in references.image_ids.items()}
-    refuse_twice([name for name, _ in found], f"{path} has more than one caption for")
-    refuse_twice(list(ids.values()), "the references have more than one picture with the id")
+    for where, names in ((path, [name for name, _ in found]), ("the dataset", list(ids.values()))):
+        twice = pd.Series(names, dtype=str).duplicated()
+        if twice.any():
+            raise UserError(f"{where} has the picture {names[twice.argmax()]} twice; keep one")
     captions = dict(found)
     missing = [name for name in ids.values() if name not in captions]
-    if len(missing) == len(ids):
-        raise UserError(
-            f"{path} has captions of none of the {len(ids):,} {references.split} pictures, such as {missing[0]:.60}; "
-            "give captions of the same dataset and split"
-        )
     if missing:
         raise UserError(
             f"{path} has no caption for {len(missing):,} of {len(ids):,} {references.split} pictures "
-            f"({shorten(missing)}); caption them, or take another --split"
+            f"({', '.join(missing[:SHOWN])} …); caption them, or take another --split or dataset"
         )
     if len(captions) > len(ids):
         print(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
     return {image: captions[name] for image, name in ids.items()}
-
-
-def refuse_twice(names: list[str], what: str) -> None:
-    twice = pd.Series(names, dtype=str)[lambda series: series.duplicated()].unique().tolist()
-    if twice:
-        raise UserError(f"{what} {shorten(twice)}; keep one")
-
-
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
@@ -278,12 +226,10 @@ def compare(args: argparse.Namespace) -> None:
     references = read_references(next(iter(runs.values())), args)
     systems = {name: references.score(read_predictions(path, references)) for name, path in runs.items()}
     searches = {name: comparison.search_of(path, references.split) for name, path in runs.items()}
-    path = (Path(args.out) if args.out else RUNS) / f"comparison-{references.split}"
+    path = Path(args.out or RUNS) / f"comparison-{references.split}"
     print(comparison.write_table(path, systems, searches, references.signature))
     for note in next(iter(systems.values())).notes:
         print(note)
-    if len(references.captions) < FEW:
-        print(f"of {len(references.captions)} pictures alone p says little; compare on {FEW} or more")
     print(f"wrote {path}.md and {path}.csv")
 
 

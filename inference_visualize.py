@@ -11,32 +11,29 @@ import glob
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import distributed
 import metrics
-from captioning import SEARCH_BATCH, Captioned, Captioner, Picture, feature_cache, prediction, probability_per_word
+from captioning import Captioner, Encoded, Picture, feature_cache, prediction, probability_per_word
 from config import setting_names
 from data import annotations, splits
 from data.features import Features, Files
 from data.formats import PICTURE_SUFFIXES
 from models.ensemble import refuse_homeless_ensemble
 from models.model import Caption, CaptionModel
+from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
-from render.gallery import Gallery
 from utils import PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
-MAX_SKIPS = 20  # broken pictures that are named
 FEW = 10  # pictures whose captions are printed, too
 MEAN = "mean"  # --attention without a head
 
@@ -49,27 +46,21 @@ def parse_args() -> argparse.Namespace:
         "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
     )
     add = parser.add_argument
-    add("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
-    checkpoint = (
-        "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, or "
-    )
-    checkpoint += "pretrained/captioner.pth); repeat it and several models write together"
-    add("--checkpoint", action="append", metavar="FILE", help=checkpoint)
-    add("--run", metavar="NAME", help="take this run's checkpoint")
+    add_pictures, add_model = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
+    add_pictures("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
+    checkpoint = "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, "
+    checkpoint += "or pretrained/captioner.pth); repeat it and several models write together"
+    add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    add_model("--run", metavar="NAME", help="take this run's checkpoint")
     split = "the pictures, without --images (default: test, or val where it is empty)"
-    add("--split", choices=["train", "val", "dev", "test"], help=split)
+    add_pictures("--split", choices=["train", "val", "dev", "test"], help=split)
     add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
     several = "the best N captions of each picture, by a beam of at least N (default: 1)"
     add("--num-captions", type=positive, default=1, metavar="N", help=several)
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)")
-    args = parser.parse_options(setting_names())
-    if args.checkpoint and args.run:
-        raise UserError("--checkpoint and --run both say which model; give one of them")
-    if args.images and args.split:
-        raise UserError("--images and --split both say which pictures; give one of them")
-    return args
+    return parser.parse_options_and_settings(setting_names())
 
 
 def positive(text: str) -> int:
@@ -81,11 +72,6 @@ def positive(text: str) -> int:
 
 def main() -> None:
     args, began = parse_args(), time.monotonic()
-    with distributed.processes():
-        caption(args, began)
-
-
-def caption(args: argparse.Namespace, began: float) -> None:
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
@@ -96,18 +82,15 @@ def caption(args: argparse.Namespace, began: float) -> None:
         pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
     else:
         pictures, features = split_pictures(model, args.split, checkpoints[0].parent)
-        out = Path(args.out) if args.out else checkpoints[0].parent
+        out = Path(args.out or checkpoints[0].parent)
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {model.device.type}"
     print(f"captioning {count(len(pictures))} with {named} ({source})")
 
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
-    results = Results(out, pictures, model, heads, args.num_captions)
-    skipped = results.write(captioner, features)
-    for reason in skipped[:MAX_SKIPS]:
+    skipped = write_results(out, captioner, pictures, features, heads, args.num_captions)
+    for reason in skipped:
         print(f"skipped: {reason}")
-    if len(skipped) > MAX_SKIPS:
-        print(f"… and {len(skipped) - MAX_SKIPS:,} more")
     print(f"wrote captions of {count(len(pictures) - len(skipped))} in {time.monotonic() - began:.0f} s:")
     print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
 
@@ -132,10 +115,7 @@ def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
 
 
 def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
-    """Return the attention heads to be averaged, or None where no attention was asked for.
-
-    Raises UserError for a decoder without attention and for a head that is not among its `heads`.
-    """
+    """Return the attention heads to be averaged, None if none was asked for; raises UserError where there is none."""
     if asked is None:
         return None
     if not heads:
@@ -146,28 +126,22 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
     if asked == MEAN:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
-        known = f"heads 1 to {heads}; name one of them, or" if heads > 1 else "one head;"
-        raise UserError(f"--attention {asked}: the decoder of {named} has {known} give --attention alone")
+        raise UserError(f"--attention {asked}: {named} has heads 1 to {heads}; name one, or give --attention alone")
     return slice(int(asked) - 1, int(asked))
 
 
 def find_pictures(patterns: list[str]) -> list[Picture]:
-    """Return the picture files named by paths, folders (with all below them) and globs, each once.
-
-    Raises UserError for a pattern that matches nothing.
-    """
+    """Return the picture files named by paths, folders (with all below) and globs; raises UserError where none is."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
             paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        elif path.exists():
-            paths = [path]
         else:
-            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+            names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+            paths = [Path(name) for name in names if Path(name).is_file()]
         if not paths:
-            what = "holds no picture files" if path.is_dir() else "matches no picture"
-            raise UserError(f"--images {pattern} {what}; check the path")
+            raise UserError(f"--images {pattern}: there is no picture; check the path")
         found |= dict.fromkeys(paths)
     return [Picture(path, path.name, path.as_posix()) for path in found]
 
@@ -191,107 +165,76 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture that was captioned and drawn: `file` is the JPG, relative to the page; `size` that of the picture."""
+def write_results(
+    out: Path, captioner: Captioner, pictures: list[Picture], known: Features | None, heads: slice | None, number: int
+) -> list[str]:
+    """Write `number` captions of each picture: outputs/*.jpg, the page and predictions.json in the folder `out`.
 
-    picture: Picture
-    captions: list[Caption]
-    attention: AttentionMaps | None
-    file: str
-    size: tuple[int, int]
-
-
-class Results:
-    """Writes outputs/*.jpg, the page and predictions.json into the folder `out`, for all these pictures.
-
-    Args:
-        heads: the attention heads whose mean is drawn into a second JPG, or None for no such JPG.
+    `known` are the features of all pictures, if they are cached. With `heads`, a second JPG shows their mean attention.
+    Returns what was wrong with pictures that could not be read; raises UserError where that was all of them.
     """
+    config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
+    stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
+    attention_stems = {picture: unique_name(f"{stem}-attention", taken) for picture, stem in stems.items()}
 
-    def __init__(
-        self, out: Path, pictures: list[Picture], model: CaptionModel, heads: slice | None, num_captions: int
-    ) -> None:
-        self.out, self.pictures, self.model, self.heads, self.num_captions = out, pictures, model, heads, num_captions
-        taken: set[str] = set()  # names of files, which no two pictures share in whichever process
-        self.stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
-        self.attention_stems = {stem: unique_name(f"{stem}-attention", taken) for stem in self.stems.values() if heads}
-
-    def write(self, captioner: Captioner, features: Features | None) -> list[str]:
-        """Caption and draw all pictures; returns what was wrong with those that could not be read."""
-        skipped, done = list[str](), list[tuple[Picture, list[Caption]]]()
-        subtitle = f"{self.model.config.encoder.name} and {self.model.config.decoder.name}"
-        subtitle += "; point at a word to see its attention" if self.heads else ""
-        found = self.draw_all(captioner, features)
-        if distributed.rank():
-            for _ in found:
-                pass
-            return skipped
-        bar = tqdm(found, total=len(self.pictures), desc="captioning", unit="img", disable=distributed.bar_hidden())
-        with Gallery(self.out / PAGE, "Captions", subtitle, attention=self.heads is not None) as gallery:
-            for item in bar:
-                if isinstance(item, UserError):
-                    skipped.append(str(item))
-                    continue
-                done.append((item.picture, item.captions))
-                texts = [each.text for each in item.captions]
-                longest = self.model.config.search.max_length
-                gallery.add(
-                    item.file,
-                    texts,
-                    item.picture.references,
-                    size=item.size,
-                    name=item.picture.name,
-                    probabilities=[probability_per_word(c, longest) for c in item.captions] if len(texts) > 1 else [],
-                    attention=item.attention,
-                )
-            if not done:
-                raise UserError(f"nothing was captioned: {skipped[0]}")
-            gallery.score(self.rate(done))
-        lacking = sorted(set().union(*(undrawable(captions[0].text) for _, captions in done)))
-        if lacking:
-            print(
-                f"no font here has {''.join(lacking[:5])}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
-                "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
-            )
-        rows = [prediction(picture.image_id, captions, self.num_captions) for picture, captions in done]
-        write_atomically(self.out / "predictions.json", as_json(rows))
-        for picture, captions in done if len(done) <= FEW else []:
-            print(printable(f"    {picture.name}: {captions[0].text or NO_WORDS}"))
-        return skipped
-
-    def draw_all(self, captioner: Captioner, features: Features | None) -> Iterator[Drawn | UserError]:
-        """Yield what became of each picture; several processes take turns at batches of them."""
-        batches = [self.pictures[i : i + SEARCH_BATCH] for i in range(0, len(self.pictures), SEARCH_BATCH)]
-        mine = [picture for batch in distributed.share(batches) for picture in batch]
-        found = captioner.caption_pictures(mine, features, self.num_captions, self.heads is not None)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in range(0, len(batches), distributed.size()):  # in the last turn some may have nothing left
-                yield from distributed.gather(list(pool.map(self.draw, next(found, []))))
-
-    def draw(self, item: Captioned | UserError) -> Drawn | UserError:
-        """Write the JPGs of a picture."""
-        if isinstance(item, UserError):
-            return item
-        folder, stem = self.out / "outputs", self.stems[item.picture]
-        folder.mkdir(parents=True, exist_ok=True)
-        attention = AttentionMaps.of(item.captions[0], self.heads) if self.heads else None
-        draw_caption(item.shown, item.captions[0].text).save(folder / f"{stem}.jpg", quality=QUALITY)
+    def draw(item: Encoded, captions: list[Caption]) -> dict[str, Any]:
+        """Write the JPGs of a picture and return its row of the page."""
+        picture, best = item.picture, captions[0]
+        draw_caption(item.shown, best.text).save(folder / f"{stems[picture]}.jpg", quality=QUALITY)
+        attention = AttentionMaps.of(best, heads) if heads else None
         if attention:
-            path = folder / f"{self.attention_stems[stem]}.jpg"
-            draw_attention(item.shown, attention).save(path, quality=QUALITY)
-        captions = [replace(each, attention=None) for each in item.captions]
-        return Drawn(item.picture, captions, attention, f"{folder.name}/{stem}.jpg", item.shown.size)
+            drawn = draw_attention(item.shown, attention)
+            drawn.save(folder / f"{attention_stems[picture]}.jpg", quality=QUALITY)
+        probabilities = [probability_per_word(each, config.search.max_length) for each in captions]
+        return gallery.row(
+            f"outputs/{stems[picture]}.jpg",
+            [each.text for each in captions],
+            picture.references,
+            size=item.shown.size,
+            name=picture.name,
+            probabilities=probabilities if len(captions) > 1 else [],
+            attention=attention,
+        )
 
-    def rate(self, done: list[tuple[Picture, list[Caption]]]) -> list[float | None]:
-        """Return the CIDEr-D x100 of each picture's best caption; none unless two pictures have references."""
-        references = {picture.name: picture.references for picture, _ in done if picture.references}
-        if len(references) < 2:
-            return []
-        best = {picture.name: captions[0].text for picture, captions in done}
-        tokenise = metrics.batched(self.model.vocab.tokenise)
-        language = self.model.config.data.language
-        return metrics.evaluate(best, references, tokenise, language, ["cider"]).per_image["cider"].tolist()
+    skipped, done, rows, predictions = list[str](), list[Picture](), list[dict](), list[dict]()
+    batches = captioner.caption_pictures(pictures, known, number, keep_attention=heads is not None)
+    bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for captioned, errors in batches:
+            if captioned:
+                folder.mkdir(parents=True, exist_ok=True)
+                rows += pool.map(draw, *zip(*captioned, strict=True))
+            done += [item.picture for item, _ in captioned]
+            predictions += [prediction(item.picture.image_id, each, number) for item, each in captioned]
+            skipped += map(str, errors)
+            bar.update(len(captioned) + len(errors))
+    if not done:
+        raise UserError(f"nothing was captioned: {skipped[0]}")
+    texts = [row["caption"] for row in predictions]
+    subtitle = f"{config.encoder.name} and {config.decoder.name}"
+    subtitle += "; point at a word to see its attention" if heads else ""
+    page = gallery.page("Captions", subtitle, rows, rate(done, texts, captioner.model))
+    write_atomically(out / PAGE, page.encode())
+    write_atomically(out / "predictions.json", as_json(predictions))
+    lacking = "".join(sorted(set().union(*map(undrawable, texts))))
+    if lacking:
+        print(
+            f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
+            "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
+        )
+    for picture, text in zip(done, texts, strict=True) if len(done) <= FEW else []:
+        print(printable(f"    {picture.name}: {text or NO_WORDS}"))
+    return skipped
+
+
+def rate(pictures: list[Picture], captions: list[str], model: CaptionModel) -> list[float]:
+    """Return the CIDEr-D x100 of each picture's caption; none unless there are two pictures, with references."""
+    if len(pictures) < 2 or not pictures[0].references:
+        return []
+    references = {picture.name: picture.references for picture in pictures}
+    best, tokenise = dict(zip(references, captions, strict=True)), metrics.batched(model.vocab.tokenise)
+    scores = metrics.evaluate(best, references, tokenise, model.config.data.language, ["cider"])
+    return scores.per_image["cider"].tolist()
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ from cli import UserError
 import importlib.metadata
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
-import pycocoevalcap.spice.spice
 import pycocoevalcap.tokenizer.ptbtokenizer as ptbtokenizer
+from nltk.util import ngrams
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.spice.spice import Spice
 
 from data import vocab
 
@@ -46,6 +45,7 @@ class Corpus:
 
     captions: dict[str, list[str]]  # one for each image
     references: dict[str, list[str]]
+    language: str
 
     @cached_property
     def bleu(self) -> tuple[list[float], np.ndarray]:
@@ -67,25 +67,13 @@ class Corpus:
 
 @dataclass
 class Scores:
-    """What `evaluate` returns.
+    """What `evaluate` returns: the scores of P images, by the names of METRICS."""
 
-    Attributes:
-        corpus: the score of each metric over all P images.
-        per_image: what each image contributes: its CIDEr-D (P,), and its counts for BLEU-4 (P, 10), see `Corpus.bleu`.
-        left_out: the metrics that are left out, and why.
-    """
-
-    corpus: dict[str, float] = field(default_factory=dict)
-    per_image: dict[str, np.ndarray] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def notes(self) -> list[str]:
-        """A line for each reason for which metrics are left out."""
-        titles: dict[str, list[str]] = {}
-        for name, reason in self.left_out.items():
-            titles.setdefault(reason, []).append(METRICS[name].title)
-        return [f"{' and '.join(t)} {'are' if t[1:] else 'is'} left out: {reason}" for reason, t in titles.items()]
+    corpus: dict[str, float] = field(default_factory=dict)  # over all images
+    per_image: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # what each contributes: CIDEr-D (P,), BLEU-4 (P, 10)
+    notes: list[str] = field(default_factory=list)  # which metrics are left out, and why
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -100,20 +88,17 @@ def cider(corpus: Corpus) -> Result:
     return 100 * float(score), 100 * np.asarray(per_image)
 
 
-def rouge_l(corpus: Corpus) -> Result:
-    """ROUGE-L (Lin 2004)."""
-    return 100 * float(Rouge().compute_score(corpus.references, corpus.captions)[0]), None
-
-
 def meteor(corpus: Corpus) -> Result:
-    """METEOR 1.5 (Denkowski and Lavie 2014); raises UserError when Java fails."""
-    references, captions = (  # METEOR's own protocol has ||| between texts
-        {image: [text.replace("|||", "") for text in texts] for image, texts in each.items()}
-        for each in (corpus.references, corpus.captions)
-    )
+    """METEOR 1.5 (Denkowski and Lavie 2014), for English; raises UserError without Java and when it fails."""
+    if corpus.language != "en":
+        raise UserError("available for English only")
+    if not has_java():
+        raise UserError("Java is missing (apt install default-jre-headless)")
+    # METEOR's own protocol has ||| between texts.
+    references = {image: [text.replace("|||", "") for text in texts] for image, texts in corpus.references.items()}
     scorer = Meteor()
     try:
-        return 100 * scorer.compute_score(references, captions)[0], None
+        return 100 * scorer.compute_score(references, corpus.captions)[0], None
     except (OSError, ValueError):
         scorer.meteor_p.kill()
         said = scorer.meteor_p.communicate()[1].decode(errors="replace").strip().splitlines()
@@ -121,28 +106,6 @@ def meteor(corpus: Corpus) -> Result:
     finally:
         if scorer.lock.locked():  # after an error or Ctrl-C; its destructor would wait for the lock for ever
             scorer.lock.release()
-
-
-def spice(corpus: Corpus) -> Result:
-    """SPICE (Anderson et al. 2016); raises UserError when Java fails."""
-    try:
-        return 100 * float(Spice().compute_score(corpus.references, corpus.captions)[0]), None
-    except (ValueError, subprocess.SubprocessError) as error:
-        raise UserError(str(error)) from None
-
-
-def need_java(language: str) -> None:
-    if language != "en":
-        raise UserError("available for English only")
-    if not has_java():
-        raise UserError("Java is missing (apt install default-jre-headless)")
-
-
-def need_java_and_jars(language: str) -> None:
-    need_java(language)
-    library = Path(pycocoevalcap.spice.spice.__file__).parent / "lib"
-    if len(list(library.glob("stanford-corenlp-3.6.0*.jar"))) < 2:  # pycocoevalcap would download them
-        raise UserError("put stanford-corenlp-3.6.0.jar and its models beside pycocoevalcap's jars")
 
 
 def has_java() -> bool:
@@ -167,20 +130,11 @@ def bleu4(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of METRICS.
-
-    Attributes:
-        title: its name in tables.
-        compute: corpus → Result. A metric that returns what each image contributes has intervals and p-values.
-        require: takes the captions' language; raises UserError, with the reason, where the metric cannot be computed.
-            It is then left out, as it is where `compute` raises UserError.
-        resample: how often each bootstrap sample has each image (S, P), what each image contributes (P, …) → the score
-            of each sample (S,).
-    """
+    """An entry of METRICS; one that returns what each image contributes has intervals and p-values."""
 
     title: str
-    compute: Callable[[Corpus], Result]
-    require: Callable[[str], None] = lambda language: None
+    compute: Callable[[Corpus], Result]  # raises UserError, with the reason, where the metric is to be left out
+    # How often each bootstrap sample has each image (S, P), what each contributes (P, …) → scores of the samples (S,).
     resample: Callable[[np.ndarray, np.ndarray], np.ndarray] = mean
 
 
@@ -189,10 +143,11 @@ METRICS = {  # in the order of tables
     "bleu2": Metric("BLEU-2", lambda corpus: (corpus.bleu[0][1], None)),
     "bleu3": Metric("BLEU-3", lambda corpus: (corpus.bleu[0][2], None)),
     "bleu4": Metric("BLEU-4", lambda corpus: (corpus.bleu[0][3], corpus.bleu[1]), resample=bleu4),
-    "meteor": Metric("METEOR", meteor, require=need_java),
-    "rouge_l": Metric("ROUGE-L", rouge_l),
+    "meteor": Metric("METEOR", meteor),
+    "rouge_l": Metric(  # Lin 2004
+        "ROUGE-L", lambda corpus: (100 * float(Rouge().compute_score(corpus.references, corpus.captions)[0]), None)
+    ),
     "cider": Metric("CIDEr-D", cider),
-    "spice": Metric("SPICE", spice, require=need_java_and_jars),
 }
 
 
@@ -211,18 +166,16 @@ def evaluate(
     texts = [*captions.values(), *(text for image in captions for text in references[image])]
     tokens = iter(tokenise(texts))
     candidates = {image: [next(tokens)] for image in captions}
-    corpus = Corpus(candidates, {image: [next(tokens) for _ in references[image]] for image in captions})
+    corpus = Corpus(candidates, {image: [next(tokens) for _ in references[image]] for image in captions}, language)
     scores = Scores()
     for name in names:
-        metric = METRICS[name]
         try:
-            metric.require(language)
-            scores.corpus[name], per_image = metric.compute(corpus)
+            scores.corpus[name], per_image = METRICS[name].compute(corpus)
         except (UserError, OSError) as error:
-            scores.left_out[name] = str(error)
-        else:
-            if per_image is not None:
-                scores.per_image[name] = per_image
+            scores.notes.append(f"{METRICS[name].title} is left out: {error}")
+            continue
+        if per_image is not None:
+            scores.per_image[name] = per_image
     return scores
 
 
@@ -353,20 +306,16 @@ def describe(
     # The training captions may be more than fit in memory, so they are read one by one.
     known = set(map(letters, captions)).intersection(map(letters, training))
     unigrams, bigrams = ([gram for text in texts for gram in ngrams(text, n)] for n in (1, 2))
-
-    def share(flags: Iterable[bool]) -> float:
-        return sum(flags) / len(captions)
-
     values = {
         "length": len(unigrams) / len(captions),
         "vocabulary": len(set(unigrams)),
         "distinct_captions": len(set(captions)) / len(captions),
-        "novelty": share(letters(caption) not in known | {""} for caption in captions),
+        "novelty": fmean(letters(caption) not in known | {""} for caption in captions),
         "distinct_1": len(set(unigrams)) / max(1, len(unigrams)),
         "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-        "unk": share("<unk>" in caption.lower() for caption in captions),
-        "bad_endings": share(bool(text) and text[-1] in BAD_ENDINGS for text in texts),
-        "repetition": share(map(repeats, texts)),
+        "unk": fmean("<unk>" in caption.lower() for caption in captions),
+        "bad_endings": fmean(bool(text) and text[-1] in BAD_ENDINGS for text in texts),
+        "repetition": fmean(map(repeats, texts)),
     }
     return {name: round(value, 4) for name, value in values.items()}
 
@@ -375,10 +324,6 @@ def letters(text: str) -> str:
     return "".join(filter(str.isalnum, text.lower()))
 
 
-def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(words[start:] for start in range(n)), strict=False))
-
-
 def repeats(words: list[str]) -> bool:
-    twice = any(first == second for first, second in ngrams(words, 2))
-    return twice or max(Counter(ngrams(words, 3)).values(), default=0) > 1
+    triples = list(ngrams(words, 3))
+    return any(first == second for first, second in ngrams(words, 2)) or len(set(triples)) < len(triples)

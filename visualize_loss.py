@@ -6,9 +6,9 @@ Reads runs/<name>/loss_log.txt, also while the run is still training.
 from cli import Parser, UserError, run_script
 
 import argparse
+import csv
 import io
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from matplotlib.ticker import MaxNLocator
 from utils import find_run, write_atomically
 
 LOG = "loss_log.txt"
-COLUMNS = ("epoch", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
+PANELS = {
+    "val_loss": "Loss per word",
+    "val_perplexity": "Validation perplexity",
+    "val_bleu4": "BLEU-4 of validation captions ×100",
+    "val_cider": "CIDEr-D of validation captions ×100",
+}
+COLUMNS = ("epoch", "train_loss", *PANELS)
 
 Curves = dict[str, list[float]]  # column → one number per epoch
 
@@ -31,23 +37,19 @@ MAX_DOTS = 30  # a curve of more epochs has no dots
 
 def main() -> None:
     args = parse_args()
-    folders = list(dict.fromkeys(find_run(LOG, name) for name in args.run or [None]))
     if not args.run:
-        print(f"newest run: {folders[0]}")
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):  # runs of the same name in different folders
-        names = [str(folder) for folder in folders]
-    runs = {name: read_log(folder / LOG) for name, folder in zip(names, folders, strict=True)}
-    out = args.out or (folders[0] / "loss_curve.png" if len(runs) == 1 else Path("loss_curve.png"))
+        args.run = [find_run(LOG).name]
+        print(f"newest run: {args.run[0]}")
+    folders = {name: find_run(LOG, name) for name in args.run}
+    runs = {name: read_log(folder / LOG) for name, folder in folders.items()}
+    out = args.out or Path(folders[args.run[0]] if len(runs) == 1 else "", "loss_curve.png")
     save(draw(runs), out)
     print(f"wrote {out}")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Draw the loss curve of a run, or of several to compare them.",
-        epilog="Example: python visualize_loss.py --run flickr8k attention",
-    )
+    example = "Example: python visualize_loss.py --run flickr8k attention"
+    parser = Parser(description="Draw the loss curve of a run, or of several to compare them.", epilog=example)
     parser.add_argument("--run", nargs="+", metavar="NAME", help="names or folders of runs (default: the newest)")
     where = "picture to write (default: loss_curve.png, in the folder of the run if it is only one)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)
@@ -55,54 +57,34 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_log(path: Path) -> Curves:
-    """Return the columns of a loss log, without a last line that is only half written.
-
-    Raises UserError when a column is missing, a line is damaged, or no epoch is finished.
-    """
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    names = header.split("\t")
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]}; give a {LOG} as written by train.py")
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        try:
-            rows.append([float(dict(zip(names, line.split("\t"), strict=True))[name]) for name in COLUMNS])
-        except ValueError:
-            if number <= len(lines):  # not the last line
-                raise UserError(f"{path}, line {number} does not hold one number per column; correct it") from None
+    """Return the columns of a loss log; raises UserError for one that is damaged or in which no epoch is finished."""
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
     if not rows:
         raise UserError(f"{path} has no finished epoch yet; wait for the first one to end")
-    return {name: list(column) for name, column in zip(COLUMNS, zip(*rows, strict=True), strict=True)}
+    try:
+        return {name: [float(row[name]) for row in rows] for name in COLUMNS}
+    except (KeyError, TypeError, ValueError):  # a column, a cell or a number is missing
+        raise UserError(
+            f"{path} does not hold the columns {', '.join(COLUMNS)}; give one written by train.py"
+        ) from None
 
 
-def best_epoch(curves: Curves) -> int | None:
-    """Return the index of the epoch whose weights training keeps, or None if no epoch has a CIDEr.
-
-    That is the epoch with the highest validation CIDEr, and among equals the one with the lowest loss.
-    """
-    finite = [index for index, cider in enumerate(curves["val_cider"]) if math.isfinite(cider)]
-    return max(finite, key=lambda index: (curves["val_cider"][index], -curves["val_loss"][index]), default=None)
+def best_epoch(curves: Curves) -> int:
+    """Return the index of the epoch whose weights training keeps: of the highest CIDEr, then of the lowest loss."""
+    return max(range(len(curves["epoch"])), key=lambda i: (curves["val_cider"][i], -curves["val_loss"][i]))
 
 
 def draw(runs: dict[str, Curves]) -> Figure:
     """Return the figure: a colour for each run, a star at its best epoch, its training loss dashed."""
     figure = Figure(figsize=(11, 7.4), layout="constrained")
-    panels = {
-        "val_loss": "Loss per word",
-        "val_perplexity": "Validation perplexity",
-        "val_bleu4": "BLEU-4 of validation captions ×100",
-        "val_cider": "CIDEr-D of validation captions ×100",
-    }
-    for axes, (column, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    for axes, (column, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for curves, colour in zip(runs.values(), itertools.cycle(COLOURS)):
             epochs, values, best = curves["epoch"], curves[column], best_epoch(curves)
             dots: dict[str, Any] = {"color": colour, "marker": "o" if len(epochs) <= MAX_DOTS else "", "markersize": 4}
             if column == "val_loss":
                 axes.plot(epochs, curves["train_loss"], "--", linewidth=1.3, markerfacecolor="white", **dots)
             axes.plot(epochs, values, linewidth=2, **dots)
-            if best is None:
-                continue
             star = epochs[best], values[best]
             axes.plot(*star, "*", color=colour, markersize=16, markeredgecolor="white", zorder=3, clip_on=False)
             if len(runs) == 1:  # the numbers of several runs would cover each other
@@ -115,9 +97,8 @@ def draw(runs: dict[str, Curves]) -> Figure:
     names = []
     for (name, curves), colour in zip(runs.items(), itertools.cycle(COLOURS)):
         best = best_epoch(curves)
-        if best is not None:
-            name += f": best epoch {curves['epoch'][best]:.0f}, CIDEr {curves['val_cider'][best]:.1f}"
-        names.append(Line2D([], [], color=colour, linewidth=3, label=name))
+        label = f"{name}: best epoch {curves['epoch'][best]:.0f}, CIDEr {curves['val_cider'][best]:.1f}"
+        names.append(Line2D([], [], color=colour, linewidth=3, label=label))
     look: dict[str, Any] = {"fontsize": 12, "handlelength": 1, "frameon": False, "labelcolor": TEXT}
     figure.legend(handles=names, loc="outside upper left", ncols=min(3, len(names)), **look)
     return figure

@@ -4,21 +4,18 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from render.caption import INK, PAPER, wrap
+from models.model import Caption
+from render.caption import INK, PAPER, display_size, wrap
 from render.fonts import UNPRINTABLE, choose_font, plain_text
-
-if TYPE_CHECKING:  # so that this module is imported without waiting for torch
-    from models.model import Caption
 
 SHADE, OPACITY = (38, 44, 56), 0.75  # laid over regions without attention; grey shows on black pictures too
 PANEL_SIZE = 240  # pixels of the longer side of the picture in a panel
 MIN_PANEL_WIDTH = 120  # so that the word above it has room
-MAX_PANELS = 60  # words drawn; the rest is left out, so that a runaway caption does not make a huge sheet
 TITLE_SIZE, MARGIN = 17, 12  # pixels
 
 
@@ -30,7 +27,7 @@ class AttentionMaps:
     alphas: np.ndarray
 
     @classmethod
-    def of(cls, caption: "Caption", heads: slice | None = None) -> Self | None:
+    def of(cls, caption: Caption, heads: slice | None = None) -> Self | None:
         """Return the mean of the given heads, or of all; None where the caption was generated without its attention."""
         if caption.attention is None:
             return None
@@ -51,13 +48,10 @@ def heat_map(picture: Image.Image, level: np.ndarray) -> Image.Image:
 
 def draw_attention(picture: Image.Image, attention: AttentionMaps) -> Image.Image:
     """Return an RGB sheet of panels: the picture, then for each word its heat-map, with the word above it."""
-    factor = PANEL_SIZE / max(picture.size)
-    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    size = display_size(picture.size, PANEL_SIZE, PANEL_SIZE)
     scaled = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    panels = [scaled, *(heat_map(scaled, level) for level in attention.levels()[:MAX_PANELS])]
-    titles = ["", *map(plain_text, attention.words[:MAX_PANELS])]
-    if len(attention.words) > MAX_PANELS:
-        titles[-1] += " …"
+    panels = [scaled, *(heat_map(scaled, level) for level in attention.levels())]
+    titles = ["", *map(plain_text, attention.words)]
 
     # As many columns as make the sheet about 1.5 times as wide as it is high, in rows of equal length.
     panel_width = max(size[0], MIN_PANEL_WIDTH)

@@ -6,16 +6,15 @@ from render.fonts import choose_font, plain_text
 
 MIN_SIZE, MAX_SIZE = 448, 800  # pixels of a drawn picture's longer side: large enough to read text beside it
 MIN_FRAME = 240  # a narrower picture lies on a background this wide, so that its caption has room
-MAX_CHARACTERS = 600  # of a caption; the rest is cut off, so that a runaway caption does not make a huge picture
 NO_WORDS = "(no words)"  # shown in place of an empty caption
 BACKGROUND = (226, 228, 231)
 PAPER = (250, 250, 249)
 INK = (31, 35, 40)
 
 
-def display_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Scale a (width, height), proportions kept, so that the longer side is between MIN_SIZE and MAX_SIZE."""
-    factor = min(max(max(size), MIN_SIZE), MAX_SIZE) / max(size)
+def display_size(size: tuple[int, int], least: int = MIN_SIZE, most: int = MAX_SIZE) -> tuple[int, int]:
+    """Scale a (width, height), proportions kept, so that the longer side is between `least` and `most`."""
+    factor = min(max(max(size), least), most) / max(size)
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
@@ -29,15 +28,12 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return an RGB image: the picture, at its `display_size` and centred in its frame, above the caption's strip."""
     width, height = frame_size(picture.size)
     caption, font = choose_font(plain_text(caption) or NO_WORDS, 16 + width // 100)
-    if len(caption) > MAX_CHARACTERS:
-        caption = caption[: MAX_CHARACTERS - 1] + "…"
     margin, line_height = round(0.7 * font.size), round(1.4 * font.size)
     lines = wrap(caption, font, width - 2 * margin)
 
     sheet = Image.new("RGB", (width, height + len(lines) * line_height + 2 * margin), PAPER)
     scaled = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if scaled.size != (width, height):
-        sheet.paste(BACKGROUND, (0, 0, width, height))
+    sheet.paste(BACKGROUND, (0, 0, width, height))
     sheet.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
 
     draw = ImageDraw.Draw(sheet)

@@ -23,6 +23,8 @@ UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 
+load_font = functools.cache(ImageFont.truetype)
+
 
 def plain_text(text: str) -> str:
     """Return `text` on one line, with a space in place of control characters and direction marks."""
@@ -57,8 +59,3 @@ def installed_fonts() -> list[tuple[str, frozenset[str]]]:
             path = str(load_font(name, 16).path)
             found.append((path, frozenset(map(chr, ft2font.FT2Font(path).get_charmap()))))
     return found
-
-
-@functools.cache
-def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(name, size)

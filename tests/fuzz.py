@@ -37,8 +37,8 @@ from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
 from models.checkpoint import model_state
 from models.model import CaptionModel
+from render import gallery
 from render.caption import draw_caption
-from render.gallery import Gallery
 from utils import CHECKPOINT_FORMAT, load_checkpoint
 
 SLOWEST = 20  # seconds for one input
@@ -76,9 +76,8 @@ def draw_text(content: bytes) -> None:
     encoding, errors = ("utf-16", "surrogatepass") if len(content) % 2 == 0 else ("utf-8", "replace")
     text, size = content.decode(encoding, errors=errors), (1 + (content + bytes(2))[0], 1 + (content + bytes(2))[1])
     draw_caption(Image.new("RGB", size), text)
-    with tempfile.TemporaryDirectory() as folder, Gallery(Path(folder, "a.html"), text, text) as gallery:
-        name = os.fsdecode(content)  # as files can be called
-        gallery.add(name, [text], [text], size=size, name=name)
+    name = os.fsdecode(content)  # as files can be called
+    gallery.page(text, text, [gallery.row(name, [text], [text], size=size, name=name)]).encode()
 
 
 READERS: dict[str, Callable[[Any], object]] = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import HOSTILE, needs_chromium
-from conftest import SCENES
+from captioners import save_captioner
 from PIL import Image
 
 pytest.importorskip("streamlit", reason="the demo needs requirements-extras.txt")
@@ -25,12 +25,11 @@ import render.attention
 import utils
 from captioning import probability_per_word
 from config import Config
-from data import sample
 from data.transforms import open_picture
-from data.vocab import SPECIALS, Vocabulary, build_vocab
+from data.vocab import SPECIALS, Vocabulary
 from models import consensus
-from models.checkpoint import load_model, model_state
-from models.model import Caption, CaptionModel
+from models.checkpoint import load_model
+from models.model import Caption
 from render.attention import AttentionMaps
 from render.fonts import plain_text
 
@@ -51,21 +50,15 @@ SETTINGS = {
 def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained model for each of SETTINGS; the words of `hostile` would act."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
-    known = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
     for name, settings in SETTINGS.items():
-        vocab = Vocabulary([*SPECIALS, *HOSTILE, *MARKDOWN]) if name == "hostile" else known
-        model = CaptionModel.build(tiny_config(*settings, "encoder.image_size=96", "train.seed=2"), vocab)
-        with torch.no_grad():
-            model.fit_statistics(model.encoder(torch.stack([model.transform(picture) for picture in pictures])))
-            for parameter in model.decoder.parameters():
-                parameter.mul_(2.5)  # so that captions differ
-        if model.config.search.consensus:
-            size = model.encoder.feature_shape[-1]
-            words = torch.tensor([vocab.numericalize("a small red circle"), vocab.numericalize("a large blue star")])
+        vocab = Vocabulary([*SPECIALS, *HOSTILE, *MARKDOWN]) if name == "hostile" else None
+        config = tiny_config(*settings, "encoder.image_size=96", "train.seed=2")
+        model = save_captioner(folder / name / "checkpoints.pth", config, drawn / "images", vocab)
+        if config.search.consensus:
+            size, read = model.encoder.feature_shape[-1], model.vocab.numericalize
+            words = torch.tensor([read("a small red circle"), read("a large blue star")])
             remembered = consensus.Consensus(torch.eye(2, size), torch.zeros(size), words, torch.arange(2))
             remembered.save(folder / name / consensus.FILE)
-        utils.save_checkpoint(folder / name / "checkpoints.pth", model_state(model))
     return folder
 
 
@@ -221,7 +214,7 @@ def test_two_models_stand_side_by_side(demo: Demo, checkpoints: Path, drawn: Pat
     [
         (("--checkpoint", "broken.pth"), "broken.pth is not a checkpoint of this project"),
         (("--checkpoint", "none.pth"), "there is no checkpoint at none.pth"),
-        (("--limit", "3"), "unknown option --limit; write: streamlit run app.py -- --checkpoint FILE"),
+        (("--limit", "3"), "there is no --limit; there are --checkpoint"),
     ],
 )
 def test_what_cannot_be_opened_is_told_in_one_sentence(demo: Demo, words: tuple[str, ...], told: str) -> None:

@@ -6,31 +6,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import SCENES
+from captioners import save_captioner
 from PIL import Image
 
-import utils
 from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
 from config import Config
-from data import sample
 from data.transforms import open_picture
-from data.vocab import build_vocab
-from models.checkpoint import model_state
-from models.model import Caption, CaptionModel
+from models.model import Caption
 
 
 @pytest.fixture
 def captioner(paths: list[Path], tiny_config: Callable[..., Config]) -> Captioner:
-    """An untrained captioner from a file, whose weights are large enough for captions to differ."""
-    vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
-    model = CaptionModel.build(tiny_config("encoder.image_size=96", "train.seed=2", "search.max_length=8"), vocab)
-    with torch.no_grad():
-        pixels = torch.stack([model.transform(open_picture(path)) for path in paths])
-        model.fit_statistics(model.encoder(pixels))
-        for parameter in model.decoder.parameters():
-            parameter.mul_(2.5)
-    utils.save_checkpoint(Path("model.pth"), model_state(model))
+    config = tiny_config("encoder.image_size=96", "train.seed=2", "search.max_length=8")
+    save_captioner(Path("model.pth"), config, paths[0].parent)
     return Captioner.load("model.pth")
 
 
@@ -55,8 +43,8 @@ def test_cached_features_give_the_captions_of_the_pictures(captioner: Captioner,
     assert list(caption_dataset(captioner.model, features, names).values()) == captioner.caption(paths)
     pictures = [Picture(path, path.name, path.name) for path in paths]
     for known in (features, None):
-        [found] = captioner.caption_pictures(pictures, known)
-        assert [each.captions[0].text for each in found if not isinstance(each, Exception)] == captioner.caption(paths)
+        [(found, _)] = captioner.caption_pictures(pictures, known)
+        assert [captions[0].text for _, captions in found] == captioner.caption(paths)
 
 
 def test_a_setting_that_there_is_not_and_a_broken_picture_are_refused(

@@ -69,10 +69,9 @@ def test_captions_of_other_pictures_are_not_scored_and_this_is_said(
 def test_missing_captions_are_refused_with_their_number_and_names(refuses: Refusal) -> None:
     list_pictures("train", "00.jpg")
     list_pictures("test", *(f"{number:02}.jpg" for number in (*range(1, 8), 10, 11)))
-    names = "01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg, …"
+    names = "01.jpg, 02.jpg, 03.jpg, 04.jpg, 05.jpg …"
     refuses(f"--predictions {write_captions({'10.jpg': 'a dog'})}", "8 of 9 test pictures", names, "--split")
-    path = write_captions({"elsewhere.jpg": "a dog"})
-    refuses(f"--predictions {path}", path, "none of the", "such as 01.jpg", "the same dataset")
+    refuses(f"--predictions {write_captions({'elsewhere.jpg': 'a dog'})}", "9 of 9 test pictures", "or dataset")
     assert not Path("scores-test.json").exists()
 
 
@@ -81,10 +80,10 @@ def test_a_picture_twice_is_refused(refuses: Refusal, monkeypatch: pytest.Monkey
     for twice in ('10, "caption": "a bird"', '"10", "caption": "a cat"'):
         rows = f'[{{"image_id": 10, "caption": "a dog"}}, {{"image_id": 11, "caption": "a"}}, {{"image_id": {twice}}}]'
         Path("theirs.json").write_text(rows)
-        refuses("--predictions theirs.json", "theirs.json", "more than one caption for 10")
+        refuses("--predictions theirs.json", "theirs.json has the picture 10 twice")
     table = [("10.jpg", 7, "a dog", None), ("11.jpg", 7, "a cat", None)]
     monkeypatch.setitem(formats.READERS, "csv", lambda path: table)
-    refuses(f"--predictions {write_captions({7: 'a dog'})}", "more than one picture with the id 7")
+    refuses(f"--predictions {write_captions({7: 'a dog'})}", "the dataset has the picture 7 twice")
 
 
 @pytest.mark.parametrize(
@@ -94,14 +93,10 @@ def test_a_picture_twice_is_refused(refuses: Refusal, monkeypatch: pytest.Monkey
         b"image,caption\n10.jpg,a dog\n",
         b"\xff\xfe[]",
         b'[{"image_id": "10.jpg"}]',
-        b'[{"caption": "a dog"}]',
         b'[{"image_id": "10.jpg", "caption": null}, {"image_id": "11.jpg", "caption": "a dog"}]',
         b'[{"image_id": "10.jpg", "caption": ["a", "dog"]}, {"image_id": "11.jpg", "caption": "a dog"}]',
         b'{"10.jpg": "a dog", "11.jpg": "a cat"}',
-        b'["a dog", "a cat"]',
-        b"7",
         b"null",
-        b"[" * 100_000,
     ],
     ids=lambda content: content[:30].decode(errors="replace") or "empty",
 )
@@ -151,8 +146,7 @@ def test_runs_are_compared_in_one_table_in_markdown_and_csv(run: Run, capsys: py
     assert lines[0][-3:] == ["–", "–", "beam-5 lp:0.7 max:25"]
     assert lines[1] == ["same", *lines[0][1:-3], "1.000", "1.000", lines[0][-1]]
     assert lines[2][:5] == ["a/best.json", "100.0", "100.0", "100.0", "100.0"] and lines[2][-1] == "unknown"
-    assert "of 2 pictures alone p says little" in printed
-    assert "METEOR and SPICE are left out: Java is missing" in printed
+    assert "METEOR is left out: Java is missing" in printed
     rows = read_table()
     assert [row["run"] for row in rows] == ["flickr8k", "same", "a/best.json"]
     assert float(rows[0]["cider"]) == pytest.approx(scores["cider"], abs=0.005)
@@ -194,23 +188,17 @@ def test_runs_are_compared_on_the_split_asked_for_else_on_val_where_all_were_sco
     ("line", "words"),
     [
         ("--predictions theirs.json --checkpoint runs/flickr8k/checkpoints.pth", ["--checkpoint", "not allowed"]),
-        ("--predictions theirs.json --compare flickr8k", ["--compare", "not allowed"]),
-        ("--checkpoint runs/flickr8k/checkpoints.pth --compare flickr8k", ["--compare", "not allowed"]),
         ("--checkpoint runs/flickr8k/checkpoints.pth --run flickr8k", ["--checkpoint", "--run"]),
         ("--predictions theirs.json search.beam=3", ["search.beam=3", "leave it out"]),
         ("--compare theirs.json search.beam=3", ["search.beam=3", "leave it out"]),
-        ("--compare", ["--compare"]),
         ("--split all", ["--split"]),
-        ("--tokeniser spaces", ["--tokeniser"]),
         ("--run nowhere", ["nowhere"]),
         ("--checkpoint nowhere.pth", ["nowhere.pth"]),
         ("--checkpoint theirs.json", ["theirs.json"]),
         ("--predictions nowhere.json", ["nowhere.json"]),
-        ("--predictions archive", ["archive"]),
         ("--predictions theirs.json --run nowhere", ["nowhere"]),
         ("--predictions theirs.json data.root=nowhere", ["nowhere"]),
         ("--predictions theirs.json --out printed.txt", ["printed.txt"]),
-        ("search.beam=0", ["search.beam"]),
         ("train.lr=1", ["train.lr"]),
     ],
 )

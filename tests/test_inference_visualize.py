@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from browser import read_rows
 from conftest import TINY
 from PIL import Image
 
@@ -38,56 +40,48 @@ def trained(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., int]) -> Run:
     """Run the script in a copy of the working folder and return its exit code."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
     monkeypatch.chdir(tmp_path)
-
-    def command(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["inference_visualize.py", *words])
-        return run_script(inference_visualize.main)
-
-    return command
+    return partial(call, inference_visualize.main)
 
 
-def read_rows(path: str = "predictions.json") -> list[dict[str, Any]]:
-    return json.loads(Path(path).read_text())
+def read_predictions(folder: str = "runs/flickr8k") -> list[dict[str, Any]]:
+    return json.loads(Path(folder, "predictions.json").read_text())
 
 
-def predictions(path: str = "predictions.json") -> dict[str, str]:
-    return {row["image_id"]: row["caption"] for row in read_rows(path)}
+def captions_of(folder: str = "runs/flickr8k") -> dict[str, str]:
+    return {row["image_id"]: row["caption"] for row in read_predictions(folder)}
 
 
-def page_rows(page: str = "runs/flickr8k/captions_result.html") -> list[dict[str, Any]]:
-    return [json.loads(line.rstrip(",")) for line in Path(page).read_text().splitlines() if line.startswith('{"image"')]
+def page_rows() -> list[dict[str, Any]]:
+    return read_rows(Path("runs/flickr8k/captions_result.html"))
 
 
-def page_scores(page: str = "runs/flickr8k/captions_result.html") -> list[float | None]:
-    found = re.search(r"const scores = (.*?);", Path(page).read_text())
+def page_scores(folder: str = "runs/flickr8k") -> list[float]:
+    found = re.search(r"const scores = (.*?);", Path(folder, "captions_result.html").read_text())
     assert found
     return json.loads(found[1])
 
 
 def test_alone_it_captions_the_test_pictures_of_the_newest_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 0
-    assert predictions("runs/flickr8k/predictions.json").keys() == {"10.jpg", "11.jpg"}
+    assert captions_of().keys() == {"10.jpg", "11.jpg"}
     assert {path.name for path in Path("runs/flickr8k/outputs").iterdir()} == {"10.jpg", "11.jpg"}
-    assert "runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
+    assert all(row.keys() == {"image_id", "caption"} for row in read_predictions())
+    assert all(len(row["captions"]) == 1 and not row["probabilities"] for row in page_rows())
+    assert "<p>resnet18 and lstm</p>" in Path("runs/flickr8k/captions_result.html").read_text()
+    assert "captioning 2 pictures with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
-def test_the_page_knows_captions_and_references(run: Run) -> None:
-    run("--split", "dev")
-    page = Path("runs/flickr8k/captions_result.html").read_text()
-    assert "./outputs/08.jpg" in page
-    references = [row for row in Path("archive/captions.csv").read_text().splitlines() if row.startswith("08.jpg")]
-    assert references[0].partition(",")[2] in page
-
-
-def test_cached_and_fresh_features_give_the_same_captions(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("--split", "val")
-    fresh = run("--split", "val", "data.cache=empty", "--out", "fresh")
-    assert fresh == 0
-    assert predictions("fresh/predictions.json") == predictions("runs/flickr8k/predictions.json")
+def test_cached_and_fresh_features_give_the_same_captions_and_the_page_has_the_references(run: Run) -> None:
+    assert run("--split", "val") == run("--split", "dev", "data.cache=empty", "--out", "fresh") == 0
+    assert captions_of() == captions_of("fresh")
+    references = pd.read_csv("archive/captions.csv").groupby("image")["caption"].agg(list)
+    assert [(row["image"], row["references"]) for row in page_rows()] == [
+        (f"./outputs/{name}", references[name]) for name in ("08.jpg", "09.jpg")
+    ]
 
 
 def test_a_captioned_picture_is_the_picture_with_a_strip_below(run: Run) -> None:
@@ -100,13 +94,14 @@ def test_a_captioned_picture_is_the_picture_with_a_strip_below(run: Run) -> None
     assert difference.mean() < 6
 
 
-def test_files_folders_and_globs_are_taken_once_each(run: Run) -> None:
+def test_files_folders_and_globs_are_taken_once_each_and_searched_as_the_command_line_says(run: Run) -> None:
     Path("mine/deep").mkdir(parents=True)
     shutil.copy("archive/images/03.jpg", "mine/deep/b.jpg")
     Path("mine/notes.txt").write_text("not a picture")
-    assert run("--images", "archive/images/00.jpg", "archive/images/0[01].jpg", "mine", "search.max_length=5") == 0
-    assert predictions().keys() == {"archive/images/00.jpg", "archive/images/01.jpg", "mine/deep/b.jpg"}
-    assert all(len(caption.split()) <= 5 for caption in predictions().values())
+    search = ("search.beam=1", "search.min_length=4", "search.max_length=4")
+    assert run("--images", "archive/images/00.jpg", "archive/images/0[01].jpg", "mine", *search) == 0
+    assert captions_of(".").keys() == {"archive/images/00.jpg", "archive/images/01.jpg", "mine/deep/b.jpg"}
+    assert {len(caption.split()) for caption in captions_of(".").values()} == {4}
 
 
 def test_equal_names_from_different_folders_do_not_collide(run: Run) -> None:
@@ -122,35 +117,37 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
     Path("mine/broken.jpg").write_bytes(Path("archive/images/00.jpg").read_bytes()[:400])
     shutil.copy("archive/images/00.jpg", "mine/good.jpg")
     assert run("--images", "mine") == 0
-    assert predictions().keys() == {"mine/good.jpg"}
+    assert captions_of(".").keys() == {"mine/good.jpg"}
     assert "skipped: cannot read the picture mine/broken.jpg" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("line", "said"),
     [
-        *(["--images", "nowhere.jpg"], ["--images", "broken.jpg"], ["--limit", "0"], ["--num-captions", "0"]),
-        *(
-            ["--checkpoint", "runs/flickr8k/checkpoints.pth", "--run", "flickr8k"],
-            ["--images", "archive/images", "--split", "val"],
-        ),
+        ("--images nowhere.jpg", "--images nowhere.jpg: there is no picture"),
+        ("--images archive/captions.csv", "nothing was captioned: cannot read the picture archive/captions.csv"),
+        ("--limit 0", "must be at least 1"),
+        ("--num-captions 0", "must be at least 1"),
+        ("--checkpoint runs/flickr8k/checkpoints.pth --run flickr8k", "not allowed"),
+        ("--images archive/images --split val", "not allowed"),
     ],
 )
-def test_what_cannot_be_done_ends_in_code_2(words: list[str], run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("broken.jpg").write_bytes(b"")
-    assert run(*words) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_where_nothing_can_be_captioned_nothing_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--images", "archive/captions.csv", "--out", "there") == 2
-    assert "nothing was captioned: cannot read the picture archive/captions.csv" in capsys.readouterr().err
+def test_what_cannot_be_done_ends_in_code_2(line: str, said: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*line.split(), "--out", "there") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
     assert not Path("there").exists()
 
 
-def test_limit_takes_the_first(run: Run) -> None:
+def test_limit_takes_the_first_and_one_picture_or_none_with_references_has_no_score(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("--images", "archive/images", "--limit", "3")
-    assert [Path(name).name for name in predictions()] == ["00.jpg", "01.jpg", "02.jpg"]
+    assert [Path(name).name for name in captions_of(".")] == ["00.jpg", "01.jpg", "02.jpg"]
+    run("--split", "train", "--limit", "1", "--out", "there")
+    assert page_scores(".") == page_scores("there") == []
+    printed = capsys.readouterr().out
+    assert "captioning 1 picture with" in printed and "captions of 1 picture in" in printed
 
 
 def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_samples(
@@ -166,28 +163,18 @@ def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_sample
     assert "with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
-def test_a_checkpoint_and_pictures_are_all_it_takes(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_checkpoint_and_pictures_are_all_it_takes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy("runs/flickr8k/checkpoints.pth", "model.pth")
     shutil.copy("archive/images/00.jpg", "photo.jpg")
     for folder in ("runs", "archive", "cache"):
         shutil.rmtree(folder)
     assert run("--images", "photo.jpg", "--checkpoint", "model.pth") == 0
-    (row,) = read_rows()
-    assert f"    photo.jpg: {row['caption'] or '(no words)'}\n" in capsys.readouterr().out
-
-
-def test_one_caption_each_is_all_that_predictions_hold_by_default(run: Run) -> None:
-    run()
-    assert all(row.keys() == {"image_id", "caption"} for row in read_rows("runs/flickr8k/predictions.json"))
-    assert all(len(row["captions"]) == 1 and not row["probabilities"] for row in page_rows())
+    assert f"    photo.jpg: {captions_of('.')['photo.jpg'] or '(no words)'}\n" in capsys.readouterr().out
 
 
 def test_several_captions_come_best_first_and_the_best_is_the_caption(run: Run) -> None:
     run("--num-captions", "3", "search.length_penalty=0")
-    rows = read_rows("runs/flickr8k/predictions.json")
-    for row, shown in zip(rows, page_rows(), strict=True):
+    for row, shown in zip(read_predictions(), page_rows(), strict=True):
         captions = [each["caption"] for each in row["captions"]]
         assert captions == shown["captions"] and row["caption"] == captions[0]
         assert len(set(captions)) == len(shown["probabilities"]) == 3 and "<" not in "".join(captions)
@@ -206,37 +193,18 @@ def test_drawn_captions_are_the_same_each_time(run: Run) -> None:
     for folder in ("first", "second"):
         torch.seed()
         run("--images", "archive/images", "search.temperature=2", "--out", folder)
-        drawn.append(predictions(f"{folder}/predictions.json"))
+        drawn.append(captions_of(folder))
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0].values())) == 12
-
-
-def test_search_settings_are_those_of_the_command_line(run: Run) -> None:
-    run("--images", "archive/images", "search.beam=1", "search.min_length=4", "search.max_length=4")
-    assert {len(caption.split()) for caption in predictions().values()} == {4}
 
 
 def test_each_picture_of_a_split_has_its_own_cider_also_where_one_is_broken(run: Run) -> None:
     Path("archive/images/02.jpg").write_bytes(b"")
     assert run("--split", "train") == 0
-    captions = predictions("runs/flickr8k/predictions.json")
+    captions = captions_of()
     references = pd.read_csv("archive/captions.csv").groupby("image")["caption"].agg(list).to_dict()
     scores = metrics.evaluate(captions, references, metrics.batched(TOKENISERS["en"]()), "en", ["cider"])
     expected = scores.per_image["cider"]
     assert [row["name"] for row in page_rows()] == list(captions) and len(captions) == 7
     assert page_scores() == pytest.approx(expected, abs=0.06)
     assert len(set(page_scores())) > 3
-
-
-@pytest.mark.parametrize("words", [["--split", "train", "--limit", "1"], ["--images", "archive/images"]])
-def test_one_picture_and_pictures_without_references_have_no_scores(words: list[str], run: Run) -> None:
-    assert run(*words, "--out", "there") == 0
-    assert page_scores("there/captions_result.html") == []
-
-
-def test_one_picture_is_not_called_pictures(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    run("--limit", "1")
-    page = Path("runs/flickr8k/captions_result.html").read_text()
-    assert "<p>resnet18 and lstm</p>" in page
-    printed = capsys.readouterr().out
-    assert "captioning 1 picture with" in printed and "captions of 1 picture in" in printed

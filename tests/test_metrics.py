@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -53,7 +52,6 @@ def sentences(least: int = 0) -> st.SearchStrategy[str]:
 
 references = st.lists(sentences(1), min_size=1, max_size=3)
 corpora = st.lists(st.tuples(sentences(), references), min_size=1, max_size=5)
-perfect = references.flatmap(lambda texts: st.tuples(st.sampled_from(texts), st.just(texts)))
 
 
 def frozen_tokens(texts: list[str]) -> list[str]:
@@ -133,13 +131,6 @@ def test_the_order_of_images_and_of_references_does_not_matter(pairs: Pairs, cha
     assert scores.per_image["cider"] == pytest.approx(expected.per_image["cider"][order])
 
 
-@given(st.lists(perfect, min_size=2))
-@few_examples
-def test_captions_that_are_references_have_a_bleu_of_100(pairs: Pairs) -> None:
-    longest = min(4, max(len(caption.split()) for caption, _ in pairs))
-    assert [score_pairs(pairs).corpus[f"bleu{n}"] for n in range(1, longest + 1)] == pytest.approx([100] * longest)
-
-
 @given(corpora)
 @few_examples
 def test_an_empty_caption_and_an_image_alone_score_0(pairs: Pairs) -> None:
@@ -176,34 +167,20 @@ def test_the_tokeniser_gets_the_raw_texts_all_at_once() -> None:
     tokenise.assert_called_once_with(["One .", "two", "<rare>", "x  y", "A Labradoodle ."])
 
 
-def test_a_metric_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = metrics.Metric("Length", lambda corpus: (2.0, np.array([1.0, 3.0])))
-    monkeypatch.setitem(METRICS, "length", lengths)
-    scores = metrics.evaluate({"a": "x", "b": "x y z"}, {"a": ["x"], "b": ["y"]}, list, "en", ["cider", "length"])
-    assert scores.corpus.keys() == {"cider", "length"} and scores.corpus["length"] == 2
-    low, high = metrics.intervals(scores.per_image)["length"]
-    assert 1 <= low < 2 < high <= 3
-
-
 @pytest.mark.usefixtures("no_java")
 def test_what_cannot_be_had_is_left_out_with_the_reason() -> None:
     scores = metrics.evaluate(CAPTIONS, REFERENCES, frozen_tokens, "en")
     assert list(scores.corpus) == QUICK
-    assert scores.notes == ["METEOR and SPICE are left out: Java is missing (apt install default-jre-headless)"]
+    assert scores.notes == ["METEOR is left out: Java is missing (apt install default-jre-headless)"]
     scores = metrics.evaluate(CAPTIONS, REFERENCES, frozen_tokens, "zh", ["meteor"])
     assert scores.notes == ["METEOR is left out: available for English only"] and not scores.corpus
 
 
-def test_a_java_that_fails_costs_meteor_and_spice_and_says_why(
-    install_java: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_java_that_fails_costs_meteor_and_says_why(install_java: Callable[[str], None]) -> None:
     install_java('test "$1" = -version || { echo "no memory" >&2; exit 1; }')
-    monkeypatch.setattr(metrics, "Spice", lambda: metrics.subprocess.run(["java"], check=True))
-    monkeypatch.setitem(METRICS, "spice", replace(METRICS["spice"], require=metrics.need_java))
     scores = metrics.evaluate(CAPTIONS, REFERENCES, frozen_tokens, "en")
     assert list(scores.corpus) == QUICK
-    assert [note.split(" is left out: ")[0] for note in scores.notes] == ["METEOR", "SPICE"]
-    assert "no memory" in scores.notes[0]
+    assert scores.notes == ["METEOR is left out: Java failed (no memory); fix it and score again"]
 
 
 # ---- Java and the tokenisers -----------------------------------------------------------------------------------------
@@ -235,13 +212,14 @@ def test_meteor_survives_odd_captions(one_meteor: Meteor, monkeypatch: pytest.Mo
     monkeypatch.setattr(metrics, "Meteor", lambda: one_meteor)
 
     def meteor(captions: list[str], references: list[list[str]]) -> float:
-        texts = ({str(n): each for n, each in enumerate(group)} for group in ([[c] for c in captions], references))
-        return metrics.meteor(metrics.Corpus(*texts))[0]
+        ours, theirs = (
+            {str(n): each for n, each in enumerate(group)} for group in ([[c] for c in captions], references)
+        )
+        return metrics.meteor(metrics.Corpus(ours, theirs, "en"))[0]
 
     for odd in ("", "|||", "a ||| b", "||| |||", "café 😀", "a dog ||| runs"):
         raw = [["a dog runs on the beach"], ["two cats sit", odd]]
         assert 0 <= meteor(["a dog runs on the beach", odd], raw) <= 100
-        assert meteor(["a dog runs on the beach", "two cats sit"], raw) == pytest.approx(100)
     assert meteor(["a dog runs"], [["a dog ||| runs"]]) == pytest.approx(100), "bars make two references of one"
     assert meteor([""], [["a dog runs"]]) == 0
 
@@ -294,15 +272,6 @@ def test_the_same_images_are_drawn_for_two_systems() -> None:
     better = metrics.resample(first | {"cider": first["cider"] + 7})
     assert better["cider"] - metrics.resample(first)["cider"] == pytest.approx(7)
     assert (better["bleu4"] == metrics.resample(first)["bleu4"]).all()
-
-
-def test_a_sample_has_as_many_images_as_there_are() -> None:
-    counts = score_golden().per_image["bleu4"]
-    row = counts[counts[:, 3].argmax()]
-    samples = metrics.resample({"cider": np.full(50, 50.0), "bleu4": np.tile(row, (50, 1))})
-    assert samples["cider"] == pytest.approx(50)
-    assert samples["bleu4"] == pytest.approx(metrics.bleu4(np.ones(1), row[None]))
-    assert len(samples["bleu4"]) == metrics.RESAMPLES == 1000
 
 
 def test_the_intervals_hold_the_score_and_19_of_20_samples() -> None:

@@ -1,12 +1,9 @@
-"""The loss curve: which logs are read, how unfinished ones are handled, and what is drawn."""
+"""The loss curve: which logs are read, and what is drawn."""
 
-from cli import run_script
-
-import math
 import os
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +22,10 @@ Script = Callable[..., int]
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., int]) -> Script:
     """Runs the script with the given words in an empty folder, and returns its exit code."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["visualize_loss.py", *words])
-        return run_script(visualize_loss.main)
-
-    return run
+    return partial(call, visualize_loss.main)
 
 
 def write_log(run: str | Path, log: str = HEADER + "".join(ROWS)) -> Path:
@@ -50,39 +42,34 @@ def test_without_arguments_it_draws_the_newest_run_and_says_which(
     os.utime(write_log("runs/old"), (0, 0))
     assert script() == 0
     curve = Path("runs", "new", "loss_curve.png")
-    assert capsys.readouterr().out == f"newest run: {curve.parent}\nwrote {curve}\n"
+    assert capsys.readouterr().out == f"newest run: new\nwrote {curve}\n"
     assert min(Image.open(curve).size) > 400
     assert not Path("runs", "old", "loss_curve.png").exists()
 
 
-def test_several_runs_share_one_figure_in_the_current_folder(script: Script) -> None:
-    write_log("runs/lstm")
-    write_log("runs/attention", HEADER + ROWS[0])
-    assert script("--run", "lstm", "runs/attention") == 0
-    assert list(Path().rglob("*.png")) == [Path("loss_curve.png")]
-
-
-def test_runs_of_the_same_name_are_named_by_their_folders(script: Script) -> None:
+def test_several_runs_share_one_figure_named_as_they_were_asked_for(script: Script) -> None:
     for run in ("runs/lstm", "runs/other", "elsewhere/lstm"):
         write_log(run)
     for runs, labels in (
         (["lstm", "lstm", "other"], ["lstm", "other"]),
-        (["lstm", "elsewhere/lstm"], [str(Path("runs/lstm")), str(Path("elsewhere/lstm"))]),
+        (["lstm", "elsewhere/lstm"], ["lstm", "elsewhere/lstm"]),
     ):
         assert script("--run", *runs, "--out", "figures/curve.svg") == 0
         svg = Path("figures", "curve.svg").read_text(encoding="utf-8")
         assert re.findall("<!-- (.*): best epoch 2, CIDEr 55.5 -->", svg) == labels
+    assert script("--run", "lstm", "runs/other") == 0
+    assert list(Path().rglob("*.png")) == [Path("loss_curve.png")]
 
 
 @pytest.mark.parametrize(
     ("log", "complaint"),
     [
+        ("", "has no finished epoch yet"),
         (HEADER, "has no finished epoch yet"),
-        (HEADER + "1\t0.0", "has no finished epoch yet"),
-        ("", "has no column epoch"),
-        (HEADER.replace("val_cider", "cider") + ROWS[0], "has no column val_cider"),
-        (HEADER + "1\toops\n" + ROWS[1], "line 2 does not hold one number per column"),
-        (HEADER + ROWS[0] + "2\t0.001\n" + ROWS[2], "line 3 does not hold one number per column"),
+        (HEADER.replace("val_cider", "cider") + ROWS[0], "does not hold the columns"),
+        (HEADER + "1\toops\n" + ROWS[1], "does not hold the columns"),
+        (HEADER + ROWS[0] + "2\t0.001\n" + ROWS[2], "does not hold the columns"),
+        (HEADER + ROWS[0] + ROWS[1].replace("55.5", ""), "does not hold the columns"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_explained_in_one_sentence(
@@ -105,13 +92,6 @@ def test_wrong_arguments_end_with_code_2(script: Script, capsys: pytest.CaptureF
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("half", ["3", "3\t0.001\t2.5\t", "3\t0.001\t2.5\t3.1\t22.2\t17.0\t"])
-def test_a_half_written_last_line_is_left_out(tmp_path: Path, half: str) -> None:
-    curves = visualize_loss.read_log(write_log(tmp_path / "run", HEADER + ROWS[0] + ROWS[1] + half))
-    assert curves["epoch"] == [1, 2]
-    assert curves["val_cider"] == [30.0, 55.5]
-
-
 def test_the_figure_shows_every_curve_and_names_the_best_epoch(tmp_path: Path) -> None:
     curves = visualize_loss.read_log(write_log(tmp_path / "run"))
     figure = visualize_loss.draw({"lstm": curves})
@@ -119,6 +99,8 @@ def test_the_figure_shows_every_curve_and_names_the_best_epoch(tmp_path: Path) -
     assert {tuple(values) for column, values in curves.items() if column != "epoch"} <= drawn
     assert figure.legends[0].get_texts()[0].get_text() == "lstm: best epoch 2, CIDEr 55.5"
     assert [axes.texts[0].get_text() for axes in figure.axes] == ["3", "20.1", "18", "55.5"]
+    equal = {"epoch": [1.0, 2.0, 3.0], "val_cider": [0.0, 0.0, 0.0], "val_loss": [4.0, 2.0, 3.0]}
+    assert visualize_loss.best_epoch(equal) == 1
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
@@ -128,11 +110,3 @@ def test_epoch_ticks_are_whole_numbers_and_no_axis_goes_below_zero(tmp_path: Pat
     for axes in figure.axes:
         assert len(axes.get_xticks()) and (axes.get_xticks() % 1 == 0).all()
         assert axes.get_ylim()[0] >= 0
-
-
-def test_the_epoch_that_training_keeps_is_marked_also_in_a_diverged_run(tmp_path: Path) -> None:
-    curves = visualize_loss.read_log(write_log(tmp_path / "run", HEADER + ROWS[0] + "2\t1\tnan\tnan\t1e304\t0\tnan\n"))
-    assert visualize_loss.best_epoch(curves) == 0
-    visualize_loss.draw({"lstm": curves}).canvas.draw()
-    assert visualize_loss.best_epoch({"val_cider": [math.nan]}) is None
-    assert visualize_loss.best_epoch({"val_cider": [0.0, 0.0, 0.0], "val_loss": [4.0, 2.0, 3.0]}) == 1

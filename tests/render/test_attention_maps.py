@@ -12,10 +12,10 @@ from browser import HOSTILE, browse, captions, needs_chromium, read_rows, title
 from PIL import Image
 
 from data.vocab import TOKENISERS
+from render import gallery
 from render.attention import AttentionMaps, draw_attention, heat_map, split_before
 from render.caption import NO_WORDS, PAPER
 from render.fonts import plain_text
-from render.gallery import Gallery
 
 REGIONS = [(0, 0), (2, 4), (6, 6), (0, 6)]
 
@@ -88,12 +88,10 @@ def test_titles_are_plain_and_no_wider_than_their_panels() -> None:
 
 
 @pytest.mark.parametrize("size", [(30000, 10), (10, 30000), (1, 1)])
-def test_any_shape_and_length_gives_a_sheet_of_bearable_size(size: tuple[int, int]) -> None:
-    def sheet(words: list[str]) -> Image.Image:
-        return draw_attention(Image.new("RGB", size), AttentionMaps(words, one_hot(*[(0, 1)] * len(words))))
-
-    assert all(max(sheet(["dog"] * words).size) < 4000 for words in (0, 1, 60))
-    assert sheet(["dog"] * 1000).tobytes() == sheet(["dog"] * 59 + ["dog …"]).tobytes()
+def test_a_picture_of_any_shape_gives_a_sheet_of_bearable_size(size: tuple[int, int]) -> None:
+    for words in (0, 1, 60):
+        maps = AttentionMaps(["dog"] * words, one_hot(*[(0, 1)] * words))
+        assert max(draw_attention(Image.new("RGB", size), maps).size) < 4000
 
 
 @pytest.mark.parametrize("language", ["en", "zh-characters"])
@@ -110,14 +108,16 @@ def test_a_caption_is_split_before_its_words_however_they_were_joined(words: lis
 @pytest.fixture(scope="module")
 def attention_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with a narrow picture, whose words attend to REGIONS, and with hostile captions."""
+
+    def row(name: str, words: list[str], regions: list[tuple[int, int]], texts: list[str]) -> dict[str, Any]:
+        size = (896, 128) if name == "a.jpg" else (448, 448)
+        return gallery.row(name, texts, size=size, name=name, attention=AttentionMaps(words, one_hot(*regions)))
+
+    rows = [row("a.jpg", ["a", "dog", "'s", "toy"], REGIONS, ["a dog's toy", "a toy"])]
+    for text in [*HOSTILE, "\u202efdp.exe"]:
+        rows.append(row("b.jpg", text.split(" "), [(1, 1)] * len(text.split(" ")), [text]))
     page = tmp_path_factory.mktemp("gallery") / "page.html"
-    with Gallery(page, "Flickr8k <test>", attention=True) as gallery:
-        attention = AttentionMaps(["a", "dog", "'s", "toy"], one_hot(*REGIONS))
-        gallery.add("a.jpg", ["a dog's toy", "a toy"], size=(896, 128), name="a.jpg", attention=attention)
-        for number, text in enumerate([*HOSTILE, "\u202efdp.exe"]):
-            attention = AttentionMaps(text.split(" "), one_hot(*[(1, 1)] * len(text.split(" "))))
-            gallery.add(f"{number}.jpg", [text], size=(448, 448), name="b.jpg", attention=attention)
-        gallery.add("empty.jpg", [""], size=(448, 448), name="c.jpg", attention=AttentionMaps([], one_hot()))
+    page.write_text(gallery.page("Flickr8k <test>", "", [*rows, row("c.jpg", [], [], [""])]), encoding="utf-8")
     return page
 
 
@@ -128,16 +128,6 @@ def test_a_row_holds_the_words_with_their_spaces_and_their_alphas(attention_page
     assert list(base64.b64decode(first["attention"]["alphas"])) == (255 * one_hot(*REGIONS)).flatten().tolist()
     assert (first["picture_size"], first["frame_size"]) == ([800, 114], [800, 240])
     assert "attention" not in empty
-
-
-def test_only_a_page_with_attention_has_its_code_and_it_needs_no_other_file(
-    attention_page: Path, tmp_path: Path
-) -> None:
-    with Gallery(tmp_path / "page.html", "title") as gallery:
-        gallery.add("a.jpg", ["a dog's toy", "a toy"], size=(896, 128), name="a.jpg")
-    without, with_ = (path.read_text(encoding="utf-8") for path in (tmp_path / "page.html", attention_page))
-    assert not re.search("canvas|attention|[.]word|focusin|pointerover|/[*] end", without)
-    assert "canvas" in with_ and not re.search("https?:|<link|@import|/[*] (attention|end)", with_)
 
 
 @needs_chromium

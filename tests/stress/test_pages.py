@@ -16,8 +16,8 @@ from config import load_config
 from data.vocab import SPECIALS, Vocabulary
 from models.checkpoint import model_state
 from models.model import CaptionModel
+from render import gallery
 from render.fonts import plain_text
-from render.gallery import Gallery
 from stress.conftest import Tally
 from stress.runs import SMALLEST
 from utils import save_checkpoint
@@ -39,8 +39,9 @@ def test_hostile_captions(tally: Tally, tmp_path: Path) -> None:
     """captions that would act in the page, in Chromium"""
     page = tmp_path / "page.html"
     for text in HOSTILE["html"][: 3 if tally.short else None]:
-        with Gallery(page, "title " + text, text) as gallery:
-            gallery.add(os.fsdecode(text.encode(errors="replace")), [text, text], [text], size=(9, 9), name=text)
+        image = os.fsdecode(text.encode(errors="replace"))
+        row = gallery.row(image, [text, text], [text], size=(9, 9), name=text)
+        page.write_text(gallery.page("title " + text, text, [row]), encoding="utf-8")
         dom = browse(page, "--virtual-time-budget=1000")  # in which whatever can act would have
         found = re.findall(r'<p class="(?:caption|other)"[^>]*>(.*?)</p>', dom)
         shown = [re.sub("<[^>]*>", "", each) for each in found]
@@ -78,12 +79,12 @@ def test_hostile_demo(tally: Tally, tmp_path: Path) -> None:
 def test_large_gallery(tally: Tally, tmp_path: Path) -> None:
     """a page of 20,000 pictures in Chromium"""
     page, cards = tmp_path / "page.html", 20_000
-    with Gallery(page, "large") as gallery:
-        for number in range(cards):
-            texts = [f"a dog number {number} runs through the grass with a stick"]
-            gallery.add(f"outputs/{number}.jpg", texts, texts * 5, size=(500, 375), name=f"{number}.jpg")
-    with open(page, "a") as file:
-        file.write("<script>document.title = performance.now()</script>")  # ms from the address to the first cards
+    rows = []
+    for number in range(cards):
+        texts = [f"a dog number {number} runs through the grass with a stick"]
+        rows.append(gallery.row(f"outputs/{number}.jpg", texts, texts * 5, size=(500, 375), name=f"{number}.jpg"))
+    timed = "<script>document.title = performance.now()</script>"  # ms from the address to the first cards
+    page.write_text(gallery.page("large", "", rows) + timed, encoding="utf-8")
     times = []
     for _ in range(1 if tally.short else 3):
         dom = browse(page)
