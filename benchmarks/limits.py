@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 import evaluate
 import metrics
@@ -33,29 +34,9 @@ LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.jso
 AGREE = 3  # references
 LISTED = 30  # words that are never said
 
-WOMEN = "woman women girl girls lady ladies female females mother daughter sister sisters bride"
-MEN = "man men boy boys guy guys male males gentleman gentlemen father son brother brothers groom"
-CHILDREN = "child children kid kids toddler toddlers baby babies boy boys girl girls"
-PEOPLE = (
-    f"{WOMEN} {MEN} {CHILDREN} person people someone adult adults teenager teenagers couple crowd player players "
-    "rider riders biker bikers cyclist cyclists bicyclist motorcyclist skateboarder skateboarders snowboarder skier "
-    "skiers surfer swimmer climber climbers hiker hikers runner runners racer goalie dancer"
-)
-ANIMALS = (
-    "animal animals dog dogs puppy puppies greyhound greyhounds poodle terrier retriever shepherd collie husky bulldog "
-    "horse horses cat cats bird birds duck ducks sheep cow cows bull goat camel elephant monkey fish"
-)
-# What is named, by a word of the list; between commas are things that count one by one, and are summed up.
-THINGS = {
-    "people": PEOPLE,
-    "women or girls": WOMEN,
-    "men or boys": MEN,
-    "children": CHILDREN,
-    "animals": ANIMALS,
-    "a colour": "black, white, grey gray, brown, tan, red, orange, yellow, green, blue, purple, pink",
-    "“two”": "two",
-    "“three” to “six”": "three, four, five, six",
-}
+WORDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("things.yaml").read_text(encoding="utf-8"))
+PEOPLE = " ".join(WORDS[who] for who in ("women or girls", "men or boys", "children", "other people"))
+THINGS = {"people": PEOPLE} | {thing: words for thing, words in WORDS.items() if thing != "other people"}
 
 Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each picture
 
@@ -120,7 +101,7 @@ def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
 
 def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
     """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
-    persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, ANIMALS))  # (P,)
+    persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, WORDS["animals"]))  # (P,)
     groups = {"people, no animals": persons & ~animals, "animals, no people": animals & ~persons}
     groups |= {"both": persons & animals, "neither": ~persons & ~animals}
     return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
@@ -155,7 +136,9 @@ def gender(written: Texts, people: Texts) -> dict[str, Any]:
 
     `male` is the share of men among captions, and among references, that name one gender alone.
     """
-    own, theirs = ([says(words, who) for words in (WOMEN, MEN)] for who in (written, people))  # (P, 1), (P, R)
+    own, theirs = (
+        [says(words, who) for words in (WORDS["women or girls"], WORDS["men or boys"])] for who in (written, people)
+    )  # (P, 1), (P, R)
     others = [each.sum(1, keepdims=True) - each for each in theirs]
     answers = {"right": (True, False), "both": (True, True), "neither": (False, False), "wrong": (False, True)}
     found: dict[str, Any] = {}

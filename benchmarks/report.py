@@ -90,17 +90,15 @@ def dev_scores(dataset: str) -> str:
 
 def main_scores() -> str:
     """Return a few rows of `dev_scores` for the README: model, scores, signature, and the command that makes them."""
-    lines = ["| model | BLEU-4 | METEOR | CIDEr-D | | made by |", "|---" * 6 + "|"]
-    signatures: list[str] = []
+    rows, signatures = [], list[str]()
     for recipe, model in MAIN.items():
-        paths = sorted((HERE / "results" / "flickr8k").glob(f"{recipe}-seed*.json"))
-        results = [json.loads(path.read_text()) for path in paths]
+        results = [read(path) for path in sorted((HERE / "results" / "flickr8k").glob(f"{recipe}-seed*.json"))]
         cells = [spread([result["scores"][name] for result in results]) for name in ("bleu4", "meteor", "cider")]
         signatures += [signature for signature in {r["signature"] for r in results} if signature not in signatures]
         number = signatures.index(results[0]["signature"]) + 1
-        command = f"`python -m benchmarks.recipes {recipe} --dataset mine`"
-        lines.append(f"| {model} | {' | '.join(cells)} | ({number}) | {command} |")
-    return "\n".join([*lines, "", *(f"({n}) `{signature}`  " for n, signature in enumerate(signatures, start=1))])
+        rows.append([model, *cells, f"({number})", f"`python -m benchmarks.recipes {recipe} --dataset mine`"])
+    made = table(["model", "BLEU-4", "METEOR", "CIDEr-D", "", "made by"], rows)
+    return "\n".join([made, "", *(f"({n}) `{signature}`  " for n, signature in enumerate(signatures, start=1))])
 
 
 def ablations() -> str:
@@ -178,11 +176,8 @@ def scaling() -> str:
 
 
 def reliability() -> str:
-    rows = read(HERE / "results" / "reliability.json")
-    cells = (
-        [row["check"], f"{row['tried']:,}", f"{row['lost']:,}", row["figures"], f"`{row['command']}`"] for row in rows
-    )
-    return table(["check", "tried", "lost", "figures", "command"], cells)
+    head, cells = ["check", "tried", "lost", "figures", "command"], "{check}|{tried:,}|{lost:,}|{figures}|`{command}`"
+    return table(head, [cells.format(**row).split("|") for row in read(HERE / "results" / "reliability.json")])
 
 
 def as_bytes(number: float) -> str:
@@ -201,12 +196,11 @@ def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: list[Any]) -> str:
     """Return mean ± standard deviation, or – where a value is missing."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    if None in values:
         return "–"
-    return f"{fmean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {

@@ -202,7 +202,7 @@ def by_atheris(name: str, seconds: float) -> int:
             Path(corpus, f"{number}").write_bytes(content)
         limits = [f"-max_total_time={round(seconds)}", f"-timeout={SLOWEST}", "-rss_limit_mb=0", "-max_len=20000"]
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-        command = ["env", f"PYTHONPATH={paths}", sys.executable, "-m", "stress.atheris_target", name, corpus, *limits]
+        command = ["env", f"PYTHONPATH={paths}", sys.executable, "-m", "atheris_target", name, corpus, *limits]
         found = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert found.returncode == 0, f"{name}: {found.stdout[-3000:]}\n{found.stderr[-3000:]}"
     return int(re.findall(r"^#(\d+)\s", found.stderr, re.MULTILINE)[-1])

@@ -1,20 +1,24 @@
-"""Checkpoints, pictures and archives from strangers: used as they are meant, or refused in one sentence."""
+"""Checkpoints, pictures and archives from strangers are used as they are meant, or refused in one sentence; fuzzing."""
 
 from cli import UserError
 
 import builtins
+import importlib.util
 import io
 import json
+import math
 import os
 import pickle
 import subprocess
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fuzz
 import pytest
 import torch
 from fuzz import GROWTH, memory
@@ -133,8 +137,7 @@ def test_odd_pictures(tally: Tally, whole: Path) -> None:
         "one.png": scene.resize((1, 1)).save,
         "wide.png": scene.resize((30_000, 10)).save,
         "high.png": scene.resize((10, 30_000)).save,
-        "moving.gif": moving,
-        "moving.webp": moving,
+        **{"moving.gif": moving, "moving.webp": moving},
         "print.jpg": scene.convert("CMYK").save,
         "sixteen.png": Image.new("I;16", (40, 40), 40_000).save,
         "turned.jpg": partial(scene.save, exif=turned),
@@ -198,3 +201,22 @@ def test_evil_archives(tally: Tally) -> None:
             fine = is_refused(partial(download.fetch, [source], inside, folder))
             written = {path.name for path in Path(folder).rglob("*")}
             tally(fine and written == {"a.zip", "in", "a.zip.part"}, entry.filename, str(written))
+
+
+@pytest.mark.parametrize("name", fuzz.READERS)
+def test_fuzzing(tally: Tally, name: str) -> None:
+    """fuzzing"""
+    if name == "picture":  # what counts is memory beyond that of the largest one that Pillow's limit lets through
+        side, largest = math.isqrt(Image.MAX_IMAGE_PIXELS or 0), io.BytesIO()
+        Image.new("RGBA", (side, side)).save(largest, "PNG", compress_level=1)
+        fuzz.check(name, largest.getvalue())
+    seconds, before, counts = (2 if tally.short else 600), memory(), {"hypothesis": 0}
+    began = time.monotonic()
+    while time.monotonic() - began < seconds / 2:
+        counts["hypothesis"] += fuzz.by_hypothesis(name, 20 if tally.short else 100)
+    if name != "state" and (importlib.util.find_spec("atheris") or not tally.short):
+        counts["atheris"] = fuzz.by_atheris(name, seconds / 2)
+    grown = memory() - before
+    tally.tried, tally.lost = sum(counts.values()), int(grown > GROWTH)
+    engines = ", ".join(f"{count:,} by {engine}" for engine, count in counts.items())
+    tally.figures = f"{engines}, in {seconds} s; {grown:+.0f} MB"
