@@ -43,21 +43,18 @@ Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
-    parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
-    args = parser.parse_options_and_settings(setting_names())
-    model = load_model(args.checkpoint, args.overrides)
-    table = annotations.load(model.config.data, splits.read_splits(args.checkpoint.parent))
+    overrides = parser.parse_options_and_settings(setting_names()).overrides
+    model = load_model(PRETRAINED, overrides)
+    table = annotations.load(model.config.data, splits.read_splits(PRETRAINED.parent))
     with tempfile.TemporaryDirectory() as folder:
-        how = {"checkpoint": [args.checkpoint], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
-        options = argparse.Namespace(overrides=args.overrides, **how)
-        evaluate.score_run(options)
+        how = {"checkpoint": [PRETRAINED], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
+        evaluate.score_run(argparse.Namespace(overrides=overrides, **how))
         references = evaluate.choose_references(table, model.config, "val", "auto")
         captions = evaluate.read_predictions(Path(folder, "predictions-val.json"), references)
         scores = json.loads(Path(folder, "scores-val.json").read_text(encoding="utf-8"))
     file = {
-        "sha256": file_sha256(args.checkpoint),
-        "bytes": args.checkpoint.stat().st_size,
+        "sha256": file_sha256(PRETRAINED),
+        "bytes": PRETRAINED.stat().st_size,
         "seed": model.config.train.seed,
         "image_size": model.transform.image_size,
         "features": list(model.encoder.feature_shape),
@@ -65,8 +62,8 @@ def main() -> None:
         "words": len(model.vocab) - len(SPECIALS),
     }
     found = {"checkpoint": file, "scores": scores, **measure(captions, references)}
-    write_atomically(args.out, as_json(found) + b"\n")
-    print(f"wrote {args.out}; now: python -m benchmarks.card")
+    write_atomically(LIMITS, as_json(found) + b"\n")
+    print(f"wrote {LIMITS}; now: python -m benchmarks.card")
 
 
 def measure(captions: dict[str, str], references: evaluate.References) -> dict[str, Any]:
