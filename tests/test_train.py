@@ -1,7 +1,5 @@
 """What train.py promises: files, exit codes and sentences, and a run that goes on digit for digit after any stop."""
 
-from cli import run_script
-
 import contextlib
 import io
 import json
@@ -20,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY
+from dataset_files import run as call_script
 
 import train
 from captioning import Captioner
@@ -56,8 +55,7 @@ def finished(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(drawn, folder / "archive")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *FAST, "run=first"])
-        assert run_script(train.main) == 0
+        assert call_script(train.main, *FAST, "run=first") == 0
     (folder / "printed.txt").write_text(printed.getvalue())
     return folder
 

@@ -1,19 +1,17 @@
 """torchrun: several processes write what one would, and a job outlives the death of one of them."""
 
-from cli import run_script
-
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import TINY
+from dataset_files import run
 
 import evaluate
 import inference_visualize
@@ -86,24 +84,17 @@ def there(worked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "nothing")
 
 
-def finish_here(module: ModuleType, *words: str) -> None:
-    """Run a script in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *words])
-        assert not run_script(module.main)
-
-
 @pytest.mark.parametrize(
-    ("words", "run", "by_two"),
+    ("words", "by_one", "by_two"),
     [
         ((*TRAIN, "run=one", "data.cache=cache-one"), "one", "two"),
         ((*TARS, "run=tars1", "data.cache=cache-tars"), "tars1", "tars2"),
         (("--resume", "--run", "half"), "half", "two"),  # from where one of two processes was killed
     ],
 )
-def test_two_processes_encode_and_train_as_one(words: tuple[str, ...], run: str, by_two: str) -> None:
-    finish_here(train, *words)
-    one, two = (pd.read_csv(f"runs/{name}/loss_log.txt", sep="\t") for name in (run, by_two))
+def test_two_processes_encode_and_train_as_one(words: tuple[str, ...], by_one: str, by_two: str) -> None:
+    assert run(train.main, *words) == 0
+    one, two = (pd.read_csv(f"runs/{name}/loss_log.txt", sep="\t") for name in (by_one, by_two))
     pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-3)
 
 
@@ -114,8 +105,7 @@ def test_two_processes_encode_each_picture_once() -> None:
 
 
 def test_two_processes_caption_as_one() -> None:
-    finish_here(evaluate, *SCORE, "--out", "one")
-    finish_here(inference_visualize, *DRAW, "--out", "one")
+    assert run(evaluate.main, *SCORE, "--out", "one") == run(inference_visualize.main, *DRAW, "--out", "one") == 0
     for name in ("scores-val.json", "predictions-val.json", "predictions.json"):
         two, one = (json.loads(Path(folder, name).read_text()) for folder in ("two", "one"))
         assert two == one or two["captions"] == one["captions"]  # scores tell the speed, too
