@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import distributed
 from config import SearchConfig, change_search
-from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, raise_errors, read_ahead
+from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
 from data.transforms import WHOLE, View, open_picture, upright
 from models.ensemble import load_ensemble
 from models.model import Caption, CaptionModel
@@ -90,7 +90,7 @@ class Captioner:
         )
         captions = []
         for batch in batched(self.encode(openers)):
-            features = torch.stack([raise_errors(item) for item in batch])  # (B, D) or (B, L, D)
+            features = stack(batch)  # (B, D) or (B, L, D)
             captions += [best.text for best, *_ in self.model.generate(features, options)]
         return captions
 

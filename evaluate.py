@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
     tokeniser = "ptb as in papers (needs Java), words (without Java), characters (for Chinese); auto chooses (default)"
     add("--tokeniser", choices=["auto", *metrics.TOKENISERS], default="auto", help=tokeniser)
     add("--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)")
-    return parser.parse_options_and_settings(setting_names())
+    return parser.parse_options(setting_names())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)")
-    return parser.parse_options_and_settings(setting_names())
+    return parser.parse_options(setting_names())
 
 
 def positive(text: str) -> int:

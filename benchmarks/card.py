@@ -6,13 +6,12 @@ and configs/pretrained_scst.yaml, or of benchmarks/limits.py.
 
 from cli import UserError, run_script
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
 from benchmarks.limits import AGREE, LIMITS
-from benchmarks.report import ALONE, TITLES, Found, all_settings, show, spread, table
+from benchmarks.report import ALONE, TITLES, Found, all_settings, read, show, spread, table
 from config import flatten, load_config
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
@@ -39,24 +38,14 @@ def main() -> None:
 def make(results: Path, checkpoint: Path) -> str:
     """Return the card of a checkpoint, from the folder with the results of the seeds and of benchmarks/limits.py.
 
-    Raises UserError where something is missing, and for a checkpoint that is not the one measured or not the best.
+    Raises UserError for a checkpoint that is not the one measured or not the best.
     """
     first, seeds, rivals = (
-        [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"{recipe}-seed*.json"))]
-        for recipe in (FIRST, RECIPE, RIVAL)
+        [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE, RIVAL)
     )
-    for recipe, found in ((FIRST, first), (RECIPE, seeds)):
-        if not found:
-            raise UserError(f"{results} has no {recipe}-seed0.json; make it: python -m benchmarks.recipes {recipe}")
-    if not checkpoint.is_file():
-        raise UserError(f"there is no {checkpoint}; put the best seed's checkpoint there")
-    measured = results / LIMITS.name
-    limits = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
-    if not limits or limits["checkpoint"]["sha256"] != file_sha256(checkpoint):
-        raise UserError(
-            f"{measured} is missing, or not of this {checkpoint.name}; write it: python -m benchmarks.limits"
-        )
-    best = max(seeds, key=lambda result: result["scores"]["cider"])
+    limits, best = read(results / LIMITS.name), max(seeds, key=lambda result: result["scores"]["cider"])
+    if limits["checkpoint"]["sha256"] != file_sha256(checkpoint):
+        raise UserError(f"{LIMITS.name} is not of this {checkpoint.name}; write it: python -m benchmarks.limits")
     if limits["checkpoint"]["seed"] != best["seed"]:
         raise UserError(
             f"{checkpoint} is of another seed than {best['seed']}, which has the best CIDEr-D; keep that one"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 import evaluate
 import metrics
@@ -33,50 +34,27 @@ LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.jso
 AGREE = 3  # references
 LISTED = 30  # words that are never said
 
-WOMEN = "woman women girl girls lady ladies female females mother daughter sister sisters bride"
-MEN = "man men boy boys guy guys male males gentleman gentlemen father son brother brothers groom"
-CHILDREN = "child children kid kids toddler toddlers baby babies boy boys girl girls"
-PEOPLE = (
-    f"{WOMEN} {MEN} {CHILDREN} person people someone adult adults teenager teenagers couple crowd player players "
-    "rider riders biker bikers cyclist cyclists bicyclist motorcyclist skateboarder skateboarders snowboarder skier "
-    "skiers surfer swimmer climber climbers hiker hikers runner runners racer goalie dancer"
-)
-ANIMALS = (
-    "animal animals dog dogs puppy puppies greyhound greyhounds poodle terrier retriever shepherd collie husky bulldog "
-    "horse horses cat cats bird birds duck ducks sheep cow cows bull goat camel elephant monkey fish"
-)
-# What is named, by a word of the list; between commas are things that count one by one, and are summed up.
-THINGS = {
-    "people": PEOPLE,
-    "women or girls": WOMEN,
-    "men or boys": MEN,
-    "children": CHILDREN,
-    "animals": ANIMALS,
-    "a colour": "black, white, grey gray, brown, tan, red, orange, yellow, green, blue, purple, pink",
-    "“two”": "two",
-    "“three” to “six”": "three, four, five, six",
-}
+WORDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("things.yaml").read_text(encoding="utf-8"))
+PEOPLE = " ".join(WORDS[who] for who in ("women or girls", "men or boys", "children", "other people"))
+THINGS = {"people": PEOPLE} | {thing: words for thing, words in WORDS.items() if thing != "other people"}
 
 Texts = list[list[list[str]]]  # (P, R): the words of each of some texts on each picture
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE")
-    parser.add_argument("--out", type=Path, default=LIMITS, metavar="FILE")
-    args = parser.parse_options(setting_names())
-    model = load_model(args.checkpoint, args.overrides)
-    table = annotations.load(model.config.data, splits.read_splits(args.checkpoint.parent))
+    overrides = parser.parse_options(setting_names()).overrides
+    model = load_model(PRETRAINED, overrides)
+    table = annotations.load(model.config.data, splits.read_splits(PRETRAINED.parent))
     with tempfile.TemporaryDirectory() as folder:
-        how = {"checkpoint": [args.checkpoint], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
-        options = argparse.Namespace(overrides=args.overrides, **how)
-        evaluate.score_run(options)
+        how = {"checkpoint": [PRETRAINED], "run": None, "split": "val", "tokeniser": "auto", "out": folder}
+        evaluate.score_run(argparse.Namespace(overrides=overrides, **how))
         references = evaluate.choose_references(table, model.config, "val", "auto")
         captions = evaluate.read_predictions(Path(folder, "predictions-val.json"), references)
         scores = json.loads(Path(folder, "scores-val.json").read_text(encoding="utf-8"))
     file = {
-        "sha256": file_sha256(args.checkpoint),
-        "bytes": args.checkpoint.stat().st_size,
+        "sha256": file_sha256(PRETRAINED),
+        "bytes": PRETRAINED.stat().st_size,
         "seed": model.config.train.seed,
         "image_size": model.transform.image_size,
         "features": list(model.encoder.feature_shape),
@@ -84,8 +62,8 @@ def main() -> None:
         "words": len(model.vocab) - len(SPECIALS),
     }
     found = {"checkpoint": file, "scores": scores, **measure(captions, references)}
-    write_atomically(args.out, as_json(found) + b"\n")
-    print(f"wrote {args.out}; now: python -m benchmarks.card")
+    write_atomically(LIMITS, as_json(found) + b"\n")
+    print(f"wrote {LIMITS}; now: python -m benchmarks.card")
 
 
 def measure(captions: dict[str, str], references: evaluate.References) -> dict[str, Any]:
@@ -120,7 +98,7 @@ def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
 
 def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
     """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
-    persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, ANIMALS))  # (P,)
+    persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, WORDS["animals"]))  # (P,)
     groups = {"people, no animals": persons & ~animals, "animals, no people": animals & ~persons}
     groups |= {"both": persons & animals, "neither": ~persons & ~animals}
     return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
@@ -155,7 +133,9 @@ def gender(written: Texts, people: Texts) -> dict[str, Any]:
 
     `male` is the share of men among captions, and among references, that name one gender alone.
     """
-    own, theirs = ([says(words, who) for words in (WOMEN, MEN)] for who in (written, people))  # (P, 1), (P, R)
+    own, theirs = (
+        [says(words, who) for words in (WORDS["women or girls"], WORDS["men or boys"])] for who in (written, people)
+    )  # (P, 1), (P, R)
     others = [each.sum(1, keepdims=True) - each for each in theirs]
     answers = {"right": (True, False), "both": (True, True), "neither": (False, False), "wrong": (False, True)}
     found: dict[str, Any] = {}

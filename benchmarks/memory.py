@@ -83,9 +83,8 @@ def held_per_caption() -> float:
     tracemalloc.start()
     names = [f"{number // EACH:09}.jpg" for number in range(COUNTED)]
     images, image_of = index_images(pd.DataFrame({"image": names}))
-    tokens = tokenise(captions, "en").numericalize(vocab)
-    dataset = Flickr8kDataset(images, image_of, tokens, vocab, Path(), transform)
-    del names, image_of, tokens
+    dataset = Flickr8kDataset(images, image_of, tokenise(captions, "en").numericalize(vocab), vocab, Path(), transform)
+    del names, image_of
     gc.collect()
     held, _ = tracemalloc.get_traced_memory()  # by Python and NumPy; PyTorch is not traced
     tracemalloc.stop()

@@ -6,7 +6,6 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each functi
 from cli import UserError, run_script
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,10 +48,11 @@ def fill(path: Path, page: str) -> str:
     """Return the page with its tables written anew."""
     for name, make in TABLES[path].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        found = re.findall(f"{start}.*?{end}", page, flags=re.DOTALL)
-        if len(found) != 1:
-            raise UserError(f"{path} has {len(found)} places for {start} … {end}; it should have one")
-        page = page.replace(found[0], f"{start}\n{make()}\n{end}")
+        before, _, rest = page.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise UserError(f"{path} has no place for a table: {start} … {end}")
+        page = f"{before}{start}\n{make()}\n{end}{after}"
     return page
 
 
@@ -62,8 +62,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def read(path: Path) -> Any:
-    """Return what a JSON of results holds, or {} where it has not been measured."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def dev_scores(dataset: str) -> str:
@@ -90,17 +89,15 @@ def dev_scores(dataset: str) -> str:
 
 def main_scores() -> str:
     """Return a few rows of `dev_scores` for the README: model, scores, signature, and the command that makes them."""
-    lines = ["| model | BLEU-4 | METEOR | CIDEr-D | | made by |", "|---" * 6 + "|"]
-    signatures: list[str] = []
+    rows, signatures = [], list[str]()
     for recipe, model in MAIN.items():
-        paths = sorted((HERE / "results" / "flickr8k").glob(f"{recipe}-seed*.json"))
-        results = [json.loads(path.read_text()) for path in paths]
+        results = [read(path) for path in sorted((HERE / "results" / "flickr8k").glob(f"{recipe}-seed*.json"))]
         cells = [spread([result["scores"][name] for result in results]) for name in ("bleu4", "meteor", "cider")]
         signatures += [signature for signature in {r["signature"] for r in results} if signature not in signatures]
         number = signatures.index(results[0]["signature"]) + 1
-        command = f"`python -m benchmarks.recipes {recipe} --dataset mine`"
-        lines.append(f"| {model} | {' | '.join(cells)} | ({number}) | {command} |")
-    return "\n".join([*lines, "", *(f"({n}) `{signature}`  " for n, signature in enumerate(signatures, start=1))])
+        rows.append([model, *cells, f"({number})", f"`python -m benchmarks.recipes {recipe} --dataset mine`"])
+    made = table(["model", "BLEU-4", "METEOR", "CIDEr-D", "", "made by"], rows)
+    return "\n".join([made, "", *(f"({n}) `{signature}`  " for n, signature in enumerate(signatures, start=1))])
 
 
 def ablations() -> str:
@@ -109,56 +106,38 @@ def ablations() -> str:
     One that was made without consensus is compared with what the recipe scores without, and one that was trained
     otherwise with the recipe trained anew, by the same code, where there is that.
     """
-    rows: list[tuple[str, str, float, float, Any]] = []
+    rows = list[tuple[str, str, str, str, str]]()
     folder = HERE / "results" / "flickr8k"
     for path in sorted((folder / "ablations").glob("*.json")):
         variant = read(path)
         recipe, seed = variant["recipe"], f"seed{variant['seed']}"
         if variant["variant"] in (ALONE, ANEW):
             continue
-        base = read(folder / f"{recipe}-{seed}.json")
-        if not base:
-            raise UserError(f"{path} has no {recipe}-{seed}.json to be compared with; make that, or remove this one")
-        name = f"{recipe}-{seed}"
-        settings = all_settings(variant)
+        name, base, settings = f"{recipe}-{seed}", read(folder / f"{recipe}-{seed}.json"), all_settings(variant)
         if settings["search.consensus"] == 0 < all_settings(base)["search.consensus"]:
             base, name = read(folder / "ablations" / f"{recipe}-{ALONE}-{seed}.json"), f"{name}, `search.consensus=0`"
         usual = all_settings(base)
         changed = {key: value for key, value in settings.items() if key != "run" and value != usual.get(key)}
-        anew = read(folder / "ablations" / f"{recipe}-{ANEW}-{seed}.json")
-        if anew and not all(key.startswith("search.") for key in changed):
-            base, name = anew, f"{name}, trained anew"
+        anew = folder / "ablations" / f"{recipe}-{ANEW}-{seed}.json"
+        if anew.is_file() and not all(key.startswith("search.") for key in changed):
+            base, name = read(anew), f"{name}, trained anew"
         what = ", ".join(f"`{key}={show(value)}`" for key, value in changed.items())
         scores, before = variant["scores"], base["scores"]
-        rows.append((name, "–", before["bleu4"], before["cider"], None))
-        rows.append((name, what, scores["bleu4"], scores["cider"], scores["cider"] - before["cider"]))
-    cells = [
-        [name, what, f"{bleu4:.1f}", f"{cider:.1f}", "" if change is None else f"{change:+.1f}"]
-        for name, what, bleu4, cider, change in dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–")))
-    ]
-    return table(["recipe", "with", "BLEU-4", "CIDEr-D", "change in CIDEr-D"], cells)
+        rows.append((name, "–", f"{before['bleu4']:.1f}", f"{before['cider']:.1f}", ""))
+        change = f"{scores['cider'] - before['cider']:+.1f}"
+        rows.append((name, what, f"{scores['bleu4']:.1f}", f"{scores['cider']:.1f}", change))
+    by_recipe = dict.fromkeys(sorted(rows, key=lambda row: (row[0], row[1] != "–")))  # each base once, and first
+    return table(["recipe", "with", "BLEU-4", "CIDEr-D", "change in CIDEr-D"], by_recipe)
 
 
 def all_settings(result: Found) -> Found:
-    """Return all settings of a result by their names of today, also those that are younger than it."""
-    return named_as_today(flatten(load_config().model_dump())) | named_as_today(result["config"])
-
-
-def named_as_today(settings: Found) -> Found:
-    """Name a loss where self-critical epochs were the last ones of a run and had a learning rate of their own."""
-    settings = dict(settings)
-    epochs, rate = settings.pop("train.self_critical_epochs", None), settings.pop("train.self_critical_lr", None)
-    if epochs is None:
-        return settings
-    if epochs == settings["train.epochs"]:
-        return settings | {"train.loss": "self_critical", "train.lr": rate}
-    return settings | {"train.loss": f"cross_entropy, then self_critical at {rate}" if epochs else "cross_entropy"}
+    """Return all settings of a result, also those that are younger than it."""
+    return flatten(load_config().model_dump()) | result["config"]
 
 
 def speed(template: str) -> str:
     """Return a table of what benchmarks/speed.py has measured."""
-    found = read(HERE / "results" / "speed.json")
-    return (HERE / template).read_text(encoding="utf-8").rstrip().format(**found) if found else ""
+    return (HERE / template).read_text(encoding="utf-8").rstrip().format(**read(HERE / "results" / "speed.json"))
 
 
 def scaling() -> str:
@@ -168,20 +147,16 @@ def scaling() -> str:
     rows = []
     for name, (pictures, captions) in DATASETS.items():
         disk = [as_bytes(pictures * regions * 2048 * 2) for regions in (1, 49)]
-        measured = ["–"] * 3
-        if found:
-            memory = as_bytes(captions * found["bytes_per_caption"])
-            encoding = as_time(pictures / found["encode_images_per_second"])
-            measured = [memory, encoding, as_time(captions / found["lstm_captions_per_second"])]
-        rows.append([name, f"{pictures:,}", f"{captions:,}", *disk, *measured])
+        memory = as_bytes(captions * found["bytes_per_caption"])
+        encoding = as_time(pictures / found["encode_images_per_second"])
+        epoch = as_time(captions / found["lstm_captions_per_second"])
+        rows.append([name, f"{pictures:,}", f"{captions:,}", *disk, memory, encoding, epoch])
     return table(head.split(", "), rows)
 
 
 def reliability() -> str:
     rows = read(HERE / "results" / "reliability.json")
-    cells = (
-        [row["check"], f"{row['tried']:,}", f"{row['lost']:,}", row["figures"], f"`{row['command']}`"] for row in rows
-    )
+    cells = [[r["check"], f"{r['tried']:,}", r["lost"], r["figures"], f"`{r['command']}`"] for r in rows]
     return table(["check", "tried", "lost", "figures", "command"], cells)
 
 
@@ -201,12 +176,11 @@ def show(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: list[Any]) -> str:
     """Return mean ± standard deviation, or – where a value is missing."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
+    if None in values:
         return "–"
-    return f"{fmean(known):.1f}" + (f" ± {stdev(known):.1f}" if len(known) > 1 else "")
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {

@@ -45,6 +45,8 @@ FLICKR8K = {"pictures": 7000, "captions": 30000, "epochs": 5}  # encoded: train 
 SLICE = 192  # captions that the tutorial's way is measured on, and pictures that are encoded beside it
 ALONE = 40  # pictures that are searched one by one
 SCRIPTS = ("train.py", "evaluate.py", "inference_visualize.py", "visualize_loss.py")
+PICTURES = 700  # with five captions each, that are trained on
+DRAWN = 1000  # pictures that are encoded and captioned
 TARS = (100_000, 1_000_000)  # captions
 TURNS = 3
 
@@ -52,9 +54,6 @@ TURNS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/speed.json")
-    parser.add_argument("--pictures", type=int, default=700, metavar="N", help="with five captions each (700)")
-    parser.add_argument("--drawn", type=int, default=1000, metavar="N", help="that are encoded and captioned (1000)")
-    parser.add_argument("--tars", type=int, nargs=2, default=TARS, metavar="N", help="captions in tars to compare")
     parser.add_argument("--train-only", nargs=2, metavar=("FOLDER", "DECODER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train_only:
@@ -63,12 +62,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        result = measure(root, write_dataset(root, args.pictures, args.drawn), args.tars)
+        result = measure(root, write_dataset(root, PICTURES, DRAWN))
     write_atomically(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"wrote {args.out}")
 
 
-def measure(root: Path, pictures: Sequence[Path], tars: Sequence[int]) -> dict[str, Any]:
+def measure(root: Path, pictures: Sequence[Path]) -> dict[str, Any]:
     result = dict[str, Any]()
 
     def add(figures: dict[str, Any]) -> None:
@@ -94,7 +93,7 @@ def measure(root: Path, pictures: Sequence[Path], tars: Sequence[int]) -> dict[s
         _, memory = run("benchmarks.speed", "--train-only", str(root), name)
         add({f"{name}_train_memory_gb": memory})
     add(measure_processes(root))
-    add(measure_tars(tars))
+    add(measure_tars())
     return result
 
 
@@ -246,11 +245,11 @@ def measure_processes(root: Path) -> dict[str, Any]:
     return figures | {"ddp_process_memory_gb": memory}
 
 
-def measure_tars(sizes: Sequence[int]) -> dict[str, Any]:
+def measure_tars() -> dict[str, Any]:
     """Measure the memory of training on tars with few captions and with many, and of a caption in the dataset."""
-    (few, _), (many, _) = (run("benchmarks.memory", str(size)) for size in sizes)
+    (few, _), (many, _) = (run("benchmarks.memory", str(size)) for size in TARS)
     return {
-        "tars_captions": list(sizes),
+        "tars_captions": list(TARS),
         "tars_memory_gb": [few["memory_gb"], many["memory_gb"]],
         "tars_memory_growth": round(many["memory_gb"] / few["memory_gb"], 3),
         "bytes_per_caption": many["bytes_per_caption"],

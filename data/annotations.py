@@ -203,7 +203,7 @@ def report(config: DataConfig) -> Iterator[str]:
 def main() -> None:
     parser = Parser(description="Print what a folder of captions and pictures holds.")
     parser.add_argument("folder", type=Path, help="such as archive")
-    args = parser.parse_options_and_settings(setting_names())
+    args = parser.parse_options(setting_names())
     if not args.folder.is_dir():
         raise UserError(f"there is no folder {args.folder}; check the path")
     for line in report(load_config(overrides=[f"data.root={args.folder}", *args.overrides]).data):

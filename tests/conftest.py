@@ -1,11 +1,10 @@
 """What many tests share: a tiny dataset in Flickr8k's own form, a model of it, how scripts run and how they refuse."""
 
-from cli import UserError, run_script
+from cli import UserError
 
 import csv
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dataset_files import run
 
 from config import Config, load_config
 from data import sample
@@ -87,15 +87,10 @@ def make_dataset(
     return Flickr8kDataset(images, image_of, tokens, vocab, Path(), Transform(32), known)
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+@pytest.fixture(scope="session")
+def call() -> Callable[..., int]:
     """`call(train.main, "run=a")` runs a script's `main` with these words on its command line: its exit code."""
-
-    def command(main: Callable[[], int | None], *words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        return run_script(main)
-
-    return command
+    return run
 
 
 @pytest.fixture(scope="session")

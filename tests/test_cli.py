@@ -41,7 +41,6 @@ def fail(error: BaseException) -> None:
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), FULL_MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), FULL_MEMORY),
-        (MemoryError(), FULL_MEMORY),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(
@@ -51,29 +50,21 @@ def test_a_mistake_ends_in_one_line_and_code_2(
     assert capsys.readouterr().err == f"error: {sentence}\n"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("mat1 and mat2 shapes cannot be multiplied")])
-def test_a_fault_of_the_program_keeps_its_traceback(error: Exception) -> None:
-    with pytest.raises(type(error)):
-        run_script(partial(fail, error))
-
-
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert [run_script(lambda: None), run_script(lambda: 7)] == [0, 7]
+    with pytest.raises(RuntimeError):  # a fault of the program keeps its traceback
+        run_script(partial(fail, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
     assert capsys.readouterr().err == ""
     for interrupt in (KeyboardInterrupt(), KeyboardInterrupt("half is done")):
         assert run_script(partial(fail, interrupt)) == 130
     assert capsys.readouterr().err == "interrupted\ninterrupted; half is done\n"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
 def test_the_reader_of_the_output_may_leave_early() -> None:
     script = "import sys, cli; sys.exit(cli.run_script(lambda: [print(n) for n in range(99_999)] and None))"
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141
+    line = f'("{sys.executable}" -c "{script}"; echo $? >&2) | head -n 1'
+    assert subprocess.run(line, shell=True, cwd=ROOT, capture_output=True).stderr == b"141\n"
 
 
 def test_characters_that_no_encoding_has_are_printed_escaped() -> None:
@@ -104,7 +95,6 @@ def parse() -> None:
     [
         ("--epochs 3", "there is no --epochs; write train.epochs=3"),
         ("run=mine --batch-size=32 --resume", "there is no --batch-size; write train.batch_size=32"),
-        ("--train.lr 1e-3", "there is no --train.lr; write train.lr=1e-3"),
         ("--frozen --resume", "there is no --frozen; write encoder.frozen=…"),
         ("--name x", "there is no --name; write encoder.name=x or decoder.name=x"),
         ("--fast", "there is no --fast; there are --config, --resume, and settings such as train.epochs=3"),

@@ -1,19 +1,17 @@
 """The README is short, its links and commands and those of docs/ work as written, and so does the code it shows."""
 
-from cli import run_script
-
 import importlib
 import importlib.util
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TINY
+from dataset_files import run as call_script
 
 from data import download
 from models import model
@@ -78,30 +76,27 @@ def workplace(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def run(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
+def run(command: str) -> int:
     """Run a command in this process, where it trains on less; returns its exit code."""
     words = shlex.split(command)
     name, *options = words[2:] if words[1] == "-m" else words[1:]
     if name == "train.py" and "--resume" not in options:
         options = [*SMALL, *(() if is_absent(command) else HERE), *options, *SHORT]
-    monkeypatch.setattr(sys, "argv", [name, *options])
-    return run_script(importlib.import_module(name.removesuffix(".py")).main)
+    return call_script(importlib.import_module(name.removesuffix(".py")).main, *options)
 
 
 def is_absent(command: str) -> bool:
     return any(recipe in command for recipe in ABSENT)
 
 
-def test_every_command_works_in_the_order_of_the_pages(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_works_in_the_order_of_the_pages(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tried = [command for command in COMMANDS if not command.startswith((GIGABYTES, *ELSEWHERE))]
     assert len(tried) > 20
     for command in tried:
         if "runs/a/" in command:
             for name in "ab":
                 shutil.copytree("runs/flickr8k", f"runs/{name}")
-        status, printed = run(command, monkeypatch), capsys.readouterr()
+        status, printed = run(command), capsys.readouterr()
         assert status == (2 if is_absent(command) else 0), f"{command}: {printed.err}"
         assert not is_absent(command) or re.search("captions|dataset", printed.err), f"{command}: {printed.err}"
 
@@ -160,7 +155,7 @@ def test_the_decoder_shown_is_one_file_and_one_line(archive: Path, monkeypatch: 
     exec(compile(code, "models/gru.py", "exec"), shown)
     [command] = [command for command in COMMANDS if "decoder.name=gru" in command]
     monkeypatch.setitem(model.DECODERS, "gru", shown["DecoderGRU"])
-    assert run(command, monkeypatch) == 0
+    assert run(command) == 0
     trained = load_model("runs/gru/checkpoints.pth")
     assert type(trained.decoder).__name__ == "DecoderGRU"
 

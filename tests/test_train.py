@@ -1,7 +1,5 @@
 """What train.py promises: files, exit codes and sentences, and a run that goes on digit for digit after any stop."""
 
-from cli import run_script
-
 import contextlib
 import io
 import json
@@ -9,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY
+from dataset_files import run as call_script
 
 import train
 from captioning import Captioner
@@ -27,7 +27,7 @@ from data import sample
 from data.transforms import open_picture
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from training.optim import learning_rate
+from training import runs
 from training.state import Progress
 from utils import load_checkpoint
 
@@ -37,6 +37,7 @@ CRITICAL = (
     *("train.loss=self_critical", "train.start=runs/first/checkpoints.pth", "train.epochs=2"),
     *("train.self_critical_samples=2", "train.mirror=true"),
 )
+FILES = {".lock", "config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
 Run = Callable[..., int]
 Capture = pytest.CaptureFixture[str]
 
@@ -54,8 +55,7 @@ def finished(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(drawn, folder / "archive")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *FAST, "run=first"])
-        assert run_script(train.main) == 0
+        assert call_script(train.main, *FAST, "run=first") == 0
     (folder / "printed.txt").write_text(printed.getvalue())
     return folder
 
@@ -92,8 +92,7 @@ def test_a_run_leaves_its_log_its_settings_and_two_checkpoints(finished: Path) -
     scores = ["train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider"]
     assert log.columns.tolist() == ["epoch", "step", "lr", *scores]
     assert log[["epoch", "step"]].values.tolist() == [[1, 2], [2, 4], [3, 6]]
-    files = {"config.yaml", "splits.json", "checkpoints.pth", "last.pth", "loss_log.txt"}
-    assert {path.name for path in folder.iterdir()} == {".lock", *files}
+    assert {path.name for path in folder.iterdir()} == FILES
     assert re.search(r"^data: archive/captions.csv: train 8 pictures with 40 captions, val 2 .*, test 2 ", printed)
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
     assert re.search(r"Epoch \[1/3\] .* teacher-forced val: loss .* greedy val captions: BLEU-4 .*, CIDEr", printed)
@@ -114,21 +113,17 @@ def test_the_best_epoch_has_the_best_captions_or_of_equals_the_lowest_loss(
     assert Progress(history=rows).best["epoch"] == best
 
 
-def test_a_warm_up_longer_than_training_is_warned_of(archive: Path, run: Run, capsys: Capture) -> None:
-    assert run(*FAST, "train.epochs=1", "train.warmup_steps=3") == 0
-    assert "warning: train.lr is never reached: train.warmup_steps=3, of 2 steps in all\n" in capsys.readouterr().out
-
-
 def test_training_stops_early_when_captions_get_no_better(archive: Path, run: Run, capsys: Capture) -> None:
     assert run(*FAST, "run=patient", "train.epochs=50", "train.patience=2", "train.lr=1e-9") == 0
     assert len(log_of("patient").splitlines()) == 1 + 3
     assert "no better CIDEr for 2 epochs: stopped early\n" in capsys.readouterr().out
 
 
-def test_the_vocabulary_knows_training_captions_only(archive: Path, run: Run) -> None:
+def test_the_vocabulary_knows_training_captions_only(archive: Path, run: Run, capsys: Capture) -> None:
     captions = archive / "captions.csv"
     captions.write_text(captions.read_text() + "08.jpg,zebra zebra zebra\n00.jpg,giraffe\n")
-    assert run(*FAST, "train.epochs=1") == 0
+    assert run(*FAST, "train.epochs=1", "train.warmup_steps=9") == 0
+    assert "warning: train.lr is never reached: train.warmup_steps=9, of 3 steps in all\n" in capsys.readouterr().out
     words = load_checkpoint("runs/flickr8k/last.pth")["vocabulary"]["words"]
     assert "giraffe" in words and "zebra" not in words
 
@@ -144,12 +139,17 @@ def test_a_trained_backbone_keeps_its_batchnorm_statistics(archive: Path, run: R
     assert not any("running" in name or "num_batches" in name for name in moved)
 
 
-def test_a_seeded_split_is_kept_with_the_run(archive: Path, run: Run) -> None:
+def test_a_seeded_split_is_kept_with_the_run_and_what_a_killed_run_left_is_swept_away(archive: Path, run: Run) -> None:
     for path in archive.glob("Flickr_8k.*"):
         path.unlink()
+    folder = Path("runs/flickr8k")
+    folder.mkdir(parents=True)
+    for name in (".last.pth.x1y2z3", ".config.yaml.abc", "config.yaml", "splits.json", ".lock"):
+        (folder / name).touch()  # before its first checkpoint
     assert run(*FAST, "train.epochs=1") == 0
-    splits = json.loads(Path("runs/flickr8k/splits.json").read_text())
+    splits = json.loads((folder / "splits.json").read_text())
     assert [len(splits[name]) for name in ("train", "val", "test")] == [10, 1, 1]
+    assert {path.name for path in folder.iterdir()} == FILES
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -312,10 +312,19 @@ def test_a_killed_run_goes_on_digit_for_digit(words: tuple[str, ...], first: Pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_ctrl_c_saves_and_says_how_to_go_on(first: Path, run: Run) -> None:
+def test_a_run_is_trained_by_one_process_at_a_time_and_ctrl_c_saves_and_says_how_to_go_on(
+    first: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     process = start(*FAST, "run=stopped")
     wait_for(process, "Epoch [2/3] Step [1/2]")
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    for words in (["--resume", "--run", "stopped"], [*FAST, "run=stopped", "--overwrite"]):
+        assert run(*words) == 2
+        holder = f"runs/stopped is being trained by process {process.pid} on {socket.gethostname()}"
+        assert f"{holder}; wait for its end, stop it, or train another: run=NAME" in last_line(capsys)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped; go on with: python train.py --resume --run stopped" in output
@@ -327,16 +336,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(first: Path, run: Run) -> None:
 # ---- runs that go on from others -------------------------------------------------------------------------------------
 
 
-def test_self_critical_training_is_a_run_of_its_own(first: Path, run: Run) -> None:
-    assert run(*FAST, *CRITICAL, "run=second", "train.lr=1e-3") == 0
+def test_self_critical_training_is_a_run_of_its_own_and_goes_on_from_what_was_learned(first: Path, run: Run) -> None:
+    assert run(*FAST, *CRITICAL, "run=second", "train.lr=1e-7", "train.ema=0") == 0
     log = pd.read_csv("runs/second/loss_log.txt", sep="\t")
-    assert log[["epoch", "step"]].values.tolist() == [[1, 2], [2, 4]]
-    assert log["lr"].tolist() == pytest.approx([learning_rate(step, 4, 2, 1e-3) for step in (1, 3)], abs=1e-8)
+    assert log[["epoch", "step", "lr"]].values.tolist() == [[1, 2, 1e-7], [2, 4, 5e-8]]
     assert len(log_of("first").splitlines()) == 1 + 3
-
-
-def test_self_critical_training_goes_on_from_what_was_learned(first: Path, run: Run) -> None:
-    assert run(*FAST, *CRITICAL, "run=second", "train.lr=1e-9", "train.ema=0") == 0
     before, after = (load_checkpoint(f"runs/{name}/checkpoints.pth") for name in ("first", "second"))
     assert after["vocabulary"] == before["vocabulary"]
     assert torch.equal(after["feature_mean"], before["feature_mean"])

@@ -33,8 +33,7 @@ def made(tmp_path: Path) -> Path:
         for recipe in (card.FIRST, card.RECIPE, card.RIVAL):
             path = tmp_path / f"{recipe}-seed{seed}.json"
             path.parent.mkdir(exist_ok=True)
-            epochs = 8 if recipe == card.FIRST else 2
-            config = load_config(overrides=["decoder.name=attention", f"train.epochs={epochs}"])
+            config = load_config(overrides=[f"train.epochs={8 if recipe == card.FIRST else 2}"])
             path.write_text(json.dumps(content | {"config": flatten(config.model_dump())}))
     given = references(["two women"] * 5, ["a brown dog"] * 5, ["a man"] * 5)
     captions = dict(zip(given.captions, ["a man", "a black dog", "a man"], strict=True))
@@ -46,29 +45,17 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(path: Path, **changes: object) -> None:
-    content = json.loads(path.read_text())
-    content["checkpoint"] |= changes
-    path.write_text(json.dumps(content))
-
-
 def test_the_card_is_generated_from_the_results_of_this_checkpoint() -> None:
-    if not card.PRETRAINED.is_file():
-        pytest.skip("pretrained/ has no captioner.pth")
     made = card.make(limits.LIMITS.parent, card.PRETRAINED)
     assert card.CARD.read_text(encoding="utf-8") == made, "run: python -m benchmarks.card"
 
 
-def test_the_hub_reads_from_the_header_what_the_file_scores(made: Path) -> None:
-    _, header, _ = card.make(made, made / "captioner.pth").split("---\n", 2)
-    about = yaml.safe_load(header)
-    assert (about["license"], about["language"], about["pipeline_tag"]) == ("mit", "en", "image-to-text")
-    (result,) = about["model-index"][0]["results"]
-    assert {each["name"]: each["value"] for each in result["metrics"]}["CIDEr-D"] == 49.9
-
-
 def test_the_card_tells_training_scores_and_limits(made: Path) -> None:
     text = card.make(made, made / "captioner.pth")
+    about = yaml.safe_load(text.split("---\n")[1])  # which the Hub reads
+    assert (about["license"], about["language"], about["pipeline_tag"]) == ("mit", "en", "image-to-text")
+    [result] = about["model-index"][0]["results"]
+    assert {each["name"]: each["value"] for each in result["metrics"]}["CIDEr-D"] == 49.9
     assert "$" not in text
     for block in (block for block in text.split("\n\n") if block.startswith("|")):
         assert len({line.count("|") for line in block.splitlines()}) == 1, block
@@ -85,19 +72,9 @@ def test_the_card_tells_training_scores_and_limits(made: Path) -> None:
 
 def test_a_checkpoint_that_was_not_measured_or_is_not_the_best_has_no_card(made: Path, refused: Callable) -> None:
     measured = made / limits.LIMITS.name
-    change(measured, seed=0)
+    measured.write_text(measured.read_text().replace('"seed": 1', '"seed": 0'))
     with refused("seed", "1", "best CIDEr-D"):
         card.make(made, made / "captioner.pth")
     (made / "captioner.pth").write_bytes(b"other weights")
     with refused(limits.LIMITS.name, "benchmarks.limits"):
         card.make(made, made / "captioner.pth")
-    measured.unlink()
-    with refused(limits.LIMITS.name, "benchmarks.limits"):
-        card.make(made, made / "captioner.pth")
-    with refused("captioner", "there is no"):
-        card.make(made, made / "no" / "captioner.pth")
-    for recipe in (card.RECIPE, card.FIRST):
-        for path in made.glob(f"{recipe}-seed*.json"):
-            path.unlink()
-        with refused(f"benchmarks.recipes {recipe}"):
-            card.make(made, made / "captioner.pth")

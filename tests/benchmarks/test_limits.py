@@ -33,12 +33,8 @@ def test_each_reference_is_held_back_and_measured_against_the_others_as_the_capt
     assert found["captions"] == 2
     assert found["precision"][0] == pytest.approx(9 / 10)
     assert found["person_precision"][0] == pytest.approx(7 / 8)
-
-
-def test_of_several_things_each_counts_alone() -> None:
-    found = limits.naming("red, blue", words(["blue"]), words(["red"] * 5))
-    assert found["pictures"] == 1
-    assert found["recall"][0] == found["precision"][0] == 0
+    found = limits.naming("red, blue", words(["blue"]), words(["red"] * 5))  # of several things each counts alone
+    assert (found["pictures"], found["recall"][0], found["precision"][0]) == (1, 0, 0)
 
 
 def test_a_gender_is_wrong_where_references_agree_on_the_other_and_the_caption_names_it_alone() -> None:
@@ -53,7 +49,8 @@ def test_a_gender_is_wrong_where_references_agree_on_the_other_and_the_caption_n
     assert found["male"]["references"][0] == pytest.approx(1 / 25)
 
 
-def test_groups_of_pictures_have_the_scores_of_these_pictures_alone() -> None:
+def test_groups_of_pictures_have_the_scores_of_these_pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "nothing")  # no Java, which would take its time
     texts = (["a man runs"] * 5, ["a dog runs on grass"] * 5, ["a man and a dog sit in a car"] * 5, ["a red car"] * 5)
     given = references(*texts)
     captions = dict(zip(given.captions, ["a man runs", "a dog", "snow", "a red car"], strict=True))

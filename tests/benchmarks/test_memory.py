@@ -1,18 +1,21 @@
 """The memory of training on tars is measured on tars that train.py reads."""
 
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import ROOT
+from benchmarks import memory
+from config import load_config
+from data import annotations
 
 
-def test_training_on_made_up_tars_is_measured() -> None:
+def test_made_up_tars_are_read_and_the_memory_of_a_caption_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("webdataset", reason="tars need requirements-extras.txt")
-    command = [sys.executable, "-m", "benchmarks.memory", "5000"]
-    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert found["captions"] == 5000
-    assert 0.1 < found["memory_gb"] < 3
-    assert 20 < found["bytes_per_caption"] < 300
+    monkeypatch.chdir(tmp_path)
+    tars = memory.write_tars(Path(), 10_000)
+    table = annotations.load(load_config(overrides=[f"data.shards={tars}", *memory.SETTINGS]).data)
+    assert (table["split"] == "val").sum() == 5 * memory.VALIDATION
+    monkeypatch.setattr(memory, "COUNTED", 10_000)
+    assert 20 < memory.held_per_caption() < 300

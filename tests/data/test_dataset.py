@@ -225,7 +225,7 @@ def test_processes_share_a_batch_by_pictures_and_weigh_by_words(captions: Flickr
     assert sorted(index for share in working for index in share.indices) == sorted(batch)
     images = [set(captions.image_of[share.indices]) for share in working]
     assert sum(map(len, images)) == len(set.union(*images)) == 3
-    assert {share.words for share in shares} == {21}
+    assert {share.batch_words for share in shares} == {21}
     assert sum(share.fraction for share in shares) == pytest.approx(1)
     for share in working:
         assert share.fraction == pytest.approx(captions.lengths[share.indices].sum() / 21)
@@ -236,7 +236,7 @@ def test_processes_share_a_batch_by_pictures_and_weigh_by_words(captions: Flickr
 def test_batches_are_read_in_order(captions: Flickr8kDataset) -> None:
     batches = make_batches(captions, 7, False, np.random.default_rng(0))
     for (share, read), batch in zip(read_shares(captions, batches), batches, strict=True):
-        assert share.indices.tolist() == batch.tolist() and share.words == captions.lengths[batch].sum()
+        assert share.indices.tolist() == batch.tolist() and share.batch_words == captions.lengths[batch].sum()
         assert torch.equal(read.tokens, captions[batch].tokens)
 
 

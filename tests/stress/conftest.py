@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stress.runs import finish
-from utils import write_atomically
+from utils import as_json, write_atomically
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reliability.json"
 
@@ -64,7 +64,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         title = ": ".join([pyfuncitem.function.__doc__, *([pyfuncitem.callspec.id] if "[" in command else [])])
         rows = {row["command"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
         row = {"check": title, "tried": tally.tried, "lost": tally.lost, "figures": tally.figures, "command": command}
-        content = json.dumps([*(rows | {command: row}).values()], indent=1, ensure_ascii=False) + "\n"
-        write_atomically(RESULTS, content.encode())
+        write_atomically(RESULTS, as_json([*(rows | {command: row}).values()]) + b"\n")
     assert tally.tried and not tally.lost, f"lost {tally.lost} of {tally.tried}"
     return done

@@ -9,8 +9,9 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +38,34 @@ def start_or_resume(run: str) -> list[str]:
     return ["--resume", "--run", run] if Path("runs", run, "last.pth").is_file() else start(run)
 
 
-def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None] | None = None) -> int:
-    """Run a script's `main` in a child, after `prepare()`; what it prints is added to `log`. Returns its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        for stream in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> ForkProcess:
+    """Run a script's `main` in a child, after `prepare()`; what it prints is added to `log`."""
+
+    def child() -> None:
+        sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
         sys.argv = ["script.py", *words]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
-        if prepare:
-            prepare()
+        prepare()
         code = run_script(script)
-    except BaseException:
-        traceback.print_exc()
-    finally:
         sys.stdout.flush()
         os._exit(code)
 
+    process = get_context("fork").Process(target=child)
+    process.start()
+    return process
 
-def wait(pid: int) -> int:
+
+def wait(process: ForkProcess) -> int:
     """Return the exit code of a child, or the negative number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
-def run(script: Script, *words: str, prepare: Callable[[], None] | None = None) -> tuple[int, str]:
+def run(script: Script, *words: str, prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
     """Run a script's `main` in a child; returns its exit code and what it printed."""
     log = Path("said.log")
-    log.write_text("")
-    log.chmod(0o666)
+    log.unlink(missing_ok=True)
     return wait(fork(script, list(words), log, prepare)), log.read_text()
 
 
@@ -89,21 +86,18 @@ def wait_for(log: Path, text: str, seconds: float = 60) -> None:
 
 def refused(code: int, said: str) -> bool:
     """Whether a script ended as it should when it cannot go on: exit code 2, the reason last, no traceback."""
-    lines = said.splitlines()
-    return (
-        code == 2 and [line for line in lines if line.startswith("error: ")] == lines[-1:] and "Traceback" not in said
-    )
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    return code == 2 and errors == said.splitlines()[-1:] and "Traceback" not in said
 
 
-def differs(run: str, other: str = "whole") -> bool:
-    """Whether the two runs' file names, logs or checkpoints differ in a single bit; only their names may."""
-    one, two = (Path("runs", name) for name in (run, other))
-    if {path.name for path in one.iterdir()} != {path.name for path in two.iterdir()}:
-        return True
-    if (one / "loss_log.txt").read_bytes() != (two / "loss_log.txt").read_bytes():
-        return True
-    pairs = ([load_checkpoint(folder / file) for folder in (one, two)] for file in ("last.pth", "checkpoints.pth"))
-    return not all(same(first | {"config": 0}, second | {"config": 0}) for first, second in pairs)
+def differs(run: str) -> bool:
+    """Whether file names, log or checkpoints differ in a single bit from those of runs/whole; only its name may."""
+    return not same(*map(contents, (Path("runs", run), Path("runs/whole"))))
+
+
+def contents(folder: Path) -> list[Any]:
+    states = [load_checkpoint(folder / name) | {"config": 0} for name in ("last.pth", "checkpoints.pth")]
+    return [sorted(path.name for path in folder.iterdir()), (folder / "loss_log.txt").read_bytes(), *states]
 
 
 def same(one: Any, two: Any) -> bool:

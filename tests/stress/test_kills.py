@@ -8,8 +8,6 @@ import re
 import signal
 import sys
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,33 +21,25 @@ from stress.conftest import Tally
 from stress.runs import differs, finish, fork, start_or_resume, wait
 from utils import load_checkpoint
 
+SIGNALS = {"SIGKILL": 100, "SIGTERM": 50, "SIGINT": 50}  # how often each is sent
 KILLS_PER_RUN = 10
 FIRST_ACTS = 120  # about a fifth of those of a run, so that most runs are killed ten times
 ACTS = {"write", "flush", "fsync", "replace"}  # C functions of files
-ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.usefixtures("whole")
 
 
-def test_random_kills(tally: Tally) -> None:
-    """SIGKILL at a random moment, then --resume"""
-    disturb(tally, 100, partial(signal_at_random, sign=signal.SIGKILL, longest=seconds_of_an_epoch()))
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signals(tally: Tally, name: str) -> None:
+    """a signal at a random moment, then --resume"""
+    began = time.monotonic()
+    finish("timed")
+    longest = (time.monotonic() - began) * 0.4  # seconds until a run is in its second epoch or so
+    disturb(tally, SIGNALS[name], partial(signal_at_random, sign=signal.Signals[name], longest=longest))
 
 
 def test_kills_at_acts(tally: Tally) -> None:
     """SIGKILL before or after the Nth write, flush, fsync or rename, then --resume"""
     disturb(tally, 100, kill_at_act)
-    places = Counter(Path("places").read_text().splitlines())
-    tally.figures += "; while in " + ", ".join(f"{place} {count}" for place, count in places.most_common())
-
-
-def test_sigterm(tally: Tally) -> None:
-    """SIGTERM at a random moment, then --resume"""
-    disturb(tally, 50, partial(signal_at_random, sign=signal.SIGTERM, longest=seconds_of_an_epoch()))
-
-
-def test_ctrl_c(tally: Tally) -> None:
-    """Ctrl-C at a random moment, then --resume"""
-    disturb(tally, 50, partial(signal_at_random, sign=signal.SIGINT, longest=seconds_of_an_epoch()))
 
 
 def disturb(tally: Tally, number: int, strike: Callable[[str, random.Random], bool]) -> None:
@@ -69,20 +59,13 @@ def disturb(tally: Tally, number: int, strike: Callable[[str, random.Random], bo
     tally.figures = f"{runs} runs compared bit for bit"
 
 
-def seconds_of_an_epoch() -> float:
-    """Return the seconds from a run's start until it is in its second epoch or so."""
-    began = time.monotonic()
-    finish("timed")
-    return (time.monotonic() - began) * 0.4
-
-
 def signal_at_random(run: str, rng: random.Random, sign: signal.Signals, longest: float) -> bool:
     """Signal the run at a random moment; if it is asked to stop, it has to have saved every step that it logged."""
     log = Path(f"{run}.log")
-    pid = fork(train.main, start_or_resume(run), log)
+    process = fork(train.main, start_or_resume(run), log)
     time.sleep(rng.uniform(0, longest))
-    os.kill(pid, sign)  # it is not reaped yet, so nobody else has its number
-    code, text = wait(pid), log.read_text()
+    os.kill(process.pid, sign)  # it is not reaped yet, so nobody else has its number
+    code, text = wait(process), log.read_text()
     if code not in (0, 130, -signal.SIGKILL, -signal.SIGTERM) or "Traceback" in text:
         raise RuntimeError(f"{run} ended with {code}: {text[-2000:]}")
     steps = re.findall(r"Epoch \[(\d+)/\d+\] Step \[(\d+)/(\d+)\]", text)
@@ -95,25 +78,21 @@ def signal_at_random(run: str, rng: random.Random, sign: signal.Signals, longest
 
 
 def kill_at_act(run: str, rng: random.Random) -> bool:
-    """Let the run kill itself before, or right after, one of its first acts on files; notes the module of the act."""
+    """Let the run kill itself before, or right after, one of its first acts on files."""
     left, event_of_act = rng.randint(1, FIRST_ACTS), rng.choice(["c_call", "c_return"])
 
     def watch(frame: FrameType, event: str, function: Any) -> None:
         nonlocal left
         left -= event == event_of_act and is_act(function)
         if left == 0:
-            files = [Path(each.filename) for each in reversed(traceback.extract_stack(frame))]
-            place = next(path for path in files if path.is_relative_to(ROOT) and path.name != "utils.py")
-            with open("places", "a") as file:
-                file.write(f"{place.relative_to(ROOT).as_posix()}\n")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pid = fork(train.main, start_or_resume(run), Path(f"{run}.log"), partial(sys.setprofile, watch))
-    return wait(pid) == -signal.SIGKILL
+    process = fork(train.main, start_or_resume(run), Path(f"{run}.log"), partial(sys.setprofile, watch))
+    return wait(process) == -signal.SIGKILL
 
 
 def is_act(function: Any) -> bool:
-    """Whether a C function writes to a file, flushes or renames one; a buffer in memory is no file."""
+    """Whether a C function writes, flushes or renames a file; a buffer in memory is none."""
     own = getattr(function, "__self__", None)
     of_file = isinstance(own, (io.BufferedWriter, io.BufferedRandom, io.TextIOWrapper, io.FileIO)) or own is posix
     return getattr(function, "__name__", "") in ACTS and of_file

@@ -28,7 +28,7 @@ def logits() -> torch.Tensor:
     return 3 * torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("smoothing", [0, 0.1, 0.5])
+@pytest.mark.parametrize("smoothing", [0, 0.1])
 def test_the_loss_is_pytorchs_own_label_smoothing_and_what_is_logged_is_never_smoothed(
     logits: torch.Tensor, smoothing: float
 ) -> None:
@@ -37,7 +37,7 @@ def test_the_loss_is_pytorchs_own_label_smoothing_and_what_is_logged_is_never_sm
     torch.testing.assert_close(loss, pytorchs(label_smoothing=smoothing))
     torch.testing.assert_close(nll, pytorchs())
     assert not nll.requires_grad
-    assert cross_entropy(IDENTITY, torch.zeros(2, 4, 9), TARGETS)[1] == pytest.approx(math.log(9))
+    assert {each.dtype for each in cross_entropy(IDENTITY, logits.bfloat16(), TARGETS, smoothing)} == {torch.float32}
 
 
 @pytest.mark.parametrize("smoothing", [0, 0.1])
@@ -50,10 +50,6 @@ def test_padding_does_not_count(logits: torch.Tensor, smoothing: float) -> None:
     cross_entropy(IDENTITY, logits.requires_grad_(), TARGETS, smoothing)[0].backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad.abs().sum(2) > 0, TARGETS != PAD)
-
-
-def test_the_loss_of_bf16_logits_is_computed_in_fp32(logits: torch.Tensor) -> None:
-    assert {each.dtype for each in cross_entropy(IDENTITY, logits.bfloat16(), TARGETS, 0.1)} == {torch.float32}
 
 
 def test_each_region_wants_to_be_attended_to_once() -> None:
@@ -114,7 +110,7 @@ def written(loss_fn: SelfCritical, batch: Batch, count: int) -> list[list[int]]:
     return loss_fn.sample(loss_fn.model.encode(batch.features), loss_fn.sampling, count)
 
 
-@pytest.mark.parametrize(("samples", "beam"), [(1, "false"), (5, "false"), (5, "true")])
+@pytest.mark.parametrize(("samples", "beam"), [(1, "false"), (5, "true")])
 def test_captions_with_more_reward_than_the_baseline_become_more_probable(
     samples: int, beam: str, tiny_config: Callable
 ) -> None:
@@ -171,17 +167,12 @@ def test_a_beam_gives_different_captions_the_same_each_time(tiny_config: Callabl
     assert [len(set(map(tuple, captions[first : first + 5]))) for first in (0, 5)] == [5, 5]
 
 
-def test_captions_that_are_cut_off_have_no_end(tiny_config: Callable) -> None:
-    model = toy_model(tiny_config, "train.self_critical_samples=3", "search.max_length=2")
-    captions = written(SelfCritical(model, toy_dataset(model)), toy_batch(model), 20)
-    assert all(len(ids) <= 2 and EOS not in ids[:-1] for ids in captions)
-    assert {len(ids) for ids in captions if EOS not in ids} == {2}
-
-
 def test_captions_are_drawn_from_the_whole_distribution_whatever_search_is_set_to(tiny_config: Callable) -> None:
     model = toy_model(tiny_config, "search.min_length=4", "search.top_k=1", "search.no_repeat_ngram=1")
     captions = written(SelfCritical(model, toy_dataset(model)), toy_batch(model), 100)
     assert min(map(len, captions)) < 4
+    assert {len(ids) for ids in captions if EOS not in ids} == {4}  # those that are cut off have no end
+    assert all(len(ids) <= 4 and EOS not in ids[:-1] for ids in captions)
     assert len(set(map(tuple, captions))) > 50
     assert any(len(set(ids)) < len(ids) for ids in captions)
 
@@ -218,9 +209,6 @@ def test_what_people_say_of_other_pictures_is_rewarded_too(tiny_config: Callable
     [dog, no_dog], [no_cats, cats] = expected
     assert min(dog, cats) > 8
     assert max(no_dog, no_cats) < 2
-    weighed.consensus.reward = weighed.consensus.ranking  # a regression of its own, not the one that search ranks by
-    by_ranking = (weighed.rewards(captions, batch) - plain.rewards(captions, batch)) / 4
-    assert not torch.allclose(by_ranking, expected, atol=0.1)
 
 
 def test_of_a_mirrored_picture_left_is_expected_where_others_say_right(tiny_config: Callable) -> None:
