@@ -37,17 +37,14 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun (`--max-restarts`) has started this process in the place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """Return how often torchrun (`--max-restarts`) has started this job again after a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Work with the processes torchrun has started, if it did, until the block ends.
-
-    Raises UserError when another one ends too early.
-    """
+    """Join the processes that torchrun started, if it did, for the block; raises UserError when another one fails."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -56,7 +53,11 @@ def processes() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.ExitStack() as stack:
         try:
-            join("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            store, place, count = next(dist.rendezvous("env://"))
+            if on_one_machine():  # under a name of this start: torchrun keeps the addresses of dead processes
+                store = dist.PrefixStore(f"start-{restarts()}", store)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=place, world_size=count, timeout=PATIENCE)
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
@@ -80,21 +81,15 @@ def parallel(module: nn.Module, precision: torch.dtype) -> nn.Module:
     return whole
 
 
+def on_one_machine() -> bool:
+    return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
 def end_job() -> None:
     """Keep torchrun (`--max-restarts`) on a single machine from repeating what only the user can mend."""
-    if os.name != "posix" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
-        return
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+    if os.name == "posix" and on_one_machine() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > restarts():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on, and the sentence is still to be printed
         os.kill(os.getppid(), signal.SIGTERM)
-
-
-def join(backend: str) -> None:
-    """Meet the other processes, under a name of this start: torchrun keeps the addresses of dead ones."""
-    store, place, count = next(dist.rendezvous("env://"))
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=place, world_size=count, timeout=PATIENCE)
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:
@@ -135,16 +130,14 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
     Where another job holds it, `waiting_for` is printed, and its end is awaited.
     """
     lock = FileLock(path)
-
-    def acquire() -> None:
+    if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             print(f"{waiting_for}: waiting for its end", flush=True)
             lock.acquire()
-
-    on_first_rank(acquire)
+    wait()
     try:
         yield
     finally:
@@ -152,7 +145,7 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
 
 
 def wait() -> None:
-    """Wait until all processes have come so far."""
+    """Wait until all processes have reached this call."""
     total(0)
 
 

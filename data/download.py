@@ -1,7 +1,8 @@
 """Fetch a dataset: python -m data.download flickr8k
 
 A download that was cut off goes on where it stopped; what is complete is checked against its checksum before it is
-unpacked. `--source` takes the files from a mirror, or from a folder, instead of the addresses below.
+unpacked. `--source` takes the files from a mirror, or from a folder, instead of the addresses below. Datasets that need
+an account or a request are in docs/data.md.
 """
 
 from cli import Parser, UserError, run_script
@@ -61,34 +62,14 @@ SOURCES = {  # name: where it goes by default, and what it is made of
     "coco2014": ("coco", COCO2014),
     "karpathy": ("coco", [KARPATHY]),
 }
-BY_HAND = {
-    "kaggle": """Flickr8k from Kaggle needs an account there:
-  1. open https://www.kaggle.com/datasets/adityajn105/flickr8k and download archive.zip
-  2. unpack it here, so that there are archive/captions.txt and archive/Images/
-  3. python -m data.download flickr8k_splits   adds the official lists of train, dev and test pictures""",
-    "flickr30k": """Flickr30k is given on request:
-  1. ask at https://shannon.cs.illinois.edu/DenotationGraph/ for flickr30k-images.tar.gz and flickr30k.tar.gz
-  2. unpack both in flickr30k/, so that there are flickr30k/flickr30k-images/ and flickr30k/results_20130124.token
-  3. python -m data.download karpathy --to flickr30k   adds captions with the splits that papers use; train with
-     data.root=flickr30k data.captions=dataset_flickr30k.json""",
-    "ai_challenger": """AI Challenger 2017 has no open address any more; copies are kept by those who took part:
-  1. get ai_challenger_caption_train_20170902.zip and ai_challenger_caption_validation_20170910.zip
-  2. unpack both in ai_challenger/, so that there are
-     ai_challenger/ai_challenger_caption_train_20170902/caption_train_annotations_20170902.json
-     and beside it the folder caption_train_images_20170902, and the same for validation""",
-}
-KNOWN = [*SOURCES, *BY_HAND]
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", choices=KNOWN, help=f"one of {', '.join(KNOWN)}")
+    parser.add_argument("dataset", metavar="DATASET", choices=SOURCES, help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
     args = parser.parse_options()
-    if args.dataset in BY_HAND:
-        print(BY_HAND[args.dataset])
-        return
     folder, sources = SOURCES[args.dataset]
     fetch(sources, args.to or Path(folder), args.source)
     print(f"next: python -m data.annotations {args.to or folder}")

@@ -109,7 +109,7 @@ def test_what_is_run_elsewhere_is_there() -> None:
     for command in COMMANDS:
         words = command.split()
         if command.startswith(f"{GIGABYTES} "):
-            assert words[3] in download.KNOWN, command
+            assert words[3] in download.SOURCES, command
         elif command.startswith("python -m "):
             assert importlib.util.find_spec(words[2]), command
         elif command.startswith("pip install -r"):

@@ -88,7 +88,7 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
 
     Raises UserError rather than write over a run, and while another process trains in its folder.
     """
-    if distributed.restarted() and not args.resume:  # by torchrun, in the place of a process that died
+    if distributed.restarts() and not args.resume:  # by torchrun, in the place of a process that died
         name = choose_config(args).run
         args.resume, args.overwrite = (RUNS / name / "last.pth").is_file(), True
         if args.resume:

@@ -58,20 +58,20 @@ class Captions:
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
-        parts = []
-        for split in SPLITS:
-            rows = self.table[self.table["split"] == split]
-            pictures, captions = rows["image"].nunique(), len(rows)
-            if self.shards and split == "train":
-                pictures = sum(len(tar.names) for tar in self.shards)
-                captions = sum(tar.captions for tar in self.shards)
-            if not captions and split != "test":
+        counts = {split: (rows["image"].nunique(), len(rows)) for split, rows in self.table.groupby("split")}
+        if self.shards:
+            counts["train"] = sum(len(tar.names) for tar in self.shards), sum(tar.captions for tar in self.shards)
+        for split in ("train", "val"):
+            if counts.get(split, (0, 0)) == (0, 0):
                 remedy = "fix its split lists, or add pictures: it takes three at least"
                 if self.shards:
                     remedy = f"name {split} in the JSON of some pictures"
                 raise UserError(f"{self.config.source} has no {split} pictures; {remedy}")
-            if captions:
-                parts.append(f"{split} {pictures:,} pictures with {captions:,} captions")
+        parts = [
+            f"{split} {counts[split][0]:,} pictures with {counts[split][1]:,} captions"
+            for split in SPLITS
+            if split in counts
+        ]
         files = [self.config.shards] if self.shards else annotations.caption_files(self.config)
         print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
 

@@ -148,12 +148,6 @@ def test_a_mirror_or_a_folder_can_take_the_place_of_the_source(
         assert f"python -m data.annotations {tmp_path / name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", download.BY_HAND)
-def test_what_has_no_open_address_is_explained_step_by_step(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(download.main, name) == 0
-    assert "  1. " in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("line", "hint"),
     [

@@ -114,7 +114,7 @@ def test_tars_hold_what_the_table_does(written: None) -> None:
 def train_set(config: str) -> Flickr8kDataset:
     opened = Run(load_config(overrides=[*TINY, config, "train.mirror=true"]))
     captions = Captions(opened)
-    return make_datasets(make_model(opened, captions, []), captions)[0]
+    return make_datasets(make_model(opened, captions), captions)[0]
 
 
 def test_a_training_reads_the_same_from_tars_as_from_files(written: None) -> None:
@@ -222,7 +222,7 @@ def test_the_command_that_is_advised_trains_stops_and_goes_on_digit_for_digit_wi
     assert training("run=whole") == 0
     assert f"data: {SHARDS[12:]}: train 8 pictures with 40 captions, val 2 pictures" in capsys.readouterr().out
 
-    step, left = Monitor.step, [10]
+    step, left = Monitor.after_step, [10]
 
     def step_and_stop(self: Monitor, *given: torch.Tensor) -> None:
         step(self, *given)
@@ -230,7 +230,7 @@ def test_the_command_that_is_advised_trains_stops_and_goes_on_digit_for_digit_wi
         if not left[0]:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Monitor, "step", step_and_stop)
+    monkeypatch.setattr(Monitor, "after_step", step_and_stop)
     assert training("run=stopped") == 130
     for path in Path("tars").iterdir():
         path.unlink()
