@@ -124,9 +124,9 @@ def test_regions_are_compared_by_their_mean(consensus: Consensus) -> None:
 
 
 def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
-    captions = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 8, 0]])
+    captions = torch.tensor([[4, 5, 6, 9], [4, 5, 7, 9], [4, 8, 0, 0]])
     ngrams = NGrams(captions, torch.tensor([0, 1, 2]))
-    assert ngrams.count == NGrams(captions * 10**9, torch.arange(3)).count == 1 + 3  # the root; 4, 5 and "4 5"
+    assert ngrams.count == NGrams(captions * 10**9, torch.arange(3)).count == 1 + 4  # the root; 4, 5, 9, "4 5"
     row, number, weight = ngrams.tf_idf(torch.tensor([[5, 0], [5, 99], [99, 98]]))
     assert row.tolist() == [0, 1]
     assert number[0] == number[1]
