@@ -108,5 +108,3 @@ def test_real_flickr8k_has_its_official_sizes(shared: Path) -> None:
     table = load(shared / "flickr8k", "data.language=en")
     assert table.groupby("split")["image"].nunique().to_dict() == {"train": 6000, "val": 1000}
     assert table["split"].value_counts().to_dict() == {"train": 30_000, "val": 5_000}
-    chosen = splits.splits_of(table)
-    assert not set(chosen["train"]) & set(chosen["val"])

@@ -140,19 +140,6 @@ def test_karpathys_coco_has_folders_and_coco_ids(root: Path) -> None:
     assert (table["image"][0], table["image_id"][0]) == ("val2014/x.jpg", 391895)
 
 
-def test_two_files_and_two_folders_are_one_dataset(tmp_path: Path) -> None:
-    for split, place in (("train", 0), ("val", 1)):
-        part = COCO | {
-            "images": COCO["images"][place : place + 1],
-            "annotations": COCO["annotations"][place : place + 1],
-        }
-        put(tmp_path, f"annotations/captions_{split}2014.json", text=json.dumps(part))
-        put(tmp_path, f"{split}2014/{'ab'[place]}.jpg")
-    table = load(tmp_path)
-    assert table["image"].tolist() == ["train2014/a.jpg", "val2014/b.jpg"]
-    assert table["split"].tolist() == ["train", "val"]
-
-
 def test_a_pattern_chooses_among_years(root: Path, refused: Callable) -> None:
     for year in (2014, 2017):
         for place, split in enumerate(("train", "val")):

@@ -82,10 +82,6 @@ def test_without_lists_a_tenth_of_the_pictures_is_held_out_twice(tmp_path: Path)
     }
 
 
-def test_three_pictures_are_enough_for_every_split(tmp_path: Path) -> None:
-    assert set(load(numbered(tmp_path, [1, 2, 3]))["split"]) == set(splits.SPLITS)
-
-
 def test_saved_splits_are_used_again_by_where_pictures_were_found(tmp_path: Path) -> None:
     saved = splits.splits_of(load(numbered(tmp_path, list(range(10)))))
     assert splits.splits_of(load(numbered(tmp_path, list(range(20))), saved=saved)) == saved

@@ -62,8 +62,8 @@ def picture(colour: str = "red") -> bytes:
     return buffer.getvalue()
 
 
-def find(shards: str = SHARDS) -> list[Tar]:
-    return tars.find(load_config(overrides=[shards]).data)
+def find(*settings: str) -> list[Tar]:
+    return tars.find(load_config(overrides=list(settings or [SHARDS])).data)
 
 
 def encode(found: list[Tar], model: CaptionModel) -> Features:
@@ -303,6 +303,8 @@ def test_what_cannot_be_trained_on_is_refused(
     for pattern, missing in (("tars/{00000..00003}.tar", "tars/00003.tar"), ("tars/*.tar", "tars/*.tar")):
         with refused(missing, "whose numbers stand in braces"):
             find(f"data.shards={pattern}")
+    with refused("data.shards", "quotes"):  # a shell has taken the braces
+        find("data.shards=tars/00000.tar", "data.shards=tars/00001.tar")
     write_tar("tars/9.tar", {"1.jpg": picture(), "1.json": GOOD})
     assert run(train.main, *TINY, "data.shards=tars/9.tar") == 2
     assert "has no val pictures; name val in the JSON of some pictures" in capsys.readouterr().err
