@@ -116,12 +116,6 @@ def captions_of(checkpoint: Path, picture: Path, num_captions: int = 3, **search
     return model.generate(features, model.config.search.model_copy(update=search), num_captions, keep_attention=True)[0]
 
 
-def test_without_any_model_one_sentence_says_what_to_do(demo: Demo) -> None:
-    page = demo()
-    assert texts(page, "refusal") == ["there is no trained captioner under runs/ yet; train one with: python train.py"]
-    assert not page.get("file_uploader")
-
-
 def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: Demo, checkpoints: Path) -> None:
     for age, run_name in enumerate(["sample", "new", "old"]):
         place = Path("runs", run_name, "checkpoints.pth")
@@ -140,11 +134,11 @@ def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: 
     assert "It learned from drawn shapes and knows no photographs." in texts(demo(), "quiet")
 
 
-def test_a_picture_gets_its_best_captions_with_how_probable_they_are(
+def test_a_picture_gets_its_best_captions_with_how_probable_they_are_and_searched_as_chosen(
     demo: Demo, checkpoints: Path, drawn: Path
 ) -> None:
-    page = drop(demo("--checkpoint", checkpoints / "lstm/checkpoints.pth"), drawn / "images/03.jpg")
-    own = captions_of(checkpoints / "lstm/checkpoints.pth", drawn / "images/03.jpg")
+    model, picture = checkpoints / "lstm/checkpoints.pth", drawn / "images/03.jpg"
+    page, own = drop(demo("--checkpoint", model), picture), captions_of(model, picture)
     said = [texts(page, "caption")[0], *(text.rpartition("  ")[0] for text in texts(page, "other"))]
     assert said == [caption.text for caption in own] and len(set(said)) == 3
     rated = re.findall(r"([\d.]+)%", markup(page))
@@ -152,13 +146,10 @@ def test_a_picture_gets_its_best_captions_with_how_probable_they_are(
         [100 * probability_per_word(each, 8) for each in own], abs=0.5
     )
 
-
-def test_captions_are_searched_as_chosen(demo: Demo, checkpoints: Path, drawn: Path) -> None:
-    page = drop(demo("--checkpoint", checkpoints / "lstm/checkpoints.pth"), drawn / "images/03.jpg")
     chosen = {"beam": 4, "length_penalty": 0.0, "max_length": 5}
     for label, value in (("Captions", 2), *zip(("Beam", "Length penalty", "Most words"), chosen.values(), strict=True)):
         slide(page, label, value)
-    own = captions_of(checkpoints / "lstm/checkpoints.pth", drawn / "images/03.jpg", 2, **chosen)
+    own = captions_of(model, picture, 2, **chosen)
     assert [*texts(page, "caption"), texts(page, "other")[0].rpartition("  ")[0]] == [each.text for each in own]
     slide(page, "Temperature", 2.0)
     drawn_words = texts(page, "caption")
@@ -212,6 +203,7 @@ def test_two_models_stand_side_by_side(demo: Demo, checkpoints: Path, drawn: Pat
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ((), "there is no trained captioner under runs/ yet; train one with: python train.py"),
         (("--checkpoint", "broken.pth"), "broken.pth is not a checkpoint of this project"),
         (("--checkpoint", "none.pth"), "there is no checkpoint at none.pth"),
         (("--limit", "3"), "there is no --limit; there are --checkpoint"),

@@ -36,10 +36,6 @@ def test_a_picture_of_any_shape_gets_a_readable_size_and_caption(size: tuple[int
     assert ink(band) > 100
 
 
-def test_an_empty_caption_is_shown_as_no_words() -> None:
-    assert strip((224, 224), " ").tobytes() == strip((224, 224), "(no words)").tobytes()
-
-
 @pytest.mark.parametrize("caption", ["many words " * 20, "W" * 200, "a " + "很长" * 60])
 def test_long_captions_are_wrapped_inside_the_margins(caption: str) -> None:
     band = strip((224, 224), caption)
@@ -57,7 +53,8 @@ def test_lines_break_between_words_and_inside_words_wider_than_a_line() -> None:
         assert {word for line in lines for word in line.split() if "x" not in word} <= set(text.split())
 
 
-def test_control_and_direction_characters_become_spaces() -> None:
+def test_control_and_direction_characters_become_spaces_and_no_words_are_shown_as_such() -> None:
+    assert strip((224, 224), " ").tobytes() == strip((224, 224), "(no words)").tobytes()
     assert fonts.plain_text("a\tdog\nruns\x00\x1b \u202efast\u2066 \ud800") == "a dog runs fast"
     assert strip((224, 224), "a\ndog\u202e").tobytes() == strip((224, 224), "a dog").tobytes()
 
