@@ -348,7 +348,7 @@ def test_self_critical_training_is_a_run_of_its_own_and_goes_on_from_what_was_le
     assert after["scores"]["val_cider"] == before["scores"]["val_cider"]
 
 
-def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ(
+def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ_and_a_missing_one_with_its_recipe(
     first: Path, run: Run, capsys: Capture
 ) -> None:
     other = ("decoder.hidden_size=31", "encoder.image_size=null", "encoder.name=resnet34", "decoder.dropout=0")
@@ -357,16 +357,10 @@ def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ(
     assert "runs/first/checkpoints.pth was trained with another" in error
     assert "decoder.hidden_size, encoder.image_size, encoder.name; go on from it with" in error
     assert error.endswith("with: decoder.hidden_size=32 encoder.image_size=32 encoder.name=resnet18")
-    assert not Path("runs/second").exists()
-
-
-def test_a_start_that_is_not_there_is_refused_with_the_recipe_that_makes_it(
-    archive: Path, run: Run, capsys: Capture
-) -> None:
-    assert run(*FAST, "train.start=runs/attention/checkpoints.pth") == 2
+    assert run(*FAST, "run=second", "train.start=runs/attention/checkpoints.pth") == 2
     error = last_line(capsys)
     assert "runs/attention/checkpoints.pth" in error and "--config configs/attention.yaml" in error
-    assert not Path("runs").exists()
+    assert not Path("runs/second").exists()
 
 
 # ---- consensus.pth ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def test_each_row_is_made_by_its_command_and_lost_nothing() -> None:
     rows, tests = json.loads(RESULTS.read_text(encoding="utf-8")), []
     for module in (test_faults, test_files, test_kills, test_pages):
         for name in (name for name in vars(module) if name.startswith("test_")):
-            several = {"test_fuzzing": fuzz.READERS, "test_signals": test_kills.SIGNALS}.get(name, ())
+            several = {"test_fuzzing": [*fuzz.READERS], "test_signals": [*test_kills.SIGNALS]}.get(name, [])
             path = f"{Path(module.__file__ or '').relative_to(fuzz.ROOT).as_posix()}::{name}"
             tests += [f"{path}[{each}]" for each in several] or [path]
     assert sorted(row["command"].removeprefix("python -m pytest ").strip("'") for row in rows) == sorted(tests)

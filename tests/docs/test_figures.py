@@ -42,9 +42,8 @@ def test_probabilities_and_overlaps_are_those_of_the_model(tiny_model: CaptionMo
 def test_captioned_pictures_keep_their_proportions_and_all_their_words() -> None:
     tall, wide = Image.new("RGB", (100, 200)), Image.new("RGB", (300, 200))
     caption = "a sentence of more words than a line below so narrow a picture holds"
-    axes = figures.draw_captioned([[(tall, caption, "red"), (wide, "short", "blue")], [(wide, "alone", "blue")]]).axes[
-        0
-    ]
+    rows = [[(tall, caption, "red"), (wide, "short", "blue")], [(wide, "alone", "blue")]]
+    [axes] = figures.draw_captioned(rows).axes
     frames = [(frame.get_width(), frame.get_height()) for frame in axes.patches]
     assert [round(width / height, 3) for width, height in frames] == [0.5, 1.5, 1.5]
     assert len({height for _, height in frames}) == 1

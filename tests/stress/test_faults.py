@@ -113,6 +113,7 @@ def test_vanishing(tally: Tally) -> None:
         gone = Path(path.format(name))
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         time.sleep(1)
+        assert process.pid
         os.kill(process.pid, signal.SIGINT)  # for what training does not miss; a process that has ended does not mind
         code, said = runs.wait(process), log.read_text()
         tally(runs.refused(code, said) or (code == 130 and "Traceback" not in said), f"{path} vanished", said)
@@ -142,6 +143,7 @@ def test_many_epochs(tally: Tally) -> None:
     epochs, log = 50 if tally.short else 2000, Path("long.log")
     words = [*SMALLEST, "run=long", f"train.epochs={epochs}", "train.checkpoint_every=1000", "train.log_every=1000"]
     process = runs.fork(train.main, words, log)
+    assert process.pid
     runs.wait_for(log, f"Epoch [{epochs // 10}/", 3600)
     before = runs.own_memory_and_files(process.pid)
     runs.wait_for(log, f"Epoch [{epochs - 1}/", 3600 * 3)

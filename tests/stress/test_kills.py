@@ -64,6 +64,7 @@ def signal_at_random(run: str, rng: random.Random, sign: signal.Signals, longest
     log = Path(f"{run}.log")
     process = fork(train.main, start_or_resume(run), log)
     time.sleep(rng.uniform(0, longest))
+    assert process.pid
     os.kill(process.pid, sign)  # it is not reaped yet, so nobody else has its number
     code, text = wait(process), log.read_text()
     if code not in (0, 130, -signal.SIGKILL, -signal.SIGTERM) or "Traceback" in text:
