@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,7 +262,7 @@ def test_a_run_that_cannot_be_resumed_says_why(first: Path, run: Run, capsys: Ca
     shutil.copy("runs/first/checkpoints.pth", "runs/first/other.pth")
     os.replace("runs/first/other.pth", "runs/first/last.pth")
     assert run("--resume") == 2
-    assert "runs/first/last.pth lacks its averaged" in last_line(capsys)
+    assert "runs/first/last.pth does not hold the whole state of a training run" in last_line(capsys)
     (first / "last.pth").unlink()
     assert run("--resume") == 2
     assert "no run under runs/ holds a last.pth" in last_line(capsys)
@@ -321,13 +320,15 @@ def test_a_run_is_trained_by_one_process_at_a_time_and_ctrl_c_saves_and_says_how
     monkeypatch.setattr(runs, "PATIENCE", 0.1)
     for words in (["--resume", "--run", "stopped"], [*FAST, "run=stopped", "--overwrite"]):
         assert run(*words) == 2
-        holder = f"runs/stopped is being trained by process {process.pid} on {socket.gethostname()}"
-        assert f"{holder}; wait for its end, stop it, or train another: run=NAME" in last_line(capsys)
+        refusal = (
+            "another process is training in runs/stopped; wait until it ends, stop it, or start another run: run=NAME"
+        )
+        assert refusal in last_line(capsys)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; go on with: python train.py --resume --run stopped" in output
+    assert "interrupted; resume with: python train.py --resume --run stopped" in output
     assert "Traceback" not in errors
     assert run("--resume", "run=stopped") == 0
     assert log_of("stopped") == log_of("first")

@@ -32,8 +32,6 @@ class Monitor:
         shown = self.config.tensorboard and distributed.rank() == 0
         self.board = Board(run.folder / TENSORBOARD if shown else None, state.progress.step + 1)
 
-    # ---- steps ----
-
     def watch(
         self, shares: Iterable[tuple[Share, Batch]], dataset: Flickr8kDataset, batches: Sequence[np.ndarray]
     ) -> Iterator[tuple[Share, Batch]]:
@@ -74,12 +72,11 @@ class Monitor:
         if progress.step % config.checkpoint_every == 0:
             self.save_checkpoint()
 
-    # ---- NaN ----
-
     def save_checkpoint(self) -> None:
         """Write last.pth, unless a weight is not finite."""
         self.check_finite(weights=True)
-        self.board.flush()  # first, so that a resumed run has no gap in its curves
+        if self.board.writer:
+            self.board.writer.flush()  # first, so that a resumed run has no gap in its curves
         self.state.save(self.run.last)
 
     def check_finite(self, weights: bool = False) -> None:
@@ -101,8 +98,6 @@ class Monitor:
             f"checkpoint is of step {self.state.saved_step}: look at these pictures and their captions, or train a new "
             "run with a lower train.lr"
         )
-
-    # ---- epochs ----
 
     def show_epoch(self, row: dict[str, float], captions: dict[str, str], val_set: Flickr8kDataset) -> None:
         """Show a row of loss_log.txt, and some of the captions that it scores."""
@@ -137,9 +132,6 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
 
 
-# ---- TensorBoard, optional -------------------------------------------------------------------------------------------
-
-
 class Board:
     """Curves and captioned pictures for TensorBoard, in runs/<name>/tensorboard/; without a folder, nothing.
 
@@ -148,7 +140,11 @@ class Board:
     """
 
     def __init__(self, folder: Path | None, next_step: int) -> None:
-        self.writer: Any = find_writer()(folder, purge_step=next_step) if folder else None
+        self.writer: Any = None
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(folder, purge_step=next_step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items() if self.writer else []:
@@ -169,19 +165,3 @@ class Board:
                 sheets["attention"] = draw_attention(picture, attention)
             for kind, sheet in sheets.items():
                 self.writer.add_image(f"{kind}/{image}", np.asarray(sheet), step, dataformats="HWC")
-
-    def flush(self) -> None:
-        if self.writer:
-            self.writer.flush()
-
-
-def find_writer() -> Any:
-    """Return TensorBoard's SummaryWriter; raises UserError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "train.tensorboard=true needs the package tensorboard; run: pip install -r requirements-extras.txt, "
-            "or train without it: train.tensorboard=false"
-        ) from None
-    return SummaryWriter

@@ -5,9 +5,7 @@ from cli import UserError
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ WRITTEN = (
 TENSORBOARD = "tensorboard"
 FOLDERS = ("outputs", "export", TENSORBOARD)
 
-LOCK, HOLDER = ".lock", ".holder"  # the lock, and who has it: on Windows a locked file cannot be read
+LOCK = ".lock"
 PATIENCE = 10  # seconds: DataLoader workers of a killed run outlive it by some 5, and keep its lock
 
 
@@ -130,27 +128,22 @@ def resume(args: argparse.Namespace) -> Run:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder until the block or the process ends.
 
-    Raises UserError, naming the other process, when one trains there already.
+    Raises UserError when another process trains there already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
-        holder = "another process"
-        with contextlib.suppress(OSError):
-            holder = (folder / HOLDER).read_text(encoding="utf-8")
         raise UserError(
-            f"{holder} is training in {folder}; wait until it ends, stop it, or start another run: run=NAME"
+            f"another process is training in {folder}; wait until it ends, stop it, or start another run: run=NAME"
         ) from None
     try:
-        write_atomically(folder / HOLDER, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for name in (*BY_TRAINING, HOLDER):  # what a write that was killed has left
+        for name in BY_TRAINING:  # what a write that was killed has left
             for path in folder.glob(f".{name}.*"):
                 path.unlink()
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
         with contextlib.suppress(OSError):  # leave no folders where training could not begin
             if {path.name for path in folder.iterdir()} == {LOCK}:
@@ -161,7 +154,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def refuse_existing(run: Run) -> None:
     """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
-    before_training = ("config.yaml", splits.SAVED_SPLITS, LOCK, HOLDER)  # of a run killed before its first checkpoint
+    before_training = ("config.yaml", splits.SAVED_SPLITS, LOCK)  # of a run killed before its first checkpoint
     if all(path.name in before_training for path in run.folder.iterdir()):
         return
     if run.name == "sample" and run.config.data.format == "sample":

@@ -2,6 +2,7 @@
 
 from cli import UserError
 
+import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from models.checkpoint import model_from_start, model_from_state
 from models.encoder import transform_for
 from models.model import CaptionModel, decoder_class_of
 from training.losses import LOSSES
-from training.monitor import find_writer
 from training.runs import Run
 from utils import pick_device
 
@@ -67,11 +67,8 @@ class Captions:
                 if self.shards:
                     remedy = f"name {split} in the JSON of some pictures"
                 raise UserError(f"{self.config.source} has no {split} pictures; {remedy}")
-        parts = [
-            f"{split} {counts[split][0]:,} pictures with {counts[split][1]:,} captions"
-            for split in SPLITS
-            if split in counts
-        ]
+        known = [(split, *counts[split]) for split in SPLITS if split in counts]
+        parts = [f"{split} {pictures:,} pictures with {captions:,} captions" for split, pictures, captions in known]
         files = [self.config.shards] if self.shards else annotations.caption_files(self.config)
         print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
 
@@ -90,8 +87,11 @@ def check_config(config: Config) -> None:
             "train.loss=self_critical improves a captioner that can write already; name it with "
             "train.start=runs/NAME/checkpoints.pth"
         )
-    if config.train.tensorboard:
-        find_writer()
+    if config.train.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError(
+            "train.tensorboard=true needs the package tensorboard; run: pip install -r requirements-extras.txt, "
+            "or train without it: train.tensorboard=false"
+        )
 
 
 def make_model(run: Run, captions: Captions) -> CaptionModel:
@@ -140,9 +140,8 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
 
 def index_images(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
     """Return the pictures of a table, and the index among them of each caption's picture (N,)."""
-    images = table["image"].drop_duplicates().tolist()
-    place = {image: number for number, image in enumerate(images)}
-    return images, table["image"].map(place).to_numpy(dtype=np.int32)
+    image_of, images = pd.factorize(table["image"])
+    return images.tolist(), image_of.astype(np.int32)
 
 
 def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:

@@ -133,7 +133,7 @@ def test_two_at_once(tally: Tally) -> None:
         process.kill()
         process.join()
         process = runs.fork(train.main, ["--resume", "--run", name], again)
-        runs.wait_for(again, "going on with")
+        runs.wait_for(again, "resuming")
         process.terminate()
         tally(runs.wait(process) in (130, -signal.SIGTERM), "after the first was killed", again.read_text())
 
