@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_shows_each_step_once(
 def test_a_tensorboard_that_is_missing_is_named_before_anything_is_done(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert run(*BOARD) == 2
     assert "pip install -r requirements-extras.txt" in capsys.readouterr().err
     assert not Path("runs").exists()
