@@ -4,8 +4,9 @@ What models write and what files are called is shown by `show`, as plain text:
 Streamlit's own texts are Markdown, in which a stranger's word could load a picture from elsewhere.
 """
 
-from cli import Parser, UserError
+from cli import Parser, UserError  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import html
 import re
 from collections.abc import Iterator
@@ -27,22 +28,12 @@ from render.fonts import plain_text
 from utils import PRETRAINED, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
-STYLE = """<style>
-.stMainBlockContainer { padding-top: 3.5rem; max-width: 80rem; }
-p.caption, p.other, p.quiet, p.refusal { margin: 0; overflow-wrap: anywhere; }
-p.caption { font-size: 1.75rem; line-height: 1.3; font-weight: 600; }
-p.caption mark { border-radius: .2em; background: #f2b632; color: #1f2328; }
-p.other { display: flex; justify-content: space-between; gap: 1rem; }
-p.other + p.other { margin-top: .45rem; padding-top: .45rem; border-top: 1px solid rgb(128 128 128 / .3); }
-p.other span + span { flex-shrink: 0; }
-p.quiet, p.other span + span { font-size: .85rem; opacity: .65; font-variant-numeric: tabular-nums; }
-p.refusal { padding-left: .75rem; border-left: 3px solid #d1242f; }
-</style>"""
+STYLE = Path(__file__).with_name("render") / "app.css"
 
 
 def main() -> None:
     st.set_page_config(page_title=TITLE, layout="wide")
-    st.html(STYLE)
+    st.html(STYLE)  # a path to CSS becomes a style element
     st.title(TITLE)
     with refusals():
         paths = choose_models(find_checkpoints())

@@ -4,8 +4,6 @@ captioner = Captioner.load("pretrained/captioner.pth")
 captioner.caption(["photo.jpg", "other.jpg"], beam=3)
 """
 
-from cli import UserError
-
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
+from cli import UserError
 from config import SearchConfig, change_search
 from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
 from data.transforms import WHOLE, View, open_picture, upright

@@ -1,7 +1,5 @@
 """Several runs in one table, with the p-values of their differences from the first: `python evaluate.py --compare`."""
 
-from cli import UserError
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from cli import UserError
 from metrics import METRICS, Scores, p_values
 from utils import RUNS, write_atomically
 

@@ -4,8 +4,6 @@
 explains a mistake with the dotted name of the setting and the nearest valid name.
 """
 
-from cli import UserError, shorten
-
 import difflib
 import re
 import reprlib
@@ -15,6 +13,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cli import UserError, shorten
 
 CONFIG_YAML = Path(__file__).parent / "config.yaml"
 

@@ -4,8 +4,6 @@ Without torchrun every function here gives everything to the one process there i
 by NCCL; all else, and everything on CPUs, by gloo.
 """
 
-from cli import UserError
-
 import contextlib
 import os
 import signal
@@ -21,6 +19,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from cli import UserError
 
 PATIENCE = timedelta(days=1)  # the first process may score or encode for long; of dead ones torchrun knows at once
 

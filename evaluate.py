@@ -5,8 +5,9 @@ python evaluate.py --predictions captions.json        score captions in COCO's r
 python evaluate.py --compare flickr8k attention       one table of runs that were scored before
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import json
 import time

@@ -4,8 +4,9 @@ python inference_visualize.py                              the held-out pictures
 python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
-from cli import Parser, UserError, printable, run_script
+from cli import Parser, UserError, printable, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import glob
 import os

@@ -4,8 +4,6 @@ A new metric is one entry of METRICS, a new tokeniser one of TOKENISERS: evaluat
 tables. All scores are x100, as in papers.
 """
 
-from cli import UserError
-
 import importlib.metadata
 import shutil
 import subprocess
@@ -23,6 +21,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 
+from cli import UserError
 from data import vocab
 
 SCORER = f"pycocoevalcap-{importlib.metadata.version('pycocoevalcap')}"

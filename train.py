@@ -6,8 +6,9 @@ python train.py --resume                            resume the newest run, as if
 torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
-from cli import Parser, UserError, run_script  # first: Ctrl-C while the others are imported ends quietly
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import contextlib
 import sys

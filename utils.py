@@ -1,7 +1,5 @@
 """Small, boring things every script needs: checkpoints on disk, runs, the device, seeds, and how a script ends."""
 
-from cli import UserError
-
 import contextlib
 import difflib
 import io
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cli import UserError
 from config import flatten, read_yaml
 
 RUNS = Path("runs")

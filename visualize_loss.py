@@ -3,8 +3,9 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import csv
 import io

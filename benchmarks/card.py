@@ -4,8 +4,9 @@ The text is that of benchmarks/card.md, in which $names stand for figures of the
 and configs/pretrained_scst.yaml, or of benchmarks/limits.py.
 """
 
-from cli import UserError, run_script
+from cli import UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template

@@ -9,8 +9,9 @@ The others agree on a thing where AGREE of them name it. The captioner and whoev
 against them: how much of what is agreed on they name (recall), how much of what they name another confirms (precision).
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import json
 import tempfile

@@ -4,8 +4,9 @@ Captions and pictures are made up, written as real tars, and trained on for an e
 that the dataset is what takes memory. Prints JSON. A million captions take some ten minutes on two cores.
 """
 
-from cli import run_script
+from cli import run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import gc
 import io

@@ -11,8 +11,9 @@ goes on. A variant that only changes the search takes what the recipe has traine
 on from the run with its own seed. Captions are those of the dev split: the test split is for the figures one publishes.
 """
 
-from cli import Parser, run_script
+from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import json
 import platform

@@ -3,8 +3,9 @@
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`, one for each function in TABLES.
 """
 
-from cli import UserError, run_script
+from cli import UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial

@@ -5,8 +5,9 @@ compared is measured in turns, in one process where it can be, and the median is
 ratios less so; `load` says how busy it was. The workload: benchmarks/workload.py. The figures: benchmarks/speed.md.
 """
 
-from cli import run_script
+from cli import run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import json
 import os

@@ -6,8 +6,9 @@ prints what a folder holds. `image` is the picture's path below the image folder
 module after this one knows which format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import os
 import re
 import sys

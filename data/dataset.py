@@ -1,7 +1,5 @@
 """Flickr8kDataset: captions as token ids, pictures as cached features or pixels; and the batches they travel in."""
 
-from cli import UserError
-
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import distributed
+from cli import UserError
 from data.features import Features
 from data.tokens import Tokens
 from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture

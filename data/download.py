@@ -5,8 +5,9 @@ unpacked. `--source` takes the files from a mirror, or from a folder, instead of
 an account or a request are in docs/data.md.
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import hashlib
 import http.client

@@ -7,8 +7,6 @@ changed is encoded into a new file, and no other picture is. A file is never wri
 it mapped keeps its rows.
 """
 
-from cli import UserError
-
 import contextlib
 import hashlib
 import json
@@ -28,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import distributed
+from cli import UserError
 from data.transforms import WHOLE, Transform, View, open_picture
 from utils import write_atomically
 

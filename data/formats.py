@@ -4,8 +4,6 @@
 the source has it: `data.annotations` finds it. Where a file names no split, it is None.
 """
 
-from cli import UserError
-
 import csv
 import json
 import re
@@ -15,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from cli import UserError
 from config import pick
 
 Row = tuple[str, str | int, str, str | None]

@@ -5,8 +5,6 @@ features hardly distinguish them. The scenes of dev and test are combinations of
 background that never occur in train. Every pixel and word is drawn from (SEED, scene number).
 """
 
-from cli import UserError
-
 import csv
 import itertools
 import math
@@ -18,6 +16,8 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from cli import UserError
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges

@@ -4,13 +4,13 @@ Splits are by picture, so that no caption of a held-out picture is trained on. O
 decide; else the captions file does; else 10 % each are drawn for val and test, and saved with the run.
 """
 
-from cli import UserError
-
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from cli import UserError
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.

@@ -9,8 +9,6 @@ pictures of val and test become files, a small dataset like any other. Training 
 encoded (`data.features`); after that the tar may be removed.
 """
 
-from cli import UserError
-
 import hashlib
 import json
 import os
@@ -27,6 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import distributed
+from cli import UserError
 from config import DataConfig
 from data import formats, tokens
 from data.features import Opener, Stamp

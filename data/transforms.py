@@ -1,7 +1,5 @@
 """From a picture file to the tensor that a backbone expects; one transform for training, validation and inference."""
 
-from cli import UserError
-
 import io
 import os
 import warnings
@@ -14,6 +12,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from cli import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.

@@ -1,7 +1,5 @@
 """Words and their ids. One tokeniser object is used by the vocabulary, the dataset, the metrics and inference."""
 
-from cli import UserError
-
 import importlib.util
 import itertools
 import re
@@ -10,6 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
+
+from cli import UserError
 
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
 PAD, SOS, EOS, UNK = range(4)

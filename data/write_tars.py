@@ -1,7 +1,8 @@
 """Write any dataset as WebDataset tar shards: python -m data.write_tars tars data.root=archive"""
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import json
 import sys
 from pathlib import Path

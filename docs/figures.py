@@ -10,8 +10,9 @@ that anyone may use:
 Words, probabilities, attention and scores in them are those of the three trained models.
 """
 
-from cli import UserError, run_script
+from cli import UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import importlib.util
 import itertools
 import math

@@ -1,10 +1,9 @@
 """Show, Attend and Tell (Xu et al. 2015): an LSTM that attends to the regions of the image before each word."""
 
-from cli import UserError
-
 import torch
 from torch import nn
 
+from cli import UserError
 from config import DecoderConfig
 from models.decoder import Decoder, Memory, State, group_by_image
 from models.product_over_time import ProductOverTime

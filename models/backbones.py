@@ -3,8 +3,6 @@
 FAMILIES, at the end, is the table of them: another family, such as timm's networks, is one more entry.
 """
 
-from cli import UserError
-
 import copy
 import importlib
 from collections import OrderedDict
@@ -19,6 +17,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from cli import UserError
 from config import pick
 from data.transforms import Transform
 

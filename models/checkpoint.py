@@ -4,8 +4,6 @@ A checkpoint holds plain values and tensors only: config, vocabulary, transform,
 identity. A frozen backbone itself is not inside; it is found again by its sha256.
 """
 
-from cli import UserError
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cli import UserError
 from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary

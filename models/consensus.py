@@ -9,8 +9,6 @@ A plug-in: training writes consensus.pth beside checkpoints.pth (`fit`, `save`),
 `CaptionModel.generate` ranks by it. P remembered pictures, C captions of them, B pictures to caption, G n-grams.
 """
 
-from cli import UserError
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from cli import UserError
 from data.dataset import Flickr8kDataset, pad
 from data.vocab import PAD
 from models.search import Hypothesis

@@ -3,8 +3,6 @@
 `models/backbones.py` is the table of backbones that `encoder.name` can have; this file makes an encoder of any of them.
 """
 
-from cli import UserError
-
 import copy
 import hashlib
 import io
@@ -17,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from cli import UserError
 from config import EncoderConfig
 from data.transforms import Transform
 from models.backbones import family_of

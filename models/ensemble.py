@@ -1,7 +1,5 @@
 """An ensemble: several trained models write one caption together, from the mean of their probabilities of each word."""
 
-from cli import UserError
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cli import UserError
 from models.checkpoint import load_model
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel

@@ -4,8 +4,9 @@
 says what they hold.
 """
 
-from cli import Parser, UserError, run_script
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import importlib.util
 import itertools

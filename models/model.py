@@ -1,13 +1,12 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing. Its file is `models.checkpoint`'s business."""
 
-from cli import UserError
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from cli import UserError
 from config import Config, SearchConfig, pick
 from data.transforms import Transform
 from data.vocab import Vocabulary

@@ -5,8 +5,9 @@
 What is written is an ordinary checkpoint, which every script reads.
 """
 
-from cli import Parser, run_script
+from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
+# isort: split
 import argparse
 import copy
 from pathlib import Path

@@ -3,14 +3,13 @@
 E width (`decoder.embed_size`), A heads, N = B K captions, K of each image, L regions, S positions of any sequence.
 """
 
-from cli import UserError
-
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cli import UserError
 from config import DecoderConfig
 from models.decoder import Decoder, Memory, State, group_by_image
 from models.dropout import Dropout

@@ -1,7 +1,5 @@
 """What many tests share: a tiny dataset in Flickr8k's own form, a model of it, how scripts run and how they refuse."""
 
-from cli import UserError
-
 import csv
 import re
 import shutil
@@ -14,6 +12,7 @@ import pytest
 import torch
 from dataset_files import run
 
+from cli import UserError
 from config import Config, load_config
 from data import sample
 from data.dataset import Flickr8kDataset

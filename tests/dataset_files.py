@@ -1,7 +1,5 @@
 """Datasets of a few files for these tests, the table they are read as, and scripts run on them."""
 
-from cli import run_script
-
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cli import run_script
 from config import load_config
 from data import annotations
 

@@ -1,7 +1,5 @@
 """A tiny run to score, and how evaluate.py is called: shared by its tests."""
 
-from cli import run_script
-
 import contextlib
 import csv
 import json
@@ -20,6 +18,7 @@ from conftest import TINY
 
 import evaluate
 import train
+from cli import run_script
 from data import formats
 
 Run = Callable[..., int]

@@ -3,8 +3,6 @@
 Hypothesis builds inputs that are nearly right. One that takes 20 seconds or lets memory grow by 300 MB is a fault, too.
 """
 
-from cli import UserError
-
 import io
 import json
 import os
@@ -25,6 +23,7 @@ from PIL import Image
 from stress.runs import SMALLEST
 
 from captioning import shrink
+from cli import UserError
 from config import CONFIG_YAML, load_config
 from data import formats
 from data.sample import describe

@@ -1,8 +1,5 @@
 """The command line of every script, and how scripts end: a mistake in one sentence with exit code 2, no traceback."""
 
-import cli
-from cli import Parser, UserError, run_script
-
 import errno
 import os
 import re
@@ -16,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
+from cli import Parser, UserError, run_script
 from config import setting_names
 
 ROOT = Path(cli.__file__).parent

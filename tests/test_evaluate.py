@@ -1,7 +1,5 @@
 """evaluate.py scores a run: what it writes, prints and signs."""
 
-from cli import UserError
-
 import csv
 import os
 import shutil
@@ -27,6 +25,7 @@ from evaluation import (
 
 import evaluate
 import metrics
+from cli import UserError
 from config import Config
 from data.vocab import EnglishTokeniser
 from metrics import METRICS

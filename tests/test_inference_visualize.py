@@ -1,7 +1,5 @@
 """`inference_visualize.py`: what it writes, prints and refuses."""
 
-from cli import run_script
-
 import json
 import re
 import shutil
@@ -22,6 +20,7 @@ from PIL import Image
 import inference_visualize
 import metrics
 import train
+from cli import run_script
 from data.vocab import TOKENISERS
 
 Run = Callable[..., int]

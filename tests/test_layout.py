@@ -1,13 +1,13 @@
 """The layout of the project: floors, of which none imports from one above, and the scripts on top."""
 
-import cli
-
 import ast
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import cli
 
 ROOT = Path(cli.__file__).parent
 SCRIPTS = {

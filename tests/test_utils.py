@@ -1,7 +1,5 @@
 """Checkpoints survive full disks and strangers, runs are found, signals noted, and noise comes from (seed, step)."""
 
-from cli import UserError
-
 import contextlib
 import errno
 import json
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 import utils
+from cli import UserError
 from utils import (
     StopRequest,
     as_json,

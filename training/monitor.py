@@ -1,7 +1,5 @@
 """What a run shows while it trains, its checkpoints every n steps, and the stop at a loss that is not finite."""
 
-from cli import UserError, printable
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+from cli import UserError, printable
 from data.dataset import Batch, Flickr8kDataset, Share
 from data.transforms import open_picture
 from models.model import CaptionModel

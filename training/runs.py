@@ -1,7 +1,5 @@
 """A run's folder, `runs/<name>/`: creating, locking and resuming it, and its loss log."""
 
-from cli import UserError
-
 import argparse
 import contextlib
 import json
@@ -16,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import distributed
+from cli import UserError
 from config import Config, load_config, restore_config
 from data import annotations, splits
 from models import consensus

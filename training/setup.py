@@ -1,7 +1,5 @@
 """Sets up training: the captions, the model, and the datasets."""
 
-from cli import UserError
-
 import importlib.util
 from collections import Counter
 from pathlib import Path
@@ -11,6 +9,7 @@ import pandas as pd
 import torch
 
 from captioning import encode_dataset, feature_cache
+from cli import UserError
 from config import Config, pick
 from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset

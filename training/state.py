@@ -1,7 +1,5 @@
 """The state of a training run: all that last.pth holds, so that a resumed run ends with the same bits."""
 
-from cli import UserError
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import torch
 
 import distributed
+from cli import UserError
 from config import TrainConfig
 from models.checkpoint import model_state
 from models.model import CaptionModel

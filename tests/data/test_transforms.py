@@ -1,7 +1,5 @@
 """Any picture file is read as it is meant to be seen, or refused by name; never cropped, never black."""
 
-from cli import UserError
-
 import contextlib
 import os
 import re
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cli import UserError
 from data import transforms
 from data.formats import PICTURE_SUFFIXES
 from data.transforms import AUGMENTATIONS, Transform, View, open_picture, other_views

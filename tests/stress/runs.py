@@ -3,8 +3,6 @@
 They are forked from a process that has imported everything, so that hundreds of them start in seconds.
 """
 
-from cli import run_script
-
 import os
 import signal
 import sys
@@ -21,6 +19,7 @@ from conftest import TINY
 
 import train
 from benchmarks import memory
+from cli import run_script
 from utils import load_checkpoint
 
 SMALLEST = (

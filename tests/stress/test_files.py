@@ -1,7 +1,5 @@
 """Checkpoints and pictures from strangers are used as they are meant, or refused in one sentence; fuzzing."""
 
-from cli import UserError
-
 import builtins
 import io
 import json
@@ -22,6 +20,7 @@ from fuzz import GROWTH, memory
 from PIL import Image
 
 import inference_visualize
+from cli import UserError
 from stress.conftest import Tally
 from stress.runs import run
 from utils import load_checkpoint
