@@ -1,4 +1,4 @@
-"""From pictures to features to captions: the one way there, for scripts, the demo, validation and your own code.
+"""From pictures to features to captions: shared by the scripts, the demo, validation and your own code.
 
 captioner = Captioner.load("pretrained/captioner.pth")
 captioner.caption(["photo.jpg", "other.jpg"], beam=3)
@@ -27,7 +27,7 @@ from models.model import Caption, CaptionModel
 from utils import pick_device
 
 SEARCH_BATCH = 160  # pictures per search: fewer cost more overhead, more overflow a processor's cache
-LONGEST_SIDE = 800  # pixels of a picture kept to be drawn
+LONGEST_SIDE = 800  # pixels of the copy of a picture that is kept for drawing
 
 Item = TypeVar("Item")
 
@@ -104,12 +104,12 @@ class Captioner:
             return
         shown: dict[Picture, Image.Image] = {}  # of the pictures that were opened but not yet yielded
 
-        def open_and_show(picture: Picture) -> Image.Image:
+        def open_and_keep_copy(picture: Picture) -> Image.Image:
             opened = picture.open()
             shown[picture] = shrink(opened)
             return opened
 
-        encoded = self.encode(partial(open_and_show, picture) for picture in pictures)
+        encoded = self.encode(partial(open_and_keep_copy, picture) for picture in pictures)
         for picture, features in zip(pictures, encoded, strict=True):
             yield features if isinstance(features, UserError) else Encoded(picture, shown.pop(picture), features)
 
@@ -139,7 +139,7 @@ def probability_per_word(caption: Caption, max_length: int) -> float:
 
 
 def prediction(image_id: str | int, captions: list[Caption], num_captions: int) -> dict[str, Any]:
-    """Return a row of COCO's results form, with all captions where more than one was asked for."""
+    """Return an entry in COCO's results format, with all captions where more than one was asked for."""
     row: dict[str, Any] = {"image_id": image_id, "caption": captions[0].text}
     if num_captions > 1:
         row["captions"] = [{"caption": each.text, "log_prob": round(each.log_prob, 4)} for each in captions]
@@ -165,7 +165,7 @@ def shrink(picture: Image.Image) -> Image.Image:
 
 
 def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
-    """Return the cache of what the model's frozen encoder makes of pictures."""
+    """Return the feature cache of the model's frozen encoder."""
     data = model.config.data
     extractor = Extractor(model.encoder, model.transform, model.precision, model.device)
     return FeatureCache(Path(data.cache), extractor, data.shard_rows, view)
@@ -175,7 +175,7 @@ def encode_dataset(
     model: CaptionModel, names: Sequence[str], folder: Path, view: View = WHOLE, note: str = ""
 ) -> Features:
     """Return the features of pictures in a folder: from the cache, where missing ones are encoded first, or freshly
-    encoded if the backbone is trained.
+    encoded while the backbone is being fine-tuned.
 
     Raises UserError for a picture that cannot be read.
     """

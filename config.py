@@ -20,7 +20,7 @@ CONFIG_YAML = Path(__file__).parent / "config.yaml"
 
 # Marks of fields, inside Annotated:
 FREE = "may change after training: where things lie, and what does not touch the model's numbers"
-SHAPES = "the model's tensors depend on it: a run that goes on from another one must have the same value"
+SHAPES = "the model's tensors depend on it: a run that starts from another one must have the same value"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -33,7 +33,7 @@ Member = TypeVar("Member")
 # Kinds of mistakes for which pydantic's own words would puzzle a reader.
 PLAIN = {
     "bool_type": "it should be true or false",
-    "string_pattern_mismatch": "it should start with a letter, a digit or _, and go on with these, . and -",
+    "string_pattern_mismatch": "it should start with a letter, a digit or _, then have these, . and -",
 }
 
 

@@ -78,7 +78,7 @@ class Flickr8kDataset(Dataset):
         self.seed = (seed, epoch)
 
     def sample_images(self, most: int) -> list[str]:
-        """Return the names of at most so many pictures, evenly spread over all."""
+        """Return the names of at most `most` pictures, evenly spaced over all."""
         count = min(most, len(self.images))
         return [self.images[place * len(self.images) // count] for place in range(count)]
 

@@ -125,7 +125,7 @@ def download(source: Source, part: Path, mirror: str | None) -> None:
         except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
             if attempt == ATTEMPTS - 1:
                 raise UserError(
-                    f"cannot download {url} ({error}); the same command goes on, or name another place: --source"
+                    f"cannot download {url} ({error}); the same command resumes, or name another place: --source"
                 ) from None
 
 

@@ -3,8 +3,8 @@
 `cache/<encoder>-<key>/` holds all that one encoder has made: the key names its weights, transform, precision and view.
 Inside, each image folder (or tar) has a folder of its own with files of fp16 rows, 00000.npy …, and beside each a
 manifest, 00000.json, that says whose rows they are: name, size and mtime of each picture. A picture that is new or has
-changed is encoded into a new file, and no other picture is. A file is never written again, so that a training that has
-it mapped keeps its rows.
+changed is encoded into a new file, and no other picture is. A file is never written again, so that a training run that
+has it mapped keeps its rows.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Features:
         return {name: place for place, name in enumerate(self.names)}
 
     def index(self, names: Sequence[str]) -> np.ndarray:
-        """Return where these pictures stand among `names` (B,)."""
+        """Return the indices of these pictures in `names` (B,)."""
         return np.array([self._place_of[name] for name in names], dtype=np.int64)
 
     def take(self, places: np.ndarray | Sequence[str]) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Encoder(Protocol):
 
 @dataclass(eq=False)
 class Extractor:
-    """The one way from pictures to features, at full speed, by a frozen copy of the encoder."""
+    """From pictures to features, by a frozen copy of the encoder made for speed; also while a backbone is validated."""
 
     encoder: Encoder
     transform: Transform
@@ -185,11 +185,11 @@ class Files:
 
 @dataclass
 class FeatureCache:
-    """The features that one frozen encoder has made of one view of pictures."""
+    """The cached features of one frozen encoder, for one view of the pictures."""
 
     folder: Path
     extractor: Extractor
-    rows_per_file: int  # what processes take turns at, and the most that a kill costs each of them
+    rows_per_file: int  # the unit of work shared among processes, and the most that a kill costs each
     view: View = WHOLE
 
     @cached_property
@@ -218,10 +218,10 @@ class FeatureCache:
         features, missing = self.look_up(*sources)
         if distributed.any_of(any(missing)):
             try:
-                with distributed.locked(self.place / "lock", f"another process encodes into {self.place}/"):
+                with distributed.locked(self.place / "lock", f"another process is encoding into {self.place}/"):
                     self.encode_missing(sources, note)
             except KeyboardInterrupt:
-                raise KeyboardInterrupt("the same command goes on with encoding where it stopped") from None
+                raise KeyboardInterrupt("the same command resumes encoding where it stopped") from None
             except OSError as error:
                 raise UserError(
                     f"cannot keep encoded pictures in {self.place}: {error.strerror or error}; make room or set "
@@ -230,7 +230,7 @@ class FeatureCache:
             features, missing = self.look_up(*sources)
         for source, numbers in zip(sources, missing, strict=True):
             if numbers:
-                raise UserError(f"{source.names[numbers[0]]} has changed while it was encoded; start again")
+                raise UserError(f"{source.names[numbers[0]]} changed while it was being encoded; start again")
         return features
 
     def look_up(self, *sources: Source) -> tuple[Features, list[list[int]]]:
@@ -299,7 +299,7 @@ class FeatureCache:
         write_atomically(path.with_suffix(".json"), json.dumps(stamps).encode())
 
     def remove_superseded(self, sources: Sequence[Source]) -> None:
-        """Delete files of which no row counts any more; a training that has one mapped keeps it on POSIX."""
+        """Delete files of which no row counts any more; a training run that has one mapped keeps it on POSIX."""
         for source in sources:
             latest = {stamp[0]: path.stem for path, stamps, _ in self.files(source) for stamp in stamps}
             used = set(latest.values())

@@ -13,8 +13,8 @@ class AttentionRNN(Decoder):
     """Soft attention over regions (equation 13 of the paper) with a gate (4.2.1) and a deep output (equation 7).
 
     Unlike the paper's small network, the score is the scaled dot product of a region's key and a query (Luong et al.
-    2015), which also depends on the last word. The gated context is a weighted sum of regions, so its linear maps to
-    the LSTM's gates and to the output are applied to the regions beforehand: once per image, not once per word.
+    2015), which also depends on the previous word. The gated context is a weighted sum of regions, so its linear maps
+    to the LSTM's gates and to the output are applied to the regions beforehand: once per image, not once per word.
     L regions of size D, H hidden size, E embedding size, N = B K captions, K of each image.
     """
 
@@ -30,7 +30,7 @@ class AttentionRNN(Decoder):
         self.region_sizes = [hidden, 4 * hidden, embed]  # a region's key, its share of the gates and of the output
         self.input_sizes = [hidden, 4 * hidden]  # the query, and the word's and state's share of the gates
         self.project = nn.Linear(feature_size, hidden)
-        self.from_cell = nn.Linear(hidden, sum(self.region_sizes))
+        self.from_cell = nn.Linear(hidden, sum(self.region_sizes))  # reads a region, whatever its name in checkpoints
         self.init_state = nn.Linear(hidden, 2 * hidden)
         self.embedding = nn.Embedding(vocab_size, embed)
         self.from_word = nn.Linear(embed, sum(self.input_sizes))
@@ -95,12 +95,12 @@ class AttentionRNN(Decoder):
         return alpha, beta * alpha
 
     def deep_output(self, words: torch.Tensor, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Return the input of `output` (..., E), from the last word, the LSTM's state and the context (equation 7)."""
+        """Return the input of `output` (..., E), from previous word, LSTM state and context (equation 7)."""
         return self.dropout(words + self.from_hidden(hidden) + context)
 
 
 def lstm(gates: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the next h and c (N, H) of an LSTM, from its gates' pre-activations (N, 4 H) and the last c (N, H)."""
+    """Return the next h and c (N, H) of an LSTM, from its gates' pre-activations (N, 4 H) and the previous c (N, H)."""
     i, f, g, o = gates.chunk(4, dim=1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c

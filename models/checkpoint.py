@@ -51,7 +51,7 @@ def load_model(path: str | Path, overrides: list[str] | None = None) -> CaptionM
     if weight and beside.is_file():
         model.consensus = Consensus.load(beside, model.encoder.feature_shape[-1], len(model.vocab))
     elif weight and any(word.startswith("search.consensus=") for word in overrides or []):
-        raise consensus.missing(weight)
+        raise consensus.missing_error(weight)
     elif weight:
         print(f"searching without consensus: there is no {beside}, which training writes at its end")
         search = model.config.search.model_copy(update={"consensus": 0.0})
@@ -79,7 +79,7 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
 
 
 def model_from_start(config: Config) -> CaptionModel:
-    """Return a model of this `config` that goes on from the one in `train.start`.
+    """Return a model of this `config` that starts from the one in `train.start`.
 
     Raises UserError, naming them, for settings that would give it other shapes.
     """
@@ -95,7 +95,7 @@ def model_from_start(config: Config) -> CaptionModel:
         values = [there[name] if isinstance(there[name], str) else json.dumps(there[name]) for name in differ]
         mend = " ".join(f"{name}={value}" for name, value in zip(differ, values, strict=True))
         raise UserError(
-            f"train.start = {path} was trained with another {', '.join(differ)}; go on from it with: {mend}"
+            f"train.start = {path} was trained with another {', '.join(differ)}; start from it with: {mend}"
         )
     return model_from_state(saved | {"config": config.model_dump()}, path)
 

@@ -37,7 +37,7 @@ CHUNK = 500  # pictures whose features are in memory together
 RANKING, REWARD = (2.0, 0.1), (4.0, 0.3)
 
 
-def missing(weight: float) -> UserError:
+def missing_error(weight: float) -> UserError:
     """Return the error of a search that is to rank by consensus where there is none."""
     return UserError(
         f"search.consensus = {weight:g} compares captions with those of training pictures, and there is no {FILE} "

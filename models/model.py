@@ -11,7 +11,7 @@ from config import Config, SearchConfig, pick
 from data.transforms import Transform
 from data.vocab import Vocabulary
 from models.attention import AttentionRNN
-from models.consensus import Consensus, missing
+from models.consensus import Consensus, missing_error
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
 from models.search import Hypothesis, search
@@ -23,7 +23,7 @@ DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": Attention
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption for people, with what the search knows of it; see `models.search.Hypothesis`."""
+    """A decoded caption: its text, its words, and the scores of its hypothesis; see `models.search.Hypothesis`."""
 
     text: str
     words: tuple[str, ...]
@@ -118,7 +118,7 @@ class CaptionModel(nn.Module):
         options = options or self.config.search
         rank = options.by_consensus(num_captions)
         if rank and self.consensus is None:
-            raise missing(options.consensus)
+            raise missing_error(options.consensus)
         wanted = max(num_captions, options.beam) if rank else num_captions
         standardised, forbidden = self.standardise(features.to(self.device)), self.forbidden_ids(options.forbidden)
         found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention)
@@ -138,7 +138,7 @@ class CaptionModel(nn.Module):
         ids = {word: self.vocab.numericalize(word) for word in words}
         for word, found in ids.items():
             if len(found) > 1:
-                raise UserError(f"search.forbidden has '{word:.60}', which are several words; forbid one of them")
+                raise UserError(f"search.forbidden has '{word:.60}', which is more than one word; forbid single words")
         return tuple(i for found in ids.values() for i in found)
 
 
@@ -148,5 +148,5 @@ def decoder_class_of(config: Config) -> type[Decoder]:
     """
     decoder_class = pick(DECODERS, config.decoder.name, "decoder.name")
     if config.train.doubly_stochastic and not decoder_class.spatial:
-        raise UserError("train.doubly_stochastic is for decoders with attention; set it to 0 or another decoder.name")
+        raise UserError("train.doubly_stochastic needs a decoder with attention; set it to 0, or change decoder.name")
     return decoder_class

@@ -14,8 +14,8 @@ from data.vocab import EOS, PAD, SOS, UNK
 from models.decoder import Decoder, Memory, State
 
 INF = float("inf")
-NEVER = [PAD, SOS, UNK]  # words that are never written
-WORTH_NARROWING = 0.9  # finished hypotheses are dropped where fewer rows than this remain: dropping copies the others
+NEVER = [PAD, SOS, UNK]  # never generated
+WORTH_NARROWING = 0.9  # compact the beam only if less than this share of its rows remains: compacting copies them
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def search(
     words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1): at first an image has one hypothesis
     log_prob = torch.zeros(words.shape, device=features.device)
     beam: Beam | None = Beam(images, memory, decoder.start(memory), words, log_prob)
-    found = Found(features, options, num_captions)
+    found = Finished(features, options, num_captions)
     while beam:
         logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
         if keep_attention and alphas is not None:
@@ -66,7 +66,7 @@ def search(
             beam.log_prob, rows, tokens = sample(beam.log_prob, log_probs, slots, options)
         else:
             beam.log_prob, rows, tokens = best_of_beam(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
-        beam.follow(rows)
+        beam.reorder(rows)
         beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
         found.collect_ended(beam)
         beam = found.narrow(beam)
@@ -75,7 +75,7 @@ def search(
 
 @dataclass
 class Beam:
-    """Hypotheses being written. Those with log-probability minus infinity have ended and only fill the tensor."""
+    """Hypotheses being written. Those with log-probability minus infinity have ended and remain as padding."""
 
     images: torch.Tensor  # (B,): the rows of their images in `features`
     memory: Memory  # one row per image
@@ -84,8 +84,8 @@ class Beam:
     log_prob: torch.Tensor  # (B, K)
     attention: torch.Tensor | None = None  # (N, t, A, L): alphas of the words so far, where they are kept
 
-    def follow(self, rows: torch.Tensor) -> None:
-        """Keep the hypotheses `rows` alone, in this order; one may be taken several times."""
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep only the hypotheses `rows`, in this order; one may be repeated."""
         self.words = self.words[rows]
         self.state = tuple(part[rows] for part in self.state)
         self.attention = None if self.attention is None else self.attention[rows]
@@ -96,11 +96,11 @@ class Beam:
         part.images, part.memory = self.images[kept], tuple(rows[kept] for rows in self.memory)
         part.log_prob, slots = self.log_prob[kept].topk(width)  # (B', width) each
         first = kept.nonzero() * self.log_prob.shape[1]  # (B', 1)
-        part.follow((first + slots).flatten())
+        part.reorder((first + slots).flatten())
         return part
 
 
-class Found:
+class Finished:
     """The hypotheses that have ended, by image."""
 
     def __init__(self, features: torch.Tensor, options: SearchConfig, num_captions: int) -> None:
@@ -114,7 +114,7 @@ class Found:
         return self.scores[images].isneginf().sum(1)
 
     def collect_ended(self, beam: Beam) -> None:
-        """Take over the hypotheses that have ended, and at the last step all."""
+        """Collect the hypotheses that have ended; at `max_length`, all of them."""
         length = beam.words.shape[1] - 1
         last = length == self.options.max_length
         ended = (beam.log_prob > -INF) & (last | (beam.words[:, -1].view_as(beam.log_prob) == EOS))  # (B, K)
@@ -132,7 +132,7 @@ class Found:
         beam.log_prob = beam.log_prob.masked_fill(ended, -INF)
 
     def narrow(self, beam: Beam) -> Beam | None:
-        """Return the part of the beam that goes on: no images that are done, no wider than its widest image; or None.
+        """Drop images that are done, and slots that none of the others needs; returns None once all images are done.
 
         An image is done when the best running hypothesis could not overtake the last of those wanted, even if the rest
         of its words were certain and there were as many of them as possible.
@@ -202,7 +202,9 @@ def sample(
     excluded = probs.cumsum(1) - probs >= options.top_p
     if options.top_k:
         excluded[:, options.top_k :] = True
-    each = max(1, int(slots.max()) // log_prob.shape[1])  # from `<sos>` all captions are drawn, later one word of each
+    each = max(
+        1, int(slots.max()) // log_prob.shape[1]
+    )  # all captions start from one `<sos>`; later each draws one word
     drawn = probs.masked_fill(excluded, 0).multinomial(each, replacement=True)  # (N, each) indices into the order
     tokens = order.gather(1, drawn).flatten()  # (N each,)
     rows = torch.arange(len(log_probs), device=tokens.device).repeat_interleave(each)  # (N each,)

@@ -151,5 +151,7 @@ def positions(first: int, like: torch.Tensor) -> torch.Tensor:
     length, width = like.shape[1:]
     position = torch.arange(first, first + length, device=like.device, dtype=torch.float32).unsqueeze(1)  # (S, 1)
     dimension = torch.arange(0, width, 2, device=like.device, dtype=torch.float32)  # (E / 2,)
-    angle = position * torch.exp(-math.log(10000) / width * dimension)  # (S, E / 2), in fp32: bf16 rounds them alike
+    angle = position * torch.exp(
+        -math.log(10000) / width * dimension
+    )  # (S, E / 2), in fp32: bf16 rounds neighbouring positions to one value
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).to(like.dtype)

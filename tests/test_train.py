@@ -356,7 +356,7 @@ def test_a_start_of_other_shapes_is_refused_with_the_settings_that_differ_and_a_
     assert run(*FAST, *CRITICAL, "run=second", *other) == 2
     error = last_line(capsys)
     assert "runs/first/checkpoints.pth was trained with another" in error
-    assert "decoder.hidden_size, encoder.image_size, encoder.name; go on from it with" in error
+    assert "decoder.hidden_size, encoder.image_size, encoder.name; start from it with" in error
     assert error.endswith("with: decoder.hidden_size=32 encoder.image_size=32 encoder.name=resnet18")
     assert run(*FAST, "run=second", "train.start=runs/attention/checkpoints.pth") == 2
     error = last_line(capsys)

@@ -115,7 +115,7 @@ def test_a_server_that_gives_nothing_ends_in_a_sentence(server: Server, tmp_path
         fetch([Source(f"{server.url}/nothing.zip", 1, None)], tmp_path)
     source = server.offer("pictures.zip", DOG)
     server.limit = 0
-    with refused("cannot download", "the same command goes on"):
+    with refused("cannot download", "the same command resumes"):
         fetch([source], tmp_path)
     assert len(server.asked) == 2 * download.ATTEMPTS
     with refused("cannot download", "refused"):

@@ -82,7 +82,7 @@ def stop_after(batches: int, cache: FeatureCache) -> None:
             raise KeyboardInterrupt
         return encode(self, pixels)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="goes on with encoding"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="resumes encoding"):
         patch.setattr(Extractor, "__call__", encode_or_stop)
         cache.fill(ALL)
 
@@ -173,7 +173,7 @@ def test_of_two_jobs_the_second_waits_and_encodes_nothing(
         jobs = [pool.submit(cache.fill, ALL)]
         assert begun.wait(60)
         jobs.append(pool.submit(feature_cache(tiny_model).fill, ALL))
-        while "another process encodes into cache/resnet18-" not in said and not jobs[1].done() and len(by) == 1:
+        while "another process is encoding into cache/resnet18-" not in said and not jobs[1].done() and len(by) == 1:
             time.sleep(0.01)
             said += capsys.readouterr().out
         go_on.set()
@@ -267,7 +267,7 @@ def test_a_picture_that_changes_while_it_is_encoded_is_named(
         return picture
 
     monkeypatch.setattr(features, "open_picture", open_and_change)
-    with refused("05.jpg has changed while it was encoded", "start again"):
+    with refused("05.jpg changed while it was being encoded", "start again"):
         cache.fill(ALL)
     monkeypatch.setattr(features, "open_picture", open_picture)
     assert_direct(cache.fill(ALL).take(NAMES), tiny_model)

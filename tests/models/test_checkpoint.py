@@ -146,7 +146,7 @@ def test_a_start_must_agree_in_what_gives_tensors_their_shapes(
 ) -> None:
     save_checkpoint(tmp_path / "a.pth", state)
     name, start = word.partition("=")[0], f"train.start={tmp_path / 'a.pth'}"
-    with refused(f"a.pth was trained with another {name}; go on from it with: {name}={there}"):
+    with refused(f"a.pth was trained with another {name}; start from it with: {name}={there}"):
         model_from_start(tiny_config(start, word))
     free = ["train.lr=1", "decoder.dropout=0.9", "data.min_count=3", "encoder.frozen=false", "train.loss=self_critical"]
     model = model_from_start(tiny_config(start, *free))
