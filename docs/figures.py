@@ -38,7 +38,7 @@ from data.vocab import EOS, SOS
 from models import search
 from models.checkpoint import load_model
 from models.model import Caption, CaptionModel
-from models.search import Beam, Found
+from models.search import Beam, Finished
 from render.attention import AttentionMaps, heat_map
 from utils import PRETRAINED, RUNS
 from visualize_loss import COLOURS, LINES, TEXT, save
@@ -308,14 +308,14 @@ def trace(
     """Return the caption of a beam search, and the log-probability of every hypothesis that its beams held."""
     held: dict[tuple[int, ...], float] = {}
 
-    class Traced(Found):
+    class Traced(Finished):
         def collect_ended(self, beam: Beam) -> None:
             for ids, log_prob in zip(beam.words[:, 1:].tolist(), beam.log_prob.flatten().tolist(), strict=True):
                 if log_prob > -math.inf:
                     held[tuple(ids)] = log_prob
             super().collect_ended(beam)
 
-    with mock.patch.object(search, "Found", Traced):
+    with mock.patch.object(search, "Finished", Traced):
         [[winner]] = search.search(model.decoder, model.standardise(seen.features), options)
     return winner, held
 

@@ -86,14 +86,14 @@ def assert_kept(step: int) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures_sooner_or_later(
     every: int, last_good: int, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    read, seen = Flickr8kDataset.__getitems__, list[set[str]]()
+    read, seen = Flickr8kDataset.__getitem__, list[set[str]]()
 
     def watched(dataset: Flickr8kDataset, captions: list[int]) -> Batch:
         batch = read(dataset, captions)
         seen.append({dataset.images[image] for image in batch.image_ids})
         return batch
 
-    monkeypatch.setattr(Flickr8kDataset, "__getitems__", watched)
+    monkeypatch.setattr(Flickr8kDataset, "__getitem__", watched)
     words = ("train.lr=1e30", "train.clip_norm=1e30", f"train.log_every={every}", f"train.checkpoint_every={every}")
     assert run("decoder.name=attention", "train.batch_size=10", *words) == 2  # batches of two pictures
     error = capsys.readouterr().err
