@@ -59,7 +59,8 @@ def torchrun(count: int, restarts: int, folder: Path, script: str, *words: str) 
     launch = ("torch.distributed.run", f"--nproc_per_node={count}", f"--max-restarts={restarts}", "--standalone")
     without_java = {"OMP_NUM_THREADS": "1", "PATH": "nothing"}  # Java would take its time
     command = [sys.executable, "-m", *launch, "--", script, *words]
-    return subprocess.run(command, cwd=folder, env=os.environ | without_java, capture_output=True, text=True)
+    environment = os.environ | without_java
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
