@@ -92,7 +92,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_whole(path) else None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
-            f"{path} is not a checkpoint of this version ({CHECKPOINT_FORMAT}), or was cut short; take another one, or "
+            f"{path} is not a checkpoint of this project ({CHECKPOINT_FORMAT}), or was cut short; take another one, or "
             "train again"
         )
     return checkpoint

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,6 +29,11 @@ TINY = (
     *("encoder.name=resnet18", "encoder.weights=null", "encoder.image_size=32", "data.min_count=1"),
     *("decoder.embed_size=16", "decoder.hidden_size=32", "train.batch_size=20", "train.precision=fp32"),
 )
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C as usual, also where the tests run in the background of a shell, which has SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,7 +110,7 @@ class Intruder:
 @pytest.mark.parametrize("content", [b"not a checkpoint", pickle.dumps({"step": 1}), b"PK\x05\x06" + bytes(18)])
 def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path, refused: Callable) -> None:
     (tmp_path / "other.pth").write_bytes(content)
-    with refused("other.pth is not a checkpoint of this project, or was cut short"):
+    with refused("other.pth is not a checkpoint of this project (image-captioning/2), or was cut short"):
         load_checkpoint(tmp_path / "other.pth")
 
 
@@ -125,7 +125,7 @@ def test_a_torch_file_of_another_project_and_code_in_one_are_refused(tmp_path: P
         load_checkpoint(path)
     assert names(tmp_path) == ["other.pth"]
     torch.save(CHECKPOINT | {"format": "image-captioning/1"}, path)
-    with refused("other.pth was written by an older version of this project", "image-captioning/1", "train it again"):
+    with refused("other.pth is not a checkpoint of this project (image-captioning/2)", "train again"):
         load_checkpoint(path)
 
 
