@@ -10,7 +10,6 @@ from cli import Parser, UserError, printable, run_script  # first, so that Ctrl-
 import argparse
 import glob
 import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,4 +238,4 @@ def rate(pictures: list[Picture], captions: list[str], model: CaptionModel) -> l
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

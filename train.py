@@ -11,7 +11,6 @@ from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet 
 # isort: split
 import argparse
 import contextlib
-import sys
 from functools import partial
 
 import numpy as np
@@ -30,11 +29,12 @@ from training.losses import LOSSES, cross_entropy
 from training.monitor import Monitor, perplexity
 from training.optim import clip_gradients, learning_rate
 from training.runs import Run, open_run
-from training.setup import Captions, features_of, fit_statistics, make_datasets, make_model
+from training.setup import Captions, features_of, make_datasets, make_model
 from training.state import TrainState
 from utils import StopRequest, load_checkpoint, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
+STATISTICS = 2000  # training pictures that the mean and scale of features are estimated from
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,7 +67,7 @@ def main() -> int:
             state.restore(run.saved, run.last)
         else:
             if not run.config.train.start:
-                fit_statistics(model, train_set)  # mean and scale of the features
+                model.fit_statistics(features_of(model, train_set, train_set.sample_images(STATISTICS)))
             run.begin(captions.table)  # removes what an earlier run of this name wrote
 
         if not fit(run, state, loss_fn, train_set, val_set, captions.references("val")):
@@ -197,4 +197,4 @@ def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

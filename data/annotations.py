@@ -11,7 +11,6 @@ from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet 
 # isort: split
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from glob import glob, iglob
@@ -212,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

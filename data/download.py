@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import http.client
 import shutil
-import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -162,4 +161,4 @@ def check(source: Source, part: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

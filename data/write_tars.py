@@ -4,7 +4,6 @@ from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet 
 
 # isort: split
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,4 +54,4 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

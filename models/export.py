@@ -12,7 +12,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -231,4 +230,4 @@ def read(decoder: Decoder, pictures: torch.Tensor, words: torch.Tensor) -> torch
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    raise SystemExit(run_script(main))

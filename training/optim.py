@@ -1,7 +1,7 @@
 """Optimiser, gradient clipping, learning rate schedule, and the moving average (EMA) of the weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -72,9 +72,3 @@ class WeightAverage:
         finally:
             for parameter, value in zip(self.trained, own, strict=True):
                 parameter.copy_(value)
-
-    @torch.no_grad()
-    def restore(self, weights: Sequence[torch.Tensor]) -> None:
-        """Go on from the averages in a checkpoint; raises RuntimeError or ValueError when these do not fit."""
-        for average, saved in zip(self.weights, weights, strict=True):
-            average.copy_(saved)

@@ -41,21 +41,9 @@ class Run:
     config: Config
     saved: dict[str, Any] | None = None
 
-    @property
-    def name(self) -> str:
-        return self.config.run
-
-    @property
-    def folder(self) -> Path:
-        return RUNS / self.config.run
-
-    @property
-    def last(self) -> Path:
-        return self.folder / "last.pth"
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "checkpoints.pth"
+    def __post_init__(self) -> None:
+        self.name, self.folder = self.config.run, RUNS / self.config.run
+        self.last, self.best = self.folder / "last.pth", self.folder / "checkpoints.pth"
 
     def saved_splits(self) -> dict[str, list[str]] | None:
         return splits.read_splits(self.folder) if self.saved else None

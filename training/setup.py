@@ -26,8 +26,6 @@ from training.losses import LOSSES
 from training.runs import Run
 from utils import pick_device
 
-STATISTICS = 2000  # training pictures from which the mean and scale of features are estimated
-
 
 class Captions:
     """The captions of a run: of val and test, and of train unless these lie in tar shards.
@@ -150,11 +148,6 @@ def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
     captions_per_image = np.concatenate([tar.captions_per_image for tar in shards])  # (P,)
     image_of = np.repeat(np.arange(len(images), dtype=np.int32), captions_per_image)
     return images, image_of, join([tar.tokens() for tar in shards])
-
-
-def fit_statistics(model: CaptionModel, train_set: Flickr8kDataset) -> None:
-    """Fit the mean and scale by which the model standardises features, on some training pictures."""
-    model.fit_statistics(features_of(model, train_set, train_set.sample_images(STATISTICS)))
 
 
 def features_of(model: CaptionModel, dataset: Flickr8kDataset, images: list[str]) -> torch.Tensor:

@@ -99,7 +99,8 @@ class TrainState:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.progress = Progress(**saved["progress"])
             self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
-            self.ema.restore(saved["averaged"])
+            for average, weight in zip(self.ema.weights, saved["averaged"], strict=True):
+                average.copy_(weight)
         except DAMAGED:
             raise UserError(
                 f"{path} does not hold the whole state of a training run, so it cannot be resumed; start the run again"
