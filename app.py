@@ -58,9 +58,6 @@ def show(kind: str, text: str) -> None:
     st.html(f'<p class="{kind}">{html.escape(plain_text(text))}</p>')
 
 
-# ---- which model, which search ---------------------------------------------------------------------------------------
-
-
 def find_checkpoints() -> list[Path]:
     """Return those in `streamlit run app.py -- --checkpoint FILE`, runs and pretrained/; models of shapes last."""
     parser = Parser(add_help=False)
@@ -122,9 +119,6 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
         temperature = st.slider("Temperature", 0.0, max(2.0, own.temperature), own.temperature, 0.05, help=drawn)
     chosen = {"beam": beam, "length_penalty": penalty, "max_length": longest, "temperature": temperature}
     return own.model_copy(update=chosen), num_captions
-
-
-# ---- pictures and their captions -------------------------------------------------------------------------------------
 
 
 def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int) -> list[list[dict]]:

@@ -161,9 +161,6 @@ def shrink(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-# ---- whole datasets --------------------------------------------------------------------------------------------------
-
-
 def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
     """Return the feature cache of the model's frozen encoder."""
     data = model.config.data

@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         words, overrides = list[str](), list[str]()
         for before, word in itertools.pairwise(["", *sys.argv[1:]]):
             is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
-            (overrides if is_setting and not self.takes_value(before) else words).append(word)
+            option = self._option_string_actions.get(before)  # one that takes a value takes any
+            (overrides if is_setting and not (option and option.nargs is None) else words).append(word)
         if settings:
             self.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as in config.yaml")
         args, unknown = self.parse_known_args(words)
@@ -96,11 +97,6 @@ class Parser(argparse.ArgumentParser):
         if settings:
             args.overrides += overrides
         return args
-
-    def takes_value(self, word: str) -> bool:
-        """Whether `word` is an option that exactly one value must follow, whatever that looks like."""
-        action = self._option_string_actions.get(word)
-        return action is not None and action.nargs is None
 
     def explain_unknown(self, words: list[str], settings: Collection[str]) -> str:
         """Say what is wrong with the first of these words: `--epochs 3` should be `train.epochs=3`."""

@@ -61,8 +61,12 @@ def processes() -> Iterator[None]:
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
-        except UserError:
-            end_job()
+        except (
+            UserError
+        ):  # torchrun (`--max-restarts`) on a single machine is not to repeat what only the user can mend
+            if os.name == "posix" and on_one_machine() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > restarts():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on before the sentence is printed
+                os.kill(os.getppid(), signal.SIGTERM)
             raise
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
@@ -83,13 +87,6 @@ def parallel(module: nn.Module, precision: torch.dtype) -> nn.Module:
 
 def on_one_machine() -> bool:
     return os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
-
-
-def end_job() -> None:
-    """Keep torchrun (`--max-restarts`) on a single machine from repeating what only the user can mend."""
-    if os.name == "posix" and on_one_machine() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > restarts():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on, and the sentence is still to be printed
-        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def share(items: Sequence[Item]) -> Sequence[Item]:

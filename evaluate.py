@@ -87,9 +87,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_options(setting_names())
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
 def score_run(args: argparse.Namespace) -> None:
     """Caption a split with a checkpoint, or with several as an ensemble, and score the captions."""
     if args.checkpoint and args.run:
@@ -167,9 +164,6 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     print(f"wrote {path}")
 
 
-# ---- captions of any system ------------------------------------------------------------------------------------------
-
-
 def choose_references(table: pd.DataFrame, config: Config, split: str | None, tokeniser: str) -> References:
     split, rows = splits.choose_split(table, split, config.data.source)
     ids = dict(rows.drop_duplicates("image")[["image", "image_id"]].to_numpy().tolist())
@@ -216,9 +210,6 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
     if len(captions) > len(ids):
         print(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
     return {image: captions[name] for image, name in ids.items()}
-
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -99,9 +99,6 @@ def count(pictures: int) -> str:
     return f"{pictures:,} picture{'' if pictures == 1 else 's'}"
 
 
-# ---- which model, which pictures -------------------------------------------------------------------------------------
-
-
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
     """Return those named, or the newest run's: for --images, a run that knows photographs, or else pretrained/."""
     if args.checkpoint:
@@ -160,9 +157,6 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
     if not model.config.encoder.frozen:
         return pictures, None
     return pictures, feature_cache(model).find(Files([picture.name for picture in pictures], folder))
-
-
-# ---- what is written -------------------------------------------------------------------------------------------------
 
 
 def write_results(

@@ -26,7 +26,7 @@ from data import vocab
 
 SCORER = f"pycocoevalcap-{importlib.metadata.version('pycocoevalcap')}"
 RESAMPLES = 1000
-LEVEL = 95  # per cent, of the intervals
+LEVEL, ENDS = 95, (2.5, 97.5)  # per cent, of the intervals
 SMALL, TINY = 1e-9, 1e-15  # pycocoevalcap's BLEU adds these to avoid a division by 0
 
 # Words that a caption cannot end with, after self-critical.pytorch (Luo et al. 2018).
@@ -69,13 +69,8 @@ class Scores:
     """What `evaluate` returns: the scores of P images, by the names of METRICS."""
 
     corpus: dict[str, float] = field(default_factory=dict)  # over all images
-    per_image: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # what each contributes: CIDEr-D (P,), BLEU-4 (P, 10)
+    per_image: dict[str, np.ndarray] = field(default_factory=dict)  # each one's CIDEr-D (P,), counts for BLEU-4 (P, 10)
     notes: list[str] = field(default_factory=list)  # which metrics are left out, and why
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def cider(corpus: Corpus) -> Result:
@@ -93,11 +88,13 @@ def meteor(corpus: Corpus) -> Result:
         raise UserError("available for English only")
     if not has_java():
         raise UserError("Java is missing (apt install default-jre-headless)")
-    # METEOR's own protocol has ||| between texts.
-    references = {image: [text.replace("|||", "") for text in texts] for image, texts in corpus.references.items()}
+    references, captions = (  # METEOR's own protocol has ||| between texts
+        {image: [text.replace("|||", "") for text in texts] for image, texts in each.items()}
+        for each in (corpus.references, corpus.captions)
+    )
     scorer = Meteor()
     try:
-        return 100 * scorer.compute_score(references, corpus.captions)[0], None
+        return 100 * scorer.compute_score(references, captions)[0], None
     except (OSError, ValueError):
         scorer.meteor_p.kill()
         said = scorer.meteor_p.communicate()[1].decode(errors="replace").strip().splitlines()
@@ -178,9 +175,6 @@ def evaluate(
     return scores
 
 
-# ---- tokenisers ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Tokeniser:
     """How captions and references are tokenised before they are scored, and its name in signatures."""
@@ -248,9 +242,6 @@ def pick_tokeniser(name: str, language: str) -> Tokeniser:
     return TOKENISERS[name](language)
 
 
-# ---- intervals and comparisons ---------------------------------------------------------------------------------------
-
-
 def draw(images: int) -> np.ndarray:
     """Return how often each bootstrap sample has each image (RESAMPLES, images), always the same draw."""
     return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
@@ -265,15 +256,9 @@ def resample(per_image: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: METRICS[name].resample(draw(len(values)), values) for name, values in per_image.items()}
 
 
-def interval(samples: np.ndarray) -> np.ndarray:
-    """Return the two values between which LEVEL % of the samples lie."""
-    outside = (100 - LEVEL) / 2
-    return np.percentile(samples, [outside, 100 - outside])
-
-
 def intervals(per_image: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Return the bootstrap interval of each metric in `Scores.per_image`: [low, high]."""
-    return {name: interval(samples).round(2).tolist() for name, samples in resample(per_image).items()}
+    """Return, for each metric in `Scores.per_image`, the two values between which LEVEL % of the samples lie."""
+    return {name: np.percentile(samples, ENDS).round(2).tolist() for name, samples in resample(per_image).items()}
 
 
 def p_values(first: Scores, second: Scores) -> dict[str, float]:
@@ -285,9 +270,6 @@ def p_values(first: Scores, second: Scores) -> dict[str, float]:
     ours, theirs = resample(first.per_image), resample(second.per_image)
     better = {name: float(np.mean((np.sign((ours[name] - theirs[name]).round(2)) + 1) / 2)) for name in ours}
     return {name: min(1.0, 2 * min(share, 1 - share)) for name, share in better.items()}
-
-
-# ---- what the scores do not say --------------------------------------------------------------------------------------
 
 
 def describe(

@@ -27,7 +27,7 @@ from models.checkpoint import model_state
 from models.model import CaptionModel
 from training.losses import LOSSES, cross_entropy
 from training.monitor import Monitor, perplexity
-from training.optim import clip_gradients, learning_rate
+from training.optim import learning_rate
 from training.runs import Run, open_run
 from training.setup import Captions, features_of, make_datasets, make_model
 from training.state import TrainState
@@ -127,9 +127,9 @@ def train_one_epoch(
         with model.autocast():
             loss, nll = loss_fn(batch.to(model.device))
         optimiser.zero_grad()
-        # Each process weighs as its share of the batch's words, where averaging would weigh all alike.
-        (loss * share.fraction * distributed.size()).backward()
-        norm = clip_gradients(optimiser, config.clip_norm)
+        (loss * share.fraction * distributed.size()).backward()  # the mean over processes, weighted by words
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimiser.step()
 
         state.count_step(share.batch_words, nll * share.fraction)
@@ -164,7 +164,7 @@ def validate(
     row = {
         "epoch": state.progress.epoch + 1,
         "step": state.progress.step,
-        "lr": round(state.learning_rate, 8),
+        "lr": round(state.optimiser.param_groups[0]["lr"], 8),
         "train_loss": round(state.train_loss(), 4),
         "val_loss": round(loss, 4),
         "val_perplexity": round(perplexity(loss), 3),

@@ -172,7 +172,7 @@ def share(hits: np.ndarray, cases: np.ndarray) -> list[float] | None:
         return None
     drawn = metrics.draw(len(cases))
     drawn = drawn[drawn @ of > 0]
-    low, high = metrics.interval(drawn @ hit / (drawn @ of))
+    low, high = np.percentile(drawn @ hit / (drawn @ of), metrics.ENDS)
     return [round(float(value), 4) for value in (hit.sum() / of.sum(), low, high)]
 
 

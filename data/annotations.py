@@ -170,9 +170,6 @@ def paths_below(folder: Path) -> Iterator[str]:
         yield from (path.replace(os.sep, "/") for path in iglob(pattern, root_dir=folder))
 
 
-# ---- python -m data.annotations --------------------------------------------------------------------------------------
-
-
 def report(config: DataConfig) -> Iterator[str]:
     """Yield lines about a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
     table, source, missing = read_dataset(config)

@@ -124,9 +124,6 @@ def pad(captions: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(tokens)
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
 def make_batches(
     dataset: Flickr8kDataset, batch_size: int, by_image: bool, rng: np.random.Generator | None
 ) -> list[np.ndarray]:

@@ -88,7 +88,15 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
             continue
         part = folder / f"{source.name}.part"
         download(source, part, mirror)
-        check(source, part)
+        if source.checksum:
+            algorithm, _, expected = source.checksum.partition(":")
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, algorithm).hexdigest()
+            if found != expected:
+                part.unlink()
+                raise UserError(
+                    f"{source.name} came damaged ({algorithm} {found}, not {expected}), deleted; run this again"
+                )
         if source.name.endswith(".zip"):
             with zipfile.ZipFile(part) as archive:
                 members = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
@@ -146,18 +154,6 @@ def receive(url: str, source: Source, part: Path) -> None:
                 bar.update(file.write(piece))
         if getattr(answer, "length", None):  # bytes that were announced and did not come
             raise ConnectionError("the connection was cut off")
-
-
-def check(source: Source, part: Path) -> None:
-    """Raise UserError, and delete the file, unless it has the checksum of its source."""
-    if source.checksum is None:
-        return
-    algorithm, _, expected = source.checksum.partition(":")
-    with open(part, "rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    if found != expected:
-        part.unlink()
-        raise UserError(f"{source.name} came damaged ({algorithm} {found}, not {expected}), deleted; run this again")
 
 
 if __name__ == "__main__":

@@ -69,24 +69,11 @@ class Features:
             self.files = [file.to(device) for file in self.files]
 
 
-# ---- from pictures to features ---------------------------------------------------------------------------------------
-
-
-class Encoder(Protocol):
-    """What this module needs of `models.encoder.EncoderCNN`."""
-
-    identity: dict[str, Any]
-    spatial: bool
-    feature_shape: tuple[int, ...]
-
-    def for_inference(self, dtype: torch.dtype) -> nn.Module: ...
-
-
 @dataclass(eq=False)
 class Extractor:
     """From pictures to features, by a frozen copy of the encoder made for speed; also while a backbone is validated."""
 
-    encoder: Encoder
+    encoder: Any  # a models.encoder.EncoderCNN, of which this floor knows nothing more
     transform: Transform
     precision: torch.dtype
     device: torch.device
@@ -141,9 +128,6 @@ def stack(items: list[torch.Tensor | UserError]) -> torch.Tensor:
         if isinstance(item, UserError):
             raise item
     return torch.stack([item for item in items if isinstance(item, torch.Tensor)])
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):

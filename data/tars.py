@@ -143,9 +143,6 @@ def stamp_of(path: Path) -> Stamp:
     return path.name, stat.st_size, stat.st_mtime_ns
 
 
-# ---- reading a tar ---------------------------------------------------------------------------------------------------
-
-
 def read(path: Path, config: DataConfig) -> None:
     """Write the tokens of a tar's training captions, and the pictures of val and test, into its place."""
     stamp, place = stamp_of(path), place_of(path, config)

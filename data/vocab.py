@@ -5,7 +5,6 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
 
@@ -122,9 +121,6 @@ class Vocabulary:
         """Return the sentence up to `<eos>`, without special words."""
         said = itertools.takewhile(lambda i: i != EOS, ids)
         return self.tokenise.join(self.words[i] for i in said if i >= len(SPECIALS))
-
-    def state(self) -> dict[str, Any]:
-        return {"words": self.words, "language": self.language}
 
 
 def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, language: str = "en") -> Vocabulary:

@@ -30,7 +30,7 @@ def model_state(model: CaptionModel) -> dict[str, Any]:
     inside = not model.config.encoder.frozen or model.encoder.identity["source"] is None
     return {
         "config": model.config.model_dump(),
-        "vocabulary": model.vocab.state(),
+        "vocabulary": {"words": model.vocab.words, "language": model.vocab.language},
         "transform": asdict(model.transform),
         "encoder": model.encoder.identity,
         "backbone": model.encoder.backbone.state_dict() if inside else None,

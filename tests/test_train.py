@@ -102,6 +102,12 @@ def test_a_run_leaves_its_log_its_settings_and_two_checkpoints(finished: Path) -
     assert best in log.to_dict("records") and best["val_cider"] == log["val_cider"].max()
 
 
+def test_gradients_are_clipped(first: Path, run: Run) -> None:
+    assert run(*FAST, "run=still", "train.clip_norm=1e-12") == 0  # which leaves the weights where they were
+    still, moved = (pd.read_csv(f"runs/{name}/loss_log.txt", sep="\t")["val_loss"] for name in ("still", "first"))
+    assert still.max() - still.min() < 0.01 < still.iloc[-1] - moved.iloc[-1]
+
+
 @pytest.mark.parametrize(
     ("losses", "ciders", "best"), [([2, 2.5, 3], [10, 30, 20], 2), ([4, 2, 3], [0, 0, 0], 2), ([4, 2, 2], [0, 0, 0], 2)]
 )

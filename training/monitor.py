@@ -62,7 +62,8 @@ class Monitor:
         if progress.batch % config.log_every == 0 or progress.batch == len(self.batches):
             self.check_finite()
             [loss] = distributed.total(nll.item())
-            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": self.state.learning_rate})
+            rate = self.state.optimiser.param_groups[0]["lr"]
+            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": rate})
             if self.bar.disable:
                 place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.batches)}]"
                 print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)

@@ -1,4 +1,4 @@
-"""Optimiser, gradient clipping, learning rate schedule, and the moving average (EMA) of the weights."""
+"""Optimiser, learning rate schedule, and the moving average (EMA) of the weights."""
 
 import math
 from collections.abc import Iterator
@@ -25,11 +25,6 @@ def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, fused=True)
 
 
-def clip_gradients(optimiser: torch.optim.Optimizer, limit: float) -> torch.Tensor:
-    """Clip the gradients to the total norm `limit`; returns the norm before clipping."""
-    return torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], limit)
-
-
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     """Return the learning rate of `step` (from 0) of `total`: linear warm-up, then cosine decay to 0."""
     # 1) linear warm-up: step `warmup - 1` is the first with the full rate
@@ -42,11 +37,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
 class WeightAverage:
     """The exponential moving average (EMA) of a model's trained weights (Polyak and Juditsky 1992).
 
-    Args:
-        decay: how much of the average is kept at each step; 0 turns averaging off.
-
-    Attributes:
-        weights: the averages of the parameters that are trained, in their order; none with a decay of 0.
+    `decay` is how much of the average is kept at each step; 0 turns averaging off, and `weights` is then empty.
     """
 
     def __init__(self, model: CaptionModel, decay: float) -> None:

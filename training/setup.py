@@ -1,7 +1,6 @@
 """Sets up training: the captions, the model, and the datasets."""
 
 import importlib.util
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +27,7 @@ from utils import pick_device
 
 
 class Captions:
-    """The captions of a run: of val and test, and of train unless these lie in tar shards.
-
-    Attributes:
-        table: rows (image, image_id, caption, split), see `data.annotations`; tokens: of the same captions.
-    """
+    """The captions of a run as a `table`, see `data.annotations`, and as `tokens`; not those of train in tar shards."""
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -49,9 +44,6 @@ class Captions:
 
     def references(self, split: str) -> dict[str, list[str]]:
         return annotations.references(self.of(split)[0])
-
-    def count_training_words(self) -> Counter[str]:
-        return (join([tar.tokens() for tar in self.shards]) if self.shards else self.of("train")[1]).count()
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
@@ -99,7 +91,9 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
     elif config.train.start:
         model = model_from_start(config)
     else:
-        vocab = build_vocab(captions.count_training_words(), config.data.min_count, config.data.language)
+        shards = captions.shards
+        tokens = join([tar.tokens() for tar in shards]) if shards else captions.of("train")[1]
+        vocab = build_vocab(tokens.count(), config.data.min_count, config.data.language)
         model = CaptionModel.build(config, vocab)
     return model.to(pick_device())
 

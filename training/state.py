@@ -17,19 +17,13 @@ from utils import DAMAGED, save_checkpoint
 
 @dataclass
 class Progress:
-    """How far a run has come, as plain values.
+    """How far a run has come, as plain values."""
 
-    Attributes:
-        step: optimiser steps taken; epoch: epochs finished.
-        batch, words: batches and target words (without padding) read in the current epoch.
-        history: a row of loss_log.txt for each finished epoch.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    words: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0  # optimiser steps taken
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches read in the current epoch
+    words: int = 0  # target words, without padding, read in it
+    history: list[dict[str, float]] = field(default_factory=list)  # a row of loss_log.txt for each finished epoch
 
     @property
     def best(self) -> dict[str, float]:
@@ -43,19 +37,15 @@ class Progress:
 
 
 class TrainState:
-    """Model, optimiser, averaged weights and progress.
-
-    Attributes:
-        nll: this process's summed negative log-likelihood of the words read in the current epoch.
-        saved_step: the step of last.pth.
-    """
+    """Model, optimiser, averaged weights and progress."""
 
     def __init__(self, model: CaptionModel) -> None:
         self.model, self.optimiser, self.progress = model, make_optimiser(model), Progress()
         self.ema = WeightAverage(model, model.config.train.ema)
         kind = torch.float32 if model.device.type == "mps" else torch.float64
+        # of the words that this process has read in the current epoch: their summed negative log-likelihood
         self.nll = torch.zeros((), dtype=kind, device=model.device)
-        self.saved_step = 0
+        self.saved_step = 0  # the step of last.pth
 
     def count_step(self, words: int, nll: torch.Tensor) -> None:
         """Record a step on a batch of `words` target words; `nll` is this process's part of their mean NLL."""
@@ -64,10 +54,6 @@ class TrainState:
         self.progress.batch += 1
         self.progress.words += words
         self.nll += nll * words
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimiser.param_groups[0]["lr"]
 
     def train_loss(self) -> float:
         """Return the mean negative log-likelihood per word in the current epoch, over all processes."""

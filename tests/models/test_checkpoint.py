@@ -86,7 +86,7 @@ def test_a_model_comes_back_from_its_checkpoint_alone(
     assert (again.config, again.transform, again.vocab.words) == (model.config, model.transform, model.vocab.words)
     assert torch.equal(hidden(again), hidden(model))
     assert captions(again) == captions(model)
-    assert torch.load(path, weights_only=True)["vocabulary"] == VOCAB.state()  # plain data
+    assert torch.load(path, weights_only=True)["vocabulary"] == {"words": VOCAB.words, "language": VOCAB.language}
 
 
 def test_a_frozen_pretrained_backbone_is_not_inside_and_found_again(
