@@ -26,6 +26,7 @@ DATASETS = {  # pictures and captions
     "Flickr8k, train and dev": (7_000, 35_000),
     "COCO 2017, train and val": (123_287, 616_767),
     "Conceptual 12M": (12_423_374, 12_423_374),
+    "a hundred million pictures, a caption each": (100_000_000, 100_000_000),
     "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
 }
 ALONE = "alone"  # the variant of a recipe that does without its consensus
