@@ -48,7 +48,7 @@ ALONE = 40  # pictures that are searched one by one
 SCRIPTS = ("train.py", "evaluate.py", "inference_visualize.py", "visualize_loss.py")
 PICTURES = 700  # with five captions each, that are trained on
 DRAWN = 1000  # pictures that are encoded and captioned
-TARS = (100_000, 1_000_000)  # captions
+TARS = (20_000, 100_000)  # captions
 TURNS = 3
 
 
