@@ -20,6 +20,7 @@ from tqdm import tqdm
 import distributed
 from cli import UserError
 from config import SearchConfig, change_search
+from data.annotations import ImageFolders
 from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
 from data.transforms import WHOLE, View, open_picture, upright
 from models.ensemble import load_ensemble
@@ -169,16 +170,16 @@ def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
 
 
 def encode_dataset(
-    model: CaptionModel, names: Sequence[str], folder: Path, view: View = WHOLE, note: str = ""
+    model: CaptionModel, names: Sequence[str], folders: ImageFolders, view: View = WHOLE, note: str = ""
 ) -> Features:
-    """Return the features of pictures in a folder: from the cache, where missing ones are encoded first, or freshly
+    """Return the features of a dataset's pictures: from the cache, where missing ones are encoded first, or freshly
     encoded while the backbone is being fine-tuned.
 
     Raises UserError for a picture that cannot be read.
     """
     if model.config.encoder.frozen:
-        return feature_cache(model, view).fill(Files(sorted(names), folder), note=note)
-    return encode_files(Captioner(model).extractor, names, folder)
+        return feature_cache(model, view).fill(*Files.group(names, folders), note=note)
+    return encode_files(Captioner(model).extractor, names, folders)
 
 
 def caption_dataset(

@@ -42,7 +42,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    root: Annotated[str, FREE]
+    root: Annotated[str | Annotated[list[str], Field(min_length=1)], FREE]
+    weights: list[PositiveFloat] | None
     captions: Annotated[str | None, FREE]
     images: Annotated[str | None, FREE]
     shards: Annotated[str | None, FREE]
@@ -55,7 +56,20 @@ class DataConfig(Section):
     @property
     def source(self) -> str:
         """Return where captions and pictures come from, for messages."""
-        return self.shards or self.root
+        return self.shards or " and ".join(self.roots)
+
+    @property
+    def roots(self) -> list[str]:
+        return [self.root] if isinstance(self.root, str) else self.root
+
+    @model_validator(mode="after")
+    def check_roots(self) -> Self:
+        if len(self.roots) > 1 and (self.captions or self.images or self.format == "sample"):
+            raise ValueError(
+                "data.captions, data.images and data.format=sample speak of one dataset, and data.root names several; "
+                "leave them out, or put captions and pictures of each dataset where they are found (docs/data.md)"
+            )
+        return self
 
 
 class EncoderConfig(Section):
@@ -285,7 +299,8 @@ def parse_overrides(overrides: list[str], defaults: dict[str, Any]) -> dict[str,
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         takes_text = isinstance(defaults.get(name), str) or name in ("data.captions", "data.images", "data.shards")
-        parsed[name] = text if takes_text and value is not None else value
+        is_list = name == "data.root" and isinstance(value, list)
+        parsed[name] = text if takes_text and value is not None and not is_list else value
     return parsed
 
 
@@ -308,10 +323,14 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+    first = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]][-1]  # of what may be text or a list
     if first["type"] == "value_error":  # of a validator above, which says it all
         raise UserError(str(first["ctx"]["error"]))
-    name, places = ".".join(map(str, first["loc"][:2])), "".join(f"[{place}]" for place in first["loc"][2:])
+    name, places = (
+        ".".join(map(str, first["loc"][:2])),
+        "".join(f"[{i}]" for i in first["loc"][2:] if isinstance(i, int)),
+    )
     expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
     raise UserError(
         f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "

@@ -40,12 +40,21 @@ class References:
     split: str
     image_ids: dict[str, str | int]  # each picture's id in the dataset
     captions: dict[str, list[str]]  # each picture's captions, raw
+    dataset_of: dict[str, str]  # the dataset that each picture is of
     training: Iterable[str]  # the captions of the training split
     language: str
     tokeniser: metrics.Tokeniser
 
     def score(self, captions: dict[str, str]) -> metrics.Scores:
         return metrics.evaluate(captions, self.captions, self.tokeniser.tokenise, self.language)
+
+    def score_apart(self, captions: dict[str, str]) -> dict[str, dict[str, float]]:
+        """Return the scores of each dataset's captions alone; none where there is one dataset."""
+        parts: dict[str, dict[str, str]] = {}
+        for image, caption in captions.items():
+            parts.setdefault(self.dataset_of[image], {})[image] = caption
+        each = {name: self.score(part).corpus | {"pictures": len(part)} for name, part in parts.items()}
+        return each if len(parts) > 1 else {}
 
     @property
     def signature(self) -> str:
@@ -99,7 +108,7 @@ def score_run(args: argparse.Namespace) -> None:
     references = choose_references(table, config, args.split, args.tokeniser)
     images = list(references.captions)
     print(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
-    features = encode_dataset(model, images, annotations.image_folder(config.data))
+    features = encode_dataset(model, images, annotations.image_folders(config.data))
     torch.manual_seed(config.train.seed)  # where captions are drawn
     began = time.perf_counter()
     captions = caption_dataset(model, features, images)
@@ -139,20 +148,19 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
         print(f"warning: {empty:,} of {len(captions):,} captions have no words")
-    found = references.score(captions)
+    found, apart = references.score(captions), references.score_apart(captions)
     corpus, intervals = found.corpus, metrics.intervals(found.per_image)
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
-    scores = {name: round(corpus[name], 4) if name in corpus else None for name in METRICS} | {
-        "split": references.split,
-        "signature": f"{references.signature}|{search}",
-        "intervals": intervals,
-        "captions": texts,
-    }
+    scores = dict.fromkeys(METRICS) | round_all(corpus)
+    scores |= {"split": references.split, "signature": f"{references.signature}|{search}", "intervals": intervals}
+    scores |= {"captions": texts, "datasets": {name: round_all(each) for name, each in apart.items()}}
     path = out / f"scores-{references.split}.json"
     write_atomically(path, as_json(scores | about))
     for note in found.notes:
         print(note)
-    print("  ".join(f"{METRICS[name].title} {value:.1f}" for name, value in corpus.items()))
+    print(show(corpus))
+    for name, each in apart.items():
+        print(f"of these {name}, {each['pictures']:,} pictures alone: {show(each)}")
     bounds = ", ".join(f"{METRICS[name].title} {low:.1f} to {high:.1f}" for name, (low, high) in intervals.items())
     print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
     print(
@@ -164,12 +172,21 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     print(f"wrote {path}")
 
 
+def show(scores: dict[str, float]) -> str:
+    return "  ".join(f"{metric.title} {scores[name]:.1f}" for name, metric in METRICS.items() if name in scores)
+
+
+def round_all(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
 def choose_references(table: pd.DataFrame, config: Config, split: str | None, tokeniser: str) -> References:
     split, rows = splits.choose_split(table, split, config.data.source)
     ids = dict(rows.drop_duplicates("image")[["image", "image_id"]].to_numpy().tolist())
     training = tars.train_captions(config.data) if config.data.shards else table["caption"][table["split"] == "train"]
     picked = metrics.pick_tokeniser(tokeniser, config.data.language)
-    return References(split, ids, annotations.references(rows), training, config.data.language, picked)
+    dataset_of = dict(rows.drop_duplicates("image")[["image", "dataset"]].to_numpy().tolist())
+    return References(split, ids, annotations.references(rows), dataset_of, training, config.data.language, picked)
 
 
 def read_references(predictions: Path, args: argparse.Namespace) -> References:

@@ -148,15 +148,15 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
     data = model.config.data
     table = annotations.load(data, splits.read_splits(run))
     _, chosen = splits.choose_split(table, split, data.source)
-    folder = annotations.image_folder(data)
+    folders = annotations.image_folders(data)
     ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, for JSON
     pictures = [
-        Picture(folder / image, image, ids[image], tuple(captions))
+        Picture(folders.path(image), image, ids[image], tuple(captions))
         for image, captions in annotations.references(chosen).items()
     ]
     if not model.config.encoder.frozen:
         return pictures, None
-    return pictures, feature_cache(model).find(Files([picture.name for picture in pictures], folder))
+    return pictures, feature_cache(model).find(*Files.group((picture.name for picture in pictures), folders))
 
 
 def write_results(

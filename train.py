@@ -101,7 +101,7 @@ def fit(
                 state.end_epoch(row)
                 if row is progress.best and distributed.rank() == 0:
                     save_checkpoint(run.best, model_state(state.model) | {"scores": row})
-                monitor.show_epoch(row, captions, val_set)
+                monitor.show_epoch(row, captions, references, val_set)
             monitor.save_checkpoint()  # the epoch counts as finished once this is written
             run.log(progress.history)
     monitor.show_end()
@@ -145,7 +145,7 @@ def validate(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Score the val set by teacher forcing and by greedy captions; returns a row of loss_log.txt, and the captions."""
     model = state.model.eval()
-    features = val_set.features or encode_dataset(model, val_set.images, val_set.folder)  # while it is fine-tuned
+    features = val_set.features or encode_dataset(model, val_set.images, val_set.folders)  # while it is fine-tuned
     val_set = val_set.with_features(features)
     total, words = 0.0, 0
     for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks.workload import EACH, make_captions
+from data.annotations import ImageFolders
 from data.dataset import Flickr8kDataset
 from data.tokens import tokenise
 from data.transforms import Transform
@@ -84,7 +85,9 @@ def held_per_caption() -> float:
     tracemalloc.start()
     names = [f"{number // EACH:09}.jpg" for number in range(COUNTED)]
     images, image_of = index_images(pd.DataFrame({"image": names}))
-    dataset = Flickr8kDataset(images, image_of, tokenise(captions, "en").numericalize(vocab), vocab, Path(), transform)
+    dataset = Flickr8kDataset(
+        images, image_of, tokenise(captions, "en").numericalize(vocab), vocab, ImageFolders({}), transform
+    )
     del names, image_of
     gc.collect()
     held, _ = tracemalloc.get_traced_memory()  # by Python and NumPy; PyTorch is not traced

@@ -17,6 +17,7 @@ from torch import nn
 import distributed
 from config import load_config
 from data import annotations
+from data.annotations import ImageFolders
 from data.dataset import Batch, Flickr8kDataset, make_batches
 from data.features import Features
 from data.tokens import tokenise
@@ -100,7 +101,7 @@ class Training:
         images, image_of = index_images(train)
         tokens = tokenise(train["caption"].tolist(), "en").numericalize(vocab)
         transform = self.model.transform
-        self.train_set = Flickr8kDataset(images, image_of, tokens, vocab, Path(), transform, features)
+        self.train_set = Flickr8kDataset(images, image_of, tokens, vocab, ImageFolders({}), transform, features)
         self.model.fit_statistics(features.take(names[:200]))
         self.state, loss_fn = TrainState(self.model), CrossEntropy(self.model, self.train_set)
         self.loss_fn: nn.Module = distributed.parallel(loss_fn, self.model.precision)

@@ -1,18 +1,21 @@
-"""Every caption file becomes one table: a pandas frame with the columns image, image_id, caption, split.
+"""Captions of one dataset or of several become one table: a frame with image, image_id, caption, split and dataset.
 
-    python -m data.annotations archive
+    python -m data.annotations archive coco
 
-prints what a folder holds. `image` is the picture's path below the image folder; `split` is train, val or test. No
-module after this one knows which format the captions came in (see `data.formats`), and this one needs no torch.
+prints what these folders hold. `image` is the picture's path below its image folder; where there are several datasets,
+it and `image_id` begin with the dataset's name. `split` is train, val or test. No module after this one knows which
+format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
 from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
+import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from glob import glob, iglob
 from operator import eq
 from pathlib import Path
@@ -35,21 +38,67 @@ CAPTION_FILES = (
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
 
 
+@dataclass(frozen=True)
+class ImageFolders:
+    """Where pictures lie: each folder by what the names of its pictures begin with, "" where there is one alone."""
+
+    folders: dict[str, Path]
+
+    def path(self, image: str) -> Path:
+        """Return the path of the picture that a table calls `image`."""
+        prefix = "" if "" in self.folders else image.partition("/")[0] + "/"
+        return self.folders[prefix] / image.removeprefix(prefix)
+
+    def group(self, images: Iterable[str]) -> Iterator[tuple[str, Path, list[str]]]:
+        """Yield each prefix with its folder and those of the pictures that lie there, sorted."""
+        found = sorted(images)
+        for prefix, folder in self.folders.items():
+            yield prefix, folder, [image for image in found if image.startswith(prefix)]
+
+
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
     """Read the captions that `config` names, decide each picture's split, and find the pictures.
 
-    Official lists beside the captions decide alone where there are any, and pictures on no list are left out.
-    Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded split. With
-    `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
+    Of each dataset, official lists beside the captions decide alone where there are any, and pictures on no list are
+    left out. Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded
+    split. With `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
     """
-    table, source, missing = read_dataset(config)
-    if missing:
-        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise UserError(
-            f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
-            f"{image_folder(config)} ({names}); add them or remove their rows"
-        )
-    return splits.complete(table, saved_splits)
+    tables = []
+    for prefix, part in datasets(config):
+        table, source, missing = read_dataset(part)
+        if missing:
+            names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise UserError(
+                f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
+                f"{image_folder(part)} ({names}); add them or remove their rows"
+            )
+        table["image"] = prefix + table["image"]
+        if prefix:
+            table["image_id"] = prefix + table["image_id"].astype(str)
+        tables.append(splits.complete(table, saved_splits).assign(dataset=dataset_name(part, prefix)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def datasets(config: DataConfig) -> list[tuple[str, DataConfig]]:
+    """Return the config of each dataset, and what its pictures' names begin with: "" where there is one alone."""
+    if config.shards or len(config.roots) == 1:
+        return [("", config.model_copy(update={"root": config.roots[0]}))]
+    names: list[str] = []
+    for root in map(Path, config.roots):
+        name, number = root.resolve().name, 2
+        while name in names:
+            name, number = f"{root.resolve().name}-{number}", number + 1
+        names.append(name)
+    parts = [config.model_copy(update={"root": root}) for root in config.roots]
+    return [(f"{name}/", part) for name, part in zip(names, parts, strict=True)]
+
+
+def dataset_name(config: DataConfig, prefix: str) -> str:
+    return prefix.removesuffix("/") or Path(config.source).name
+
+
+def image_folders(config: DataConfig) -> ImageFolders:
+    return ImageFolders({prefix: image_folder(part) for prefix, part in datasets(config)})
 
 
 def references(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -58,7 +107,9 @@ def references(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def read_dataset(config: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
-    """Return the table with the splits that the files name, these files for messages, and the missing pictures."""
+    """Return the table of one dataset with the splits that its files name, these files for messages, and the pictures
+    that are missing.
+    """
     pick(TOKENISERS, config.language, "data.language")
     if config.shards:
         from data import tars  # which needs torch
@@ -76,7 +127,7 @@ def read_dataset(config: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
 def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     """Return the captions of all files, of the pictures on official lists where there are any, and the files' names."""
     if config.format == "sample":
-        sample.draw(Path(config.root))
+        sample.draw(Path(config.roots[0]))
     paths, tables = caption_files(config), []
     for path in paths:
         table = formats.read(path, config.format)
@@ -101,19 +152,19 @@ def caption_files(config: DataConfig) -> list[Path]:
     if not paths:
         wanted = f"file {config.captions}" if config.captions else "captions file"
         raise UserError(
-            f"there is no {wanted} in {config.root}/; put it there (python -m data.download tells how), "
+            f"there is no {wanted} in {config.source}/; put it there (python -m data.download tells how), "
             "or set its place: data.root=FOLDER data.captions=FILE"
         )
     named = [split_in_name(path) for path in paths]
     if len(paths) > 1 and (None in named or len(set(named)) < len(named)):
         names = ", ".join(path.name for path in paths)
-        raise UserError(f"{config.root} has several captions files ({names}); choose with data.captions=FILE")
+        raise UserError(f"{config.source} has several captions files ({names}); choose with data.captions=FILE")
     return paths
 
 
 def find_captions(config: DataConfig) -> list[Path]:
-    """Return the captions files that exist: those `data.captions` names or matches, here or in `data.root`."""
-    root = Path(config.root)
+    """Return the captions files of one dataset that exist: those `data.captions` names, here or in `data.root`."""
+    root = Path(config.roots[0])
     if config.captions is None:
         return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
     for place in (Path(config.captions), root / config.captions):
@@ -130,10 +181,10 @@ def split_in_name(path: Path) -> str | None:
 
 
 def image_folder(config: DataConfig) -> Path:
-    """Return the folder that the `image` column is relative to: `data.root` itself when folders in it hold pictures."""
+    """Return the folder of one dataset's pictures: `data.root` itself when folders in it hold pictures."""
     if config.shards:
         return Path(config.cache) / "tars"
-    root = Path(config.root)
+    root = Path(config.roots[0])
     places = [Path(config.images), root / config.images] if config.images else [root / name for name in IMAGE_FOLDERS]
     for place in places:
         if place.is_dir():
@@ -171,14 +222,28 @@ def paths_below(folder: Path) -> Iterator[str]:
 
 
 def report(config: DataConfig) -> Iterator[str]:
-    """Yield lines about a dataset: format, pictures, captions, splits, lengths, and what the vocabulary covers."""
-    table, source, missing = read_dataset(config)
-    note = ", drawn by a seed" if table["split"].isna().all() else ""
-    table = splits.complete(table, None)
-    kind = formats.recognise(caption_files(config)[0]) if config.format == "auto" else config.format
-    yield f"captions:   {source} ({kind})"
-    yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(config)}"
-    yield from (f"            missing: {name}" for name in missing[:5])
+    """Yield lines about each dataset, and about all of them together."""
+    tables, parts = [], datasets(config)
+    for prefix, part in parts:
+        table, source, missing = read_dataset(part)
+        note = ", drawn by a seed" if table["split"].isna().all() else ""
+        table = splits.complete(table, None)
+        kind = formats.recognise(caption_files(part)[0]) if part.format == "auto" else part.format
+        yield f"captions:   {source} ({kind})"
+        yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(part)}"
+        yield from (f"            missing: {name}" for name in missing[:5])
+        yield from describe(table, part, note)
+        yield ""
+        tables.append(table.assign(image=prefix + table["image"]))
+    if len(parts) > 1:
+        table = pd.concat(tables, ignore_index=True)
+        yield f"together:   {config.source}"
+        yield f"pictures:   {table['image'].nunique():,}"
+        yield from describe(table, config, "")
+
+
+def describe(table: pd.DataFrame, config: DataConfig, note: str) -> Iterator[str]:
+    """Yield lines about captions: how many, their splits and lengths, and what the vocabulary covers."""
     each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
     yield f"            {each.min()} to {each.max()} captions each, {len(table):,} in all, {twice:,} of them repeated"
     for split in SPLITS:
@@ -198,12 +263,14 @@ def report(config: DataConfig) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = Parser(description="Print what a folder of captions and pictures holds.")
-    parser.add_argument("folder", type=Path, help="such as archive")
+    parser = Parser(description="Print what a folder of captions and pictures holds, or several together.")
+    parser.add_argument("folders", nargs="+", metavar="folder", help="such as archive")
     args = parser.parse_options(setting_names())
-    if not args.folder.is_dir():
-        raise UserError(f"there is no folder {args.folder}; check the path")
-    for line in report(load_config(overrides=[f"data.root={args.folder}", *args.overrides]).data):
+    for folder in args.folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder}; check the path")
+    root = args.folders[0] if len(args.folders) == 1 else json.dumps(args.folders)  # a list of YAML, too
+    for line in report(load_config(overrides=[f"data.root={root}", *args.overrides]).data):
         print(line)
 
 

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from cli import UserError
+from data.annotations import ImageFolders
 from data.features import Features
 from data.tokens import Tokens
 from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
@@ -51,11 +51,12 @@ class Flickr8kDataset(Dataset):
     image_of: np.ndarray  # each caption's place in `images` (N,)
     tokens: Tokens  # of the captions, with the ids of `vocab`
     vocab: Vocabulary
-    folder: Path  # where pictures are read from, and how, when there are no `features`
+    folders: ImageFolders  # where pictures are read from, and how, when there are no `features`
     transform: Transform
     features: Features | None = None  # of the pictures as they are
     views: Mapping[View, Features | None] = field(default_factory=dict)  # other ways to show them, each with features
     augmentations: Sequence[str] = ()  # random changes to pictures that are read, by their names in AUGMENTATIONS
+    weights: np.ndarray | None = None  # how often an epoch sees the captions of each picture (P,), None for once
 
     def __post_init__(self) -> None:
         self.image_of = self.image_of.astype(np.int32)
@@ -109,7 +110,7 @@ class Flickr8kDataset(Dataset):
 
     def read_pixels(self, image: int, view: View) -> torch.Tensor:
         """Return a view of a picture, augmented by noise of (seed, epoch, image), as uint8 (3, S, S)."""
-        picture = open_picture(self.folder / self.images[image])
+        picture = open_picture(self.folders.path(self.images[image]))
         rng = np.random.default_rng([*self.seed, image])
         for name in self.augmentations:
             picture = AUGMENTATIONS[name](picture, rng)
@@ -130,7 +131,8 @@ def make_batches(
     """Return the caption indices of each batch, about `batch_size` captions each.
 
     Captions of similar length share a batch, or, `by_image`, whole pictures with all their captions, so that each is
-    encoded once. The order is drawn from `rng`; without one it is always the same.
+    encoded once. The order is drawn from `rng`; without one it is always the same. By `dataset.weights` some captions
+    come several times, or not in every epoch.
     """
     order = np.argsort(dataset.image_of, kind="stable") if by_image else np.arange(len(dataset))
     sizes = np.bincount(dataset.image_of) if by_image else np.ones(len(dataset), dtype=np.int64)  # (groups,)
@@ -138,11 +140,22 @@ def make_batches(
     groups_per_batch = max(1, round(batch_size * len(sizes) / len(dataset)))
     longest = np.maximum.reduceat(dataset.lengths[order], starts)
     groups = rng.permutation(len(sizes)) if rng else np.arange(len(sizes))
+    if dataset.weights is not None:
+        groups = repeat(groups, dataset.weights[dataset.image_of[order[starts[groups]]]])
     groups = groups[np.argsort(longest[groups], kind="stable")]
     batches = [groups[first : first + groups_per_batch] for first in range(0, len(groups), groups_per_batch)]
     if rng:
         batches = [batches[i] for i in rng.permutation(len(batches))]
     return [np.concatenate([order[starts[g] : starts[g] + sizes[g]] for g in batch]) for batch in batches]
+
+
+def repeat(groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return each group `weights` times; of those with 2.3, the first 30 % come a third time."""
+    times = np.floor(weights).astype(np.int64)
+    for weight in np.unique(weights):
+        same = np.flatnonzero(weights == weight)
+        times[same[: round(len(same) * (weight % 1))]] += 1
+    return np.repeat(groups, times)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import distributed
 from cli import UserError
+from data.annotations import ImageFolders
 from data.transforms import WHOLE, Transform, View, open_picture
 from utils import write_atomically
 
@@ -116,9 +117,9 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch:
                 return
 
 
-def encode_files(extractor: Extractor, names: Sequence[str], folder: Path) -> Features:
+def encode_files(extractor: Extractor, names: Sequence[str], folders: ImageFolders) -> Features:
     """Encode pictures into memory, as for a backbone that is being trained; raises UserError for a broken one."""
-    batches = extractor.encode(Files(list(names), folder).openers(range(len(names))))
+    batches = extractor.encode(partial(open_picture, folders.path(name)) for name in names)
     return Features([torch.cat([stack(batch) for batch in batches])], names)
 
 
@@ -146,10 +147,16 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures `names` in a folder."""
+    """The pictures `names` in a folder; in the cache they are known by what follows the `prefix` of all names."""
 
     names: list[str]
     folder: Path
+    prefix: str = ""
+
+    @classmethod
+    def group(cls, images: Iterable[str], folders: ImageFolders) -> list["Files"]:
+        """Return the pictures of a table's `images` by the folders they lie in."""
+        return [cls(names, folder, prefix) for prefix, folder, names in folders.group(images)]
 
     @property
     def key(self) -> str:
@@ -158,13 +165,15 @@ class Files:
 
     def stamps(self) -> list[Stamp]:
         try:
-            stats = [os.stat(f"{self.folder}/{name}") for name in self.names]  # pathlib is slow for 100,000 of them
+            files = [name.removeprefix(self.prefix) for name in self.names]
+            stats = [os.stat(f"{self.folder}/{file}") for file in files]  # pathlib is slow for 100,000 of them
         except OSError as error:
             raise UserError(f"cannot read the picture {error.filename} ({error.strerror}); put it back") from None
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(self.names, stats, strict=True)]
+        return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
 
     def openers(self, numbers: Sequence[int]) -> Iterable[Opener]:
-        return (partial(open_picture, self.folder / self.names[number]) for number in numbers)
+        names = (self.names[number].removeprefix(self.prefix) for number in numbers)
+        return (partial(open_picture, self.folder / name) for name in names)
 
 
 @dataclass
@@ -189,10 +198,10 @@ class FeatureCache:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / f"{encoder.identity['name'].replace('/', '_')}-{key}"
 
-    def find(self, source: Source) -> Features | None:
-        """Return the features of a source's pictures if all are in the cache, else None."""
-        features, [missing] = self.look_up(source)
-        return None if missing else features
+    def find(self, *sources: Source) -> Features | None:
+        """Return the features of all sources' pictures if all are in the cache, else None."""
+        features, missing = self.look_up(*sources)
+        return None if any(missing) else features
 
     def fill(self, *sources: Source, note: str = "") -> Features:
         """Return the features of all sources' pictures, after encoding what is missing; processes share the work.

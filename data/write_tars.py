@@ -31,7 +31,7 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
     """Write a dataset as tars of so many pictures, in an order drawn once; returns how many tars."""
     from webdataset import TarWriter
 
-    table, images = annotations.load(config), annotations.image_folder(config)
+    table, folders = annotations.load(config), annotations.image_folders(config)
     rows = list(table.groupby(["image", "image_id", "split"], sort=False)["caption"])
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
                 (image, image_id, split), captions = rows[order[number]]
                 entry = {"image_id": image_id, "image": image, "captions": captions.tolist(), "split": split}
                 ending = Path(image).suffix.lower().removeprefix(".")
-                content = (images / image).read_bytes()
+                content = folders.path(image).read_bytes()
                 tar.write({"__key__": f"{number:09}", ending: content, "json": json.dumps(entry).encode()})
         unfinished.rename(unfinished.with_suffix(".tar"))
     return len(starts)

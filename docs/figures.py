@@ -85,7 +85,7 @@ def load(run: str) -> CaptionModel:
 
 
 def encode_scene(model: CaptionModel, name: str, references: list[str]) -> Scene:
-    return encode_file(model, annotations.image_folder(model.config.data) / name, references)
+    return encode_file(model, annotations.image_folders(model.config.data).path(name), references)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from dataset_files import run
 from cli import UserError
 from config import Config, load_config
 from data import sample
+from data.annotations import ImageFolders
 from data.dataset import Flickr8kDataset
 from data.features import Features
 from data.tokens import tokenise
@@ -89,7 +90,7 @@ def make_dataset(
     image_of = np.array([images.index(image) for image, _ in captions])
     tokens = tokenise([caption for _, caption in captions], vocab.language).numericalize(vocab)
     known = None if features is None else Features([features.half()], images)
-    return Flickr8kDataset(images, image_of, tokens, vocab, Path(), Transform(32), known)
+    return Flickr8kDataset(images, image_of, tokens, vocab, ImageFolders({}), Transform(32), known)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
 from config import Config
+from data.annotations import ImageFolders
 from data.transforms import open_picture
 from models.model import Caption
 
@@ -39,7 +40,7 @@ def test_paths_and_images_one_or_many_get_the_same_captions(captioner: Captioner
 
 def test_cached_features_give_the_captions_of_the_pictures(captioner: Captioner, paths: list[Path]) -> None:
     names = [path.name for path in paths]
-    features = encode_dataset(captioner.model, names, paths[0].parent)
+    features = encode_dataset(captioner.model, names, ImageFolders({"": paths[0].parent}))
     assert list(caption_dataset(captioner.model, features, names).values()) == captioner.caption(paths)
     pictures = [Picture(path, path.name, path.name) for path in paths]
     for known in (features, None):

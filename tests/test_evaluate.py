@@ -42,7 +42,7 @@ def test_alone_it_scores_the_test_pictures_of_the_newest_run_against_their_raw_r
     expected = metrics.evaluate(captions, texts, metrics.batched(tokenise), "en", names)
     scores = read_run_scores()
     keys = [*names[:4], "meteor", "rouge_l", "cider", "split", "signature", "intervals", "captions"]
-    assert list(scores) == [*keys, "images_per_second", "checkpoint"]
+    assert list(scores) == [*keys, "datasets", "images_per_second", "checkpoint"]
     assert [scores[name] for name in names] == [round(expected.corpus[name], 4) for name in names]
     assert scores["split"] == "test"
     assert scores["intervals"] == metrics.intervals(expected.per_image) and len(scores["intervals"]) == 2

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import metrics
 from cli import UserError, printable
 from data.dataset import Batch, Flickr8kDataset, Share
 from data.transforms import open_picture
@@ -99,14 +100,25 @@ class Monitor:
             "run with a lower train.lr"
         )
 
-    def show_epoch(self, row: dict[str, float], captions: dict[str, str], val_set: Flickr8kDataset) -> None:
-        """Show a row of loss_log.txt, and some of the captions that it scores."""
+    def show_epoch(
+        self,
+        row: dict[str, float],
+        captions: dict[str, str],
+        references: dict[str, list[str]],
+        val_set: Flickr8kDataset,
+    ) -> None:
+        """Show a row of loss_log.txt, the CIDEr-D of each of several datasets, and some captions."""
         shown = list(captions)[:: max(1, len(captions) // SHOWN_CAPTIONS)][:SHOWN_CAPTIONS]
         print(
             f"Epoch [{row['epoch']}/{self.config.epochs}] train loss {row['train_loss']:.3f} | "
             f"teacher-forced val: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.1f} | "
             f"greedy val captions: BLEU-4 {row['val_bleu4']:.1f}, CIDEr {row['val_cider']:.1f}"
         )
+        model, datasets = self.state.model, val_set.folders.group(captions)
+        for prefix, _, images in datasets if len(val_set.folders.folders) > 1 else []:
+            some, tokenise = {image: captions[image] for image in images}, metrics.batched(model.vocab.tokenise)
+            scores = metrics.evaluate(some, references, tokenise, model.vocab.language, ["cider"]).corpus
+            print(f"    {prefix.removesuffix('/')}: CIDEr {scores['cider']:.1f}")
         for image in shown:
             print(printable(f"    {image}: {captions[image]}"))
         scores = {f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step", "lr"}}
@@ -159,7 +171,7 @@ class Board:
 
         captions = model.generate(dataset.features.take(images), model.config.search.greedy(), keep_attention=True)
         for image, [caption] in zip(images, captions, strict=True):
-            picture, attention = open_picture(dataset.folder / image), AttentionMaps.of(caption)
+            picture, attention = open_picture(dataset.folders.path(image)), AttentionMaps.of(caption)
             sheets = {"captions": draw_caption(picture, caption.text)}
             if attention:
                 sheets["attention"] = draw_attention(picture, attention)

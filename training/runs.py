@@ -92,9 +92,9 @@ def choose_config(args: argparse.Namespace) -> Config:
         raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
     config = load_config(args.config, args.overrides)
     asked = args.config or any(word.startswith("data.") for word in args.overrides)
-    if asked or annotations.find_captions(config.data):
+    if asked or any(annotations.find_captions(part) for _, part in annotations.datasets(config.data)):
         return config
-    print(f"There is no dataset at {config.data.root}/: training on the built-in sample (see README, Flickr8k).")
+    print(f"There is no dataset at {config.data.source}/: training on the built-in sample (see README, Flickr8k).")
     return load_config(Path(__file__).parents[1] / "configs" / "sample.yaml", args.overrides)
 
 

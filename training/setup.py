@@ -9,8 +9,9 @@ import torch
 
 from captioning import encode_dataset, feature_cache
 from cli import UserError
-from config import Config, pick
+from config import Config, DataConfig, pick
 from data import annotations, formats, tars
+from data.annotations import datasets
 from data.dataset import Flickr8kDataset
 from data.features import Features
 from data.splits import SPLITS
@@ -47,7 +48,13 @@ class Captions:
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
-        counts = {split: (rows["image"].nunique(), len(rows)) for split, rows in self.table.groupby("split")}
+        parts = datasets(self.config)
+        if len(parts) > 1:
+            for prefix, part in parts:
+                files = " and ".join(map(str, annotations.caption_files(part)))
+                rows = self.table[self.table["image"].str.startswith(prefix)]
+                print(f"data: {files}: {describe(count(rows))}")
+        counts = count(self.table)
         if self.shards:
             counts["train"] = sum(len(tar.names) for tar in self.shards), sum(tar.captions for tar in self.shards)
         for split in ("train", "val"):
@@ -56,10 +63,21 @@ class Captions:
                 if self.shards:
                     remedy = f"name {split} in the JSON of some pictures"
                 raise UserError(f"{self.config.source} has no {split} pictures; {remedy}")
-        known = [(split, *counts[split]) for split in SPLITS if split in counts]
-        parts = [f"{split} {pictures:,} pictures with {captions:,} captions" for split, pictures, captions in known]
-        files = [self.config.shards] if self.shards else annotations.caption_files(self.config)
-        print(f"data: {' and '.join(map(str, files))}: {', '.join(parts)}")
+        if len(parts) > 1:
+            print(f"data: together: {describe(counts)}")
+        else:
+            source = self.config.shards or " and ".join(map(str, annotations.caption_files(self.config)))
+            print(f"data: {source}: {describe(counts)}")
+
+
+def count(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Return how many pictures and captions each split has."""
+    return {split: (rows["image"].nunique(), len(rows)) for split, rows in table.groupby("split")}
+
+
+def describe(counts: dict[str, tuple[int, int]]) -> str:
+    known = [(split, *counts[split]) for split in SPLITS if split in counts]
+    return ", ".join(f"{split} {pictures:,} pictures with {captions:,} captions" for split, pictures, captions in known)
 
 
 def check_config(config: Config) -> None:
@@ -71,6 +89,11 @@ def check_config(config: Config) -> None:
     transform_for(config.encoder)
     for name in config.train.augment:
         pick(AUGMENTATIONS, name, "train.augment")
+    if config.data.weights and (config.data.shards or len(config.data.weights) != len(config.data.roots)):
+        raise UserError(
+            f"data.weights has {len(config.data.weights)} numbers for {config.data.source}; give one for each folder "
+            "of data.root, or null"
+        )
     if config.train.loss == "self_critical" and not config.train.start:
         raise UserError(
             "train.loss=self_critical improves a captioner that can write already; name it with "
@@ -100,7 +123,7 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
 
 def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kDataset, Flickr8kDataset]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
-    config, folder = model.config, annotations.image_folder(model.config.data)
+    config, folders = model.config, annotations.image_folders(model.config.data)
     (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
     if captions.shards:
         images, image_of, train_tokens = tar_captions(captions.shards)
@@ -110,23 +133,34 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
     train_views: dict[View, Features | None] = dict.fromkeys(views)
     val_features: Features | None = None
     if config.encoder.frozen:
-        val_features = encode_dataset(model, captions.table["image"].unique().tolist(), folder)
+        val_features = encode_dataset(model, captions.table["image"].unique().tolist(), folders)
         for number, view in enumerate(views, start=1):
             note = f", view {number} of {len(views)}" if number > 1 else ""
             if captions.shards:
                 sources = [tar for tar in captions.shards if tar.captions]
                 train_views[view] = feature_cache(model, view).fill(*sources, note=note)
             else:
-                train_views[view] = val_features if number == 1 else encode_dataset(model, images, folder, view, note)
+                train_views[view] = val_features if number == 1 else encode_dataset(model, images, folders, view, note)
         for features in (val_features, *train_views.values()):
             if features:
                 features.move(model.device)
     tokens, transform, augment = train_tokens.numericalize(model.vocab), model.transform, config.train.augment
     whole = train_views.pop(WHOLE)
-    train_set = Flickr8kDataset(images, image_of, tokens, model.vocab, folder, transform, whole, train_views, augment)
+    weights = image_weights(images, config.data)
+    train_set = Flickr8kDataset(
+        images, image_of, tokens, model.vocab, folders, transform, whole, train_views, augment, weights
+    )
     images, image_of = index_images(val)
     tokens = val_tokens.numericalize(model.vocab)
-    return train_set, Flickr8kDataset(images, image_of, tokens, model.vocab, folder, transform, val_features)
+    return train_set, Flickr8kDataset(images, image_of, tokens, model.vocab, folders, transform, val_features)
+
+
+def image_weights(images: list[str], config: DataConfig) -> np.ndarray | None:
+    """Return how often each epoch is to see each picture (P,), by `data.weights`; None for once."""
+    if not config.weights:
+        return None
+    weight_of = {prefix: weight for (prefix, _), weight in zip(datasets(config), config.weights, strict=True)}
+    return np.array([weight_of[image.partition("/")[0] + "/" if len(weight_of) > 1 else ""] for image in images])
 
 
 def index_images(table: pd.DataFrame) -> tuple[list[str], np.ndarray]:
@@ -146,5 +180,5 @@ def tar_captions(shards: list[Tar]) -> tuple[list[str], np.ndarray, Tokens]:
 
 def features_of(model: CaptionModel, dataset: Flickr8kDataset, images: list[str]) -> torch.Tensor:
     """Return raw features (b, D) or (b, L, D) of some of a dataset's pictures."""
-    features = dataset.features or encode_dataset(model, images, dataset.folder)
+    features = dataset.features or encode_dataset(model, images, dataset.folders)
     return features.take(images)

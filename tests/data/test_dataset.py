@@ -15,6 +15,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import dataset, formats
+from data.annotations import ImageFolders
 from data.dataset import Batch, Flickr8kDataset, make_batches, read_shares, share_of
 from data.features import Features
 from data.tokens import tokenise
@@ -39,7 +40,7 @@ def make(
     features = features or Features([torch.arange(len(names)).half()[:, None]], names)
     tokens = tokenise(captions, "en").numericalize(vocab)
     return Flickr8kDataset(
-        names, np.arange(len(captions)) // 3, tokens, vocab, Path(), Transform(32), features, views or {}
+        names, np.arange(len(captions)) // 3, tokens, vocab, ImageFolders({}), Transform(32), features, views or {}
     )
 
 
@@ -54,7 +55,7 @@ def pixels(archive: Path) -> Flickr8kDataset:
     """60 captions of 12 pictures that are read anew each time."""
     table = formats.read(archive / "captions.csv")
     tokens = tokenise(table["caption"].tolist(), "en").numericalize(VOCAB)
-    return Flickr8kDataset(*index_images(table), tokens, VOCAB, archive / "images", Transform(32))
+    return Flickr8kDataset(*index_images(table), tokens, VOCAB, ImageFolders({"": archive / "images"}), Transform(32))
 
 
 def words_of(batch: Batch) -> list[str]:
@@ -86,7 +87,7 @@ def test_a_caption_takes_at_most_80_bytes() -> None:
     images = [f"{number}.jpg" for number in range(count // 5)]
     tokens = tokenise([words] * count, "en").numericalize(build_vocab([words], 1))
     features = Features([torch.zeros(len(images), 1).half()], images)
-    given = (np.arange(count) // 5, tokens, VOCAB, Path(), Transform(32), features)
+    given = (np.arange(count) // 5, tokens, VOCAB, ImageFolders({}), Transform(32), features)
     whole = Flickr8kDataset(images, *given, views={View(mirrored=True): features})
     parts = [*vars(whole).values(), *vars(whole.tokens).values(), *whole.places.values()]
     held = sum(part.nbytes for part in parts if isinstance(part, np.ndarray | torch.Tensor))
@@ -131,14 +132,14 @@ def test_views_may_lie_on_another_device_than_the_whole_pictures() -> None:
 
 def test_pixels_are_shown_in_the_view_chosen(pixels: Flickr8kDataset) -> None:
     pixels = replace(pixels, views=dict.fromkeys([View(mirrored=True), View(corner=3)]))
-    picture = open_picture(pixels.folder / "00.jpg")
+    picture = open_picture(pixels.folders.path("00.jpg"))
     for number, view in enumerate(pixels.shown):
         pixels.view_of[0] = number
         assert torch.equal(pixels[[0]].features[0], Transform(32).resize(picture, view))
 
 
 def test_augmentations_are_drawn_from_seed_epoch_and_picture(pixels: Flickr8kDataset) -> None:
-    (pixels.folder / "01.jpg").write_bytes((pixels.folder / "00.jpg").read_bytes())
+    (pixels.folders.path("01.jpg")).write_bytes((pixels.folders.path("00.jpg")).read_bytes())
     plain = pixels.read(np.arange(12))
     pixels.augmentations = ["random_crop", "color_jitter"]
 
@@ -244,7 +245,7 @@ def test_batches_are_read_in_order(captions: Flickr8kDataset) -> None:
 def test_a_missing_picture_is_one_sentence_from_whichever_process_reads_it(
     workers: int, pixels: Flickr8kDataset, refused: Callable
 ) -> None:
-    (pixels.folder / "01.jpg").unlink()
+    (pixels.folders.path("01.jpg")).unlink()
     batches = read_shares(pixels, [np.array([0]), np.array([7])], workers)
     assert next(batches)[1].features.shape == (1, 3, 32, 32)
     with refused("archive/images/01.jpg", "check the path"):

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from captioning import feature_cache
 from data import features
+from data.annotations import ImageFolders
 from data.features import Extractor, FeatureCache, Files, encode_files
 from data.transforms import Transform, View, open_picture
 from models.encoder import EncoderCNN
@@ -244,10 +245,12 @@ def test_mirror_images_are_encoded_mirrored(
 
 def test_a_broken_or_missing_picture_is_named(cache: FeatureCache, tiny_model: CaptionModel, refused: Callable) -> None:
     extractor = Extractor(tiny_model.encoder, tiny_model.transform, torch.float32, torch.device("cpu"))
-    assert_direct(encode_files(extractor, NAMES[::-3], FOLDER).take(NAMES[::-3]), tiny_model, NAMES[::-3])
+    assert_direct(
+        encode_files(extractor, NAMES[::-3], ImageFolders({"": FOLDER})).take(NAMES[::-3]), tiny_model, NAMES[::-3]
+    )
     assert not Path("cache").exists()  # a backbone that is trained encodes anew each time, into memory
     (FOLDER / "06.jpg").write_bytes((FOLDER / "06.jpg").read_bytes()[:500])
-    for fill in (lambda: cache.fill(ALL), lambda: encode_files(extractor, NAMES, FOLDER)):
+    for fill in (lambda: cache.fill(ALL), lambda: encode_files(extractor, NAMES, ImageFolders({"": FOLDER}))):
         with refused("archive/images/06.jpg", "replace it"):
             fill()
     [*_, last] = [item for batch in extractor.encode(ALL.openers(range(5, 8))) for item in batch]
