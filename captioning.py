@@ -20,8 +20,8 @@ from tqdm import tqdm
 import distributed
 from cli import UserError
 from config import SearchConfig, change_search
-from data.annotations import ImageFolders
 from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
+from data.folders import ImageFolders
 from data.transforms import WHOLE, View, open_picture, upright
 from models.ensemble import load_ensemble
 from models.model import Caption, CaptionModel

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from benchmarks.workload import EACH, make_captions
-from data.annotations import ImageFolders
 from data.dataset import Flickr8kDataset
+from data.folders import ImageFolders
 from data.tokens import tokenise
 from data.transforms import Transform
 from data.vocab import build_vocab

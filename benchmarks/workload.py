@@ -17,9 +17,9 @@ from torch import nn
 import distributed
 from config import load_config
 from data import annotations
-from data.annotations import ImageFolders
 from data.dataset import Batch, Flickr8kDataset, make_batches
 from data.features import Features
+from data.folders import ImageFolders
 from data.tokens import tokenise
 from data.vocab import build_vocab
 from models.model import CaptionModel

@@ -14,8 +14,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from glob import glob, iglob
 from operator import eq
 from pathlib import Path
@@ -24,6 +23,7 @@ import pandas as pd
 
 from config import DataConfig, load_config, pick, setting_names
 from data import formats, sample, splits
+from data.folders import ImageFolders
 from data.formats import PICTURE_SUFFIXES
 from data.splits import SPLITS
 from data.vocab import TOKENISERS
@@ -36,24 +36,6 @@ CAPTION_FILES = (
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
 )
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
-
-
-@dataclass(frozen=True)
-class ImageFolders:
-    """Where pictures lie: each folder by what the names of its pictures begin with, "" where there is one alone."""
-
-    folders: dict[str, Path]
-
-    def path(self, image: str) -> Path:
-        """Return the path of the picture that a table calls `image`."""
-        prefix = "" if "" in self.folders else image.partition("/")[0] + "/"
-        return self.folders[prefix] / image.removeprefix(prefix)
-
-    def group(self, images: Iterable[str]) -> Iterator[tuple[str, Path, list[str]]]:
-        """Yield each prefix with its folder and those of the pictures that lie there, sorted."""
-        found = sorted(images)
-        for prefix, folder in self.folders.items():
-            yield prefix, folder, [image for image in found if image.startswith(prefix)]
 
 
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:

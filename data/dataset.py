@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from cli import UserError
-from data.annotations import ImageFolders
 from data.features import Features
+from data.folders import ImageFolders
 from data.tokens import Tokens
 from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary

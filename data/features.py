@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import distributed
 from cli import UserError
-from data.annotations import ImageFolders
+from data.folders import ImageFolders
 from data.transforms import WHOLE, Transform, View, open_picture
 from utils import write_atomically
 

@@ -32,6 +32,8 @@ class Family:
     transform: Callable[[str, str], Transform]  # name, encoder.weights or "" -> how these were shown pictures
     find_weights: Callable[[str, str], Path]  # name, encoder.weights -> their file, downloaded if need be
     prefix_tokens: Callable[[nn.Module], int] = lambda network: 0  # P: class and register tokens, before the regions'
+    # network -> from the mean of the regions (B, D) to ImageNet's classes (B, 1000); None where it works otherwise
+    classifier: Callable[[nn.Module], nn.Module | None] = lambda network: None
 
 
 def family_of(name: str) -> Family:
@@ -68,6 +70,20 @@ def cut_torchvision(network: nn.Module, name: str) -> nn.Module:
         return nn.Sequential(OrderedDict(parts[:-2]))
     last = next(layer for beginning, layer in LAST_LAYER.items() if name.startswith(beginning))
     return create_feature_extractor(network.eval(), [last], suppress_diff_warning=True)
+
+
+def torchvision_classifier(network: nn.Module) -> nn.Module | None:
+    """Return the head of a network that classifies by the mean of its regions: not of VGG, AlexNet and ViT, say."""
+    head = list(network.children())[-1]
+    linears = [part for part in head.modules() if isinstance(part, nn.Linear)]
+    by_mean = not isinstance(
+        network, torchvision.models.VisionTransformer | torchvision.models.VGG | torchvision.models.AlexNet
+    )
+    if not (by_mean and linears and linears[-1].out_features == 1000):
+        return None
+    if any(isinstance(part, nn.Flatten) for part in head.modules()):  # ConvNeXt's and MaxViT's take a map of 1 x 1
+        return nn.Sequential(nn.Unflatten(1, (linears[0].in_features, 1, 1)), head)
+    return head
 
 
 def torchvision_transform(name: str, weights: str) -> Transform:
@@ -119,6 +135,7 @@ TORCHVISION = Family(  # its Swin and MaxViT give maps of features, as convoluti
     transform=torchvision_transform,
     find_weights=find_torchvision_weights,
     prefix_tokens=lambda network: int(isinstance(network, torchvision.models.VisionTransformer)),
+    classifier=torchvision_classifier,
 )
 LITE = Family(
     names=lambda: LITE_SIZES,
@@ -126,5 +143,6 @@ LITE = Family(
     cut=cut_lite,
     transform=lambda name, weights: Transform(LITE_SIZES[name], mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
     find_weights=find_lite_weights,
+    classifier=lambda network: dict(network.named_children())["_fc"],
 )
 FAMILIES = (TORCHVISION, LITE)

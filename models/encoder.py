@@ -44,12 +44,13 @@ class EncoderCNN(nn.Module):
         if config.stride_in_1x1:
             move_stride(network, config.name)
         self.backbone = family.cut(network, config.name).eval()
-        self.prefix_tokens = family.prefix_tokens(network)
+        self.prefix_tokens, head = family.prefix_tokens(network), family.classifier(network)
 
         # its weights, known by the hash of their file, or of their values where there is none
         source = find_weights(config) if load and config.weights else None
-        if source:
-            load_weights(source, network, self.backbone, config.name)
+        self.classifier: nn.Module | None = None
+        if source and load_weights(source, network, self.backbone, config.name) and head:
+            self.classifier = head.eval().requires_grad_(False)
         self.identity = {
             "name": config.name,
             "source": str(source) if source else None,
@@ -80,10 +81,21 @@ class EncoderCNN(nn.Module):
         features = features[:, self.prefix_tokens :]  # (B, L, D)
         return features if self.spatial else features.mean(1)
 
+    @torch.no_grad()
+    def classify(self, features: torch.Tensor) -> torch.Tensor | None:
+        """Return the probabilities (B, 1000) of ImageNet's classes, see `models.imagenet`, given features (B, D) or
+        (B, L, D); None where the weights came without their classifier.
+        """
+        if self.classifier is None:
+            return None
+        pooled = features.float() if features.ndim == 2 else features.float().mean(1)  # (B, D)
+        return self.classifier(pooled).softmax(1)
+
     def train(self, mode: bool = True) -> "EncoderCNN":
         """Leave the backbone in eval mode, frozen or not: BatchNorm statistics are never learned from captions."""
         super().train(mode)
-        self.backbone.eval()
+        for part in self.children():
+            part.eval()
         return self
 
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
@@ -133,8 +145,9 @@ def find_weights(config: EncoderConfig) -> Path:
     return family_of(config.name).find_weights(config.name, name)
 
 
-def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str) -> None:
-    """Load a file into the part of `network` that is its `backbone`; the tensors of its head may be missing or differ.
+def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str) -> bool:
+    """Load a file into `network`, of which `backbone` is a part; the tensors of its head may be missing or differ.
+    Returns whether the head was loaded, too.
 
     Raises UserError when the file is damaged, holds something else, or belongs to another backbone.
     """
@@ -155,7 +168,9 @@ def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str)
             f"the weights in {path} do not fit {name}: {len(differ)} tensors differ, first "
             f"{', '.join(differ[:3])}; name the backbone they belong to in encoder.name, or other weights"
         )
-    network.load_state_dict({key: tensor for key, tensor in state.items() if key not in head}, strict=False)
+    whole = all(key in state and state[key].shape == own[key].shape for key in head)
+    network.load_state_dict({key: tensor for key, tensor in state.items() if whole or key not in head}, strict=False)
+    return whole
 
 
 class Tracer(fx.Tracer):

@@ -16,9 +16,9 @@ from dataset_files import run
 from cli import UserError
 from config import Config, load_config
 from data import sample
-from data.annotations import ImageFolders
 from data.dataset import Flickr8kDataset
 from data.features import Features
+from data.folders import ImageFolders
 from data.tokens import tokenise
 from data.transforms import Transform
 from data.vocab import Vocabulary, build_vocab

@@ -11,7 +11,7 @@ from PIL import Image
 
 from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
 from config import Config
-from data.annotations import ImageFolders
+from data.folders import ImageFolders
 from data.transforms import open_picture
 from models.model import Caption
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import dataset, formats
-from data.annotations import ImageFolders
 from data.dataset import Batch, Flickr8kDataset, make_batches, read_shares, share_of
 from data.features import Features
+from data.folders import ImageFolders
 from data.tokens import tokenise
 from data.transforms import WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary, build_vocab

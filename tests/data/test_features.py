@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 
 from captioning import feature_cache
 from data import features
-from data.annotations import ImageFolders
 from data.features import Extractor, FeatureCache, Files, encode_files
+from data.folders import ImageFolders
 from data.transforms import Transform, View, open_picture
 from models.encoder import EncoderCNN
 from models.model import CaptionModel

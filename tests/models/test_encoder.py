@@ -103,6 +103,7 @@ WHOLE = {  # size, and the mean region by the input x and the output y of a modu
     "inception_v3": (139, "avgpool", lambda x, y: x.mean((2, 3))),
     "swin_t": (64, "avgpool", lambda x, y: x.mean((2, 3))),
     "densenet121": (64, "classifier", lambda x, y: x),
+    "convnext_tiny": (64, "avgpool", lambda x, y: x.mean((2, 3))),
     "vit_b_16": (64, "encoder", lambda x, y: y[:, 1:].mean(1)),  # after the class token
     "efficientnet_lite0": (64, "_fc", lambda x, y: x),
 }
@@ -116,8 +117,15 @@ def test_the_cut_network_gives_what_the_whole_one_classifies(name: str, tmp_path
     settings = (f"encoder.name={name}", f"encoder.image_size={size}", f"encoder.weights={tmp_path / 'weights.pth'}")
     whole.get_submodule(module).register_forward_hook(lambda module, x, y: seen.append(mean_region(x[0], y)))
     pictures = torch.rand(2, 3, size, size)
-    encode(whole, pictures)
-    torch.testing.assert_close(encode(EncoderCNN(config(*settings)), pictures), seen[0])
+    classes = encode(whole, pictures).softmax(1)
+    encoder = EncoderCNN(config(*settings))
+    features = encode(encoder, pictures)
+    torch.testing.assert_close(features, seen[0])
+    found = encoder.classify(features)
+    if name == "vit_b_16":  # which classifies by its class token
+        assert found is None
+    else:
+        torch.testing.assert_close(found, classes)
 
 
 def test_stride_in_1x1_moves_the_stride_of_each_stage() -> None:
