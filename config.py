@@ -136,6 +136,7 @@ class SearchConfig(Section):
     no_repeat_ngram: NonNegativeInt
     forbidden: list[str]
     consensus: Annotated[float, Field(ge=0, le=1000)]
+    classes: Annotated[float, Field(ge=0, le=1000)]
     temperature: Annotated[float, Field(ge=0, le=100)]
     top_k: NonNegativeInt
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -146,7 +147,7 @@ class SearchConfig(Section):
 
     def greedy(self) -> "SearchConfig":
         """Return the same search with a beam of 1, as training validates."""
-        return self.model_copy(update={"beam": 1, "temperature": 0.0, "consensus": 0.0})
+        return self.model_copy(update={"beam": 1, "temperature": 0.0, "consensus": 0.0, "classes": 0.0})
 
 
 class Config(Section):

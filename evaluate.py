@@ -136,6 +136,7 @@ def describe_search(config: Config) -> str:
     others = {
         "max": search.max_length,
         "consensus": f"{search.consensus:g}" if search.by_consensus() else None,
+        "classes": f"{search.classes:g}" if search.classes and not search.temperature else None,
         "min_length": search.min_length,
         "no_repeat_ngram": search.no_repeat_ngram,
         "forbidden": ",".join(search.forbidden),

@@ -34,6 +34,7 @@ from utils import PRETRAINED, as_json, write_atomically
 LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
 AGREE = 3  # references
 LISTED = 30  # words that are never said
+KINDS = ("dogs", "other animals", "food", "vehicles", "indoors", "street", "sports")  # of pictures: they overlap
 
 WORDS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("things.yaml").read_text(encoding="utf-8"))
 PEOPLE = " ".join(WORDS[who] for who in ("women or girls", "men or boys", "children", "other people"))
@@ -98,10 +99,11 @@ def by_length(scores: metrics.Scores, people: Texts) -> list[dict[str, Any]]:
 
 
 def by_content(scores: metrics.Scores, people: Texts) -> dict[str, dict[str, Any]]:
-    """Return the scores of pictures in which AGREE references see people, animals, both, or neither."""
+    """Return the scores of pictures in which AGREE references see people, animals, both, or neither; and by kind."""
     persons, animals = (says(kind, people).sum(1) >= AGREE for kind in (PEOPLE, WORDS["animals"]))  # (P,)
     groups = {"people, no animals": persons & ~animals, "animals, no people": animals & ~persons}
     groups |= {"both": persons & animals, "neither": ~persons & ~animals}
+    groups |= {kind: says(WORDS[kind], people).sum(1) >= AGREE for kind in KINDS}
     return {name: scores_of(scores, np.flatnonzero(chosen)) for name, chosen in groups.items() if chosen.any()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -9,7 +10,8 @@ from torch import nn
 from cli import UserError
 from config import Config, SearchConfig, pick
 from data.transforms import Transform
-from data.vocab import Vocabulary
+from data.vocab import SPECIALS, UNK, Vocabulary
+from models import imagenet
 from models.attention import AttentionRNN
 from models.consensus import Consensus, missing_error
 from models.decoder import Decoder, DecoderRNN
@@ -19,6 +21,9 @@ from models.transformer import TransformerDecoder
 from utils import pick_precision
 
 DECODERS: dict[str, type[Decoder]] = {"lstm": DecoderRNN, "attention": AttentionRNN, "transformer": TransformerDecoder}
+
+
+SEEN = 0.3  # probability from which a class counts, chosen on dev
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ class CaptionModel(nn.Module):
         """Return the best captions for each row of raw features (B, D) or (B, L, D), the best first.
 
         `options` default to the model's own; see `models.search.search`. Raises UserError for an entry of
-        `search.forbidden` that is several words, for a `search.consensus` without consensus.pth, and when the model's
-        numbers are not finite.
+        `search.forbidden` that is several words, for a `search.consensus` without consensus.pth, for `search.classes`
+        without a classifier, and when the model's numbers are not finite.
         """
         options = options or self.config.search
         rank = options.by_consensus(num_captions)
@@ -121,7 +126,8 @@ class CaptionModel(nn.Module):
             raise missing_error(options.consensus)
         wanted = max(num_captions, options.beam) if rank else num_captions
         standardised, forbidden = self.standardise(features.to(self.device)), self.forbidden_ids(options.forbidden)
-        found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention)
+        bonus = self.class_bonus(features, options.classes) if options.classes and not options.temperature else None
+        found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention, bonus)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
         if rank and self.consensus:
@@ -132,6 +138,26 @@ class CaptionModel(nn.Module):
         words = tuple(self.vocab.words[i] for i in hypothesis.ids)
         text = self.vocab.decode(hypothesis.ids)
         return Caption(text, words, hypothesis.log_prob, hypothesis.score, hypothesis.attention)
+
+    def class_bonus(self, features: torch.Tensor, weight: float) -> torch.Tensor:
+        """Return what `search.classes` adds to the log-probability of each word (B, V): `weight` times the probability
+        that the picture shows what it names, by the backbone's own classifier, where that is at least SEEN.
+        """
+        probs = self.encoder.classify(features.to(self.device))  # (B, 1000)
+        if probs is None:
+            raise UserError(
+                f"search.classes = {weight:g} needs ImageNet's classifier, which {self.config.encoder.name} with these "
+                "weights has not; set it to 0"
+            )
+        seen = probs.new_zeros(len(probs), len(self.vocab)).index_add(1, self.class_words, probs)  # (B, V)
+        seen[:, : len(SPECIALS)] = 0  # words that the vocabulary does not have
+        return weight * seen.where(seen >= SEEN, 0)
+
+    @cached_property
+    def class_words(self) -> torch.Tensor:
+        """The vocabulary's id of each class in a plain word (1000,): that of `<unk>` where it has no such word."""
+        ids = [self.vocab.numericalize(word) for word in imagenet.plain_words()]
+        return torch.tensor([each[0] if len(each) == 1 else UNK for each in ids], device=self.device)
 
     def forbidden_ids(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for an entry that is several words."""

@@ -36,6 +36,7 @@ def search(
     num_captions: int = 1,
     forbidden: tuple[int, ...] = (),
     keep_attention: bool = False,
+    bonus: torch.Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """Return the `num_captions` best hypotheses for each image, the best first.
 
@@ -49,12 +50,13 @@ def search(
         num_captions: a narrower beam is widened to it. A tiny vocabulary may have fewer captions to give.
         forbidden: word ids that are never written, besides `<pad>`, `<sos>` and `<unk>`.
         keep_attention: fill `Hypothesis.attention` where the decoder has one.
+        bonus: what a beam search adds to the log-probability of a word that is new in its caption (B, V).
     """
     memory, images = decoder.prepare(features), torch.arange(len(features), device=features.device)
     words = torch.full_like(images, SOS).unsqueeze(1)  # (B, 1): at first an image has one hypothesis
     log_prob = torch.zeros(words.shape, device=features.device)
     beam: Beam | None = Beam(images, memory, decoder.start(memory), words, log_prob)
-    found = Finished(features, options, num_captions)
+    found = Finished(features, options, num_captions, bonus)
     while beam:
         logits, beam.state, alphas = decoder.step(beam.words[:, -1], beam.state, beam.memory)
         if keep_attention and alphas is not None:
@@ -65,6 +67,9 @@ def search(
         if options.temperature:
             beam.log_prob, rows, tokens = sample(beam.log_prob, log_probs, slots, options)
         else:
+            if bonus is not None:
+                rows = beam.images.repeat_interleave(beam.log_prob.shape[1])  # (N,)
+                log_probs = log_probs + bonus[rows].scatter(1, beam.words, 0)
             beam.log_prob, rows, tokens = best_of_beam(beam.log_prob, log_probs, slots)  # (B, K), (N,), (N,)
         beam.reorder(rows)
         beam.words = torch.cat([beam.words, tokens.unsqueeze(1)], dim=1)  # (N, 1 + t)
@@ -103,8 +108,10 @@ class Beam:
 class Finished:
     """The hypotheses that have ended, by image."""
 
-    def __init__(self, features: torch.Tensor, options: SearchConfig, num_captions: int) -> None:
-        self.options, self.num_captions = options, num_captions
+    def __init__(
+        self, features: torch.Tensor, options: SearchConfig, num_captions: int, bonus: torch.Tensor | None
+    ) -> None:
+        self.options, self.num_captions, self.bonus = options, num_captions, bonus
         width = num_captions if options.temperature else max(options.beam, num_captions)
         self.hypotheses: list[list[Hypothesis]] = [[] for _ in features]
         self.scores = torch.full((len(features), width), -INF, device=features.device)  # the best first
@@ -124,6 +131,8 @@ class Finished:
         images = beam.images[rows // ended.shape[1]]
         numbers = (rows, images, beam.words[rows, 1:], beam.log_prob[ended], scores[ended])
         for row, image, ids, log_prob, score in zip(*(each.tolist() for each in numbers), strict=True):
+            if self.bonus is not None:
+                log_prob -= float(self.bonus[image, list(set(ids))].sum())
             ids = ids[:-1] if ids[-1] == EOS else ids
             attention = None if beam.attention is None else beam.attention[row, : len(ids)]
             self.hypotheses[image].append(Hypothesis(ids, log_prob, score, attention))
@@ -137,7 +146,8 @@ class Finished:
         An image is done when the best running hypothesis could not overtake the last of those wanted, even if the rest
         of its words were certain and there were as many of them as possible.
         """
-        reachable = beam.log_prob.amax(1) / self.options.max_length**self.options.length_penalty  # (B,)
+        best = beam.log_prob.amax(1) if self.bonus is None else beam.log_prob.amax(1) + self.bonus[beam.images].sum(1)
+        reachable = best / self.options.max_length**self.options.length_penalty  # (B,)
         undecided = reachable > self.scores[beam.images, self.num_captions - 1]
         if not undecided.any():
             return None

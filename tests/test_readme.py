@@ -71,6 +71,7 @@ def workplace(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for folder in ("holiday", "cats"):
         shutil.copytree(archive / "images", tmp_path / folder)
+    shutil.copytree(archive, tmp_path / "coco")
     shutil.copytree(archive, tmp_path / "mine", ignore=shutil.ignore_patterns("*.txt"))
     shutil.copy(archive / "images" / "00.jpg", "photo.jpg")
     return tmp_path

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.vocab import EOS, SOS, SPECIALS, build_vocab
+from models import imagenet
 from models.model import CaptionModel
 
 VOCAB = build_vocab(["a brown dog runs through the tall grass", "two cats sit on a red mat"], 1)
@@ -65,3 +66,21 @@ def test_captions_hold_words_of_the_vocabulary_that_are_not_forbidden(tiny_confi
     assert first not in {word for each in model.generate(torch.zeros(1, 512), options)[0] for word in each.words}
     with refused("search.forbidden", "fire hydrant"):
         model.generate(torch.zeros(1, 512), options.model_copy(update={"forbidden": ["a", "fire hydrant"]}))
+
+
+def test_a_class_is_a_word_of_the_vocabulary_where_the_picture_shows_it(
+    tiny_config: Callable, refused: Callable
+) -> None:
+    model = build(tiny_config)
+    with refused("search.classes = 2", "resnet18", "set it to 0"):
+        model.generate(torch.rand(1, 512), model.config.search.model_copy(update={"classes": 2.0}))
+    words = {name: imagenet.plain_words()[imagenet.names().index(name)] for name in ("tabby", "beagle", "school bus")}
+    assert words == {"tabby": "cat", "beagle": "dog", "school bus": "bus"}
+    dog, bus = (imagenet.names().index(name) for name in ("beagle", "school bus"))
+    probs = torch.zeros(3, 1000)
+    probs[0, [dog, dog + 1]], probs[1, dog], probs[2, bus] = 0.4, 0.2, 1.0
+    model.encoder.classify = lambda features: probs
+    bonus = model.class_bonus(torch.rand(3, 512), 2.0)
+    [(place, word)] = bonus.nonzero().tolist()
+    assert (place, VOCAB.words[word]) == (0, "dog")  # too little of one, and a word that the vocabulary lacks
+    assert bonus[place, word] == pytest.approx(1.6)

@@ -287,3 +287,26 @@ def test_drawing_with_the_least_freedom_is_greedy_search(temperature: float, top
     settings = options(temperature=temperature, top_k=top_k, top_p=top_p)
     expected = captions(search(decoder, pictures, options(beam=1)))
     assert captions(search(decoder, pictures, settings, num_captions=2)) == [each * 2 for each in expected]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_bonus_brings_a_word_in_once_and_leaves_the_decoders_probability_as_it_is(width: int) -> None:
+    decoder, pictures = random_decoder(3), random_pictures(5)
+    bonus = torch.zeros(5, V)
+    bonus[2, D] = 50.0
+    plain = search(decoder, pictures, options(beam=width))
+    found = search(decoder, pictures, options(beam=width), bonus=bonus)
+    assert captions(found)[:2] + captions(found)[3:] == captions(plain)[:2] + captions(plain)[3:]  # the others' own
+    [best] = found[2]
+    assert D in best.ids and D not in plain[2][0].ids
+    for picture, [hypothesis] in zip(pictures, found, strict=True):
+        expected = teacher_forced(decoder, picture, hypothesis.ids, 6)
+        assert hypothesis.log_prob == pytest.approx(expected, abs=1e-3)
+    assert best.score == pytest.approx(best.log_prob + 50, abs=1e-3)
+
+
+def test_a_word_that_is_certain_to_be_written_gains_nothing_twice() -> None:
+    bonus = torch.zeros(1, V)
+    bonus[0, A] = 1.0
+    [[best]] = search(Scripted(always({A: 0.4, B: 0.6})), numbered(0), options(beam=1, max_length=3), bonus=bonus)
+    assert best.ids == [A, B, B]
