@@ -48,13 +48,12 @@ class References:
     def score(self, captions: dict[str, str]) -> metrics.Scores:
         return metrics.evaluate(captions, self.captions, self.tokeniser.tokenise, self.language)
 
-    def score_apart(self, captions: dict[str, str]) -> dict[str, dict[str, float]]:
+    def score_apart(self, captions: dict[str, str]) -> dict[str, metrics.Scores]:
         """Return the scores of each dataset's captions alone; none where there is one dataset."""
         parts: dict[str, dict[str, str]] = {}
         for image, caption in captions.items():
             parts.setdefault(self.dataset_of[image], {})[image] = caption
-        each = {name: self.score(part).corpus | {"pictures": len(part)} for name, part in parts.items()}
-        return each if len(parts) > 1 else {}
+        return {name: self.score(part) for name, part in parts.items()} if len(parts) > 1 else {}
 
     @property
     def signature(self) -> str:
@@ -154,14 +153,14 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
     scores = dict.fromkeys(METRICS) | round_all(corpus)
     scores |= {"split": references.split, "signature": f"{references.signature}|{search}", "intervals": intervals}
-    scores |= {"captions": texts, "datasets": {name: round_all(each) for name, each in apart.items()}}
+    scores |= {"captions": texts, "datasets": {name: about_dataset(each) for name, each in apart.items()}}
     path = out / f"scores-{references.split}.json"
     write_atomically(path, as_json(scores | about))
     for note in found.notes:
         print(note)
     print(show(corpus))
     for name, each in apart.items():
-        print(f"of these {name}, {each['pictures']:,} pictures alone: {show(each)}")
+        print(f"of these {name} alone: {show(each.corpus)}")
     bounds = ", ".join(f"{METRICS[name].title} {low:.1f} to {high:.1f}" for name, (low, high) in intervals.items())
     print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
     print(
@@ -175,6 +174,11 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
 
 def show(scores: dict[str, float]) -> str:
     return "  ".join(f"{metric.title} {scores[name]:.1f}" for name, metric in METRICS.items() if name in scores)
+
+
+def about_dataset(scores: metrics.Scores) -> dict[str, Any]:
+    pictures = len(next(iter(scores.per_image.values())))
+    return {"pictures": pictures, **round_all(scores.corpus), "intervals": metrics.intervals(scores.per_image)}
 
 
 def round_all(scores: dict[str, float]) -> dict[str, float]:

@@ -12,16 +12,16 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.limits import AGREE, LIMITS
-from benchmarks.report import ALONE, TITLES, Found, all_settings, read, show, spread, table
+from benchmarks.report import TITLES, Found, all_settings, read, show, spread, table
 from config import flatten, load_config
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
 
 FIRST, RECIPE = "pretrained", "pretrained_scst"  # the second goes on from what the first has learned
-RIVAL = f"ablations/scst-{ALONE}"  # on a ResNet-50, and searched in the same way
+DATASETS = {"flickr8k": "Flickr8k", "coco": "COCO"}  # by the names of their folders
 TEXT = Path(__file__).with_suffix(".md")
 CARD = PRETRAINED.with_name("README.md")
-SHOWN = ("bleu1", "bleu4", "meteor", "rouge_l", "cider")
+SHOWN = ("bleu4", "meteor", "cider")  # of each dataset
 WRITING = {  # of `metrics.describe`
     "length": ("words a caption", "{:.1f}"),
     "vocabulary": ("different words", "{:,}"),
@@ -41,9 +41,7 @@ def make(results: Path, checkpoint: Path) -> str:
 
     Raises UserError for a checkpoint that is not the one measured or not the best.
     """
-    first, seeds, rivals = (
-        [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE, RIVAL)
-    )
+    first, seeds = ([read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE))
     limits, best = read(results / LIMITS.name), max(seeds, key=lambda result: result["scores"]["cider"])
     if limits["checkpoint"]["sha256"] != file_sha256(checkpoint):
         raise UserError(f"{LIMITS.name} is not of this {checkpoint.name}; write it: python -m benchmarks.limits")
@@ -51,27 +49,26 @@ def make(results: Path, checkpoint: Path) -> str:
         raise UserError(
             f"{checkpoint} is of another seed than {best['seed']}, which has the best CIDEr-D; keep that one"
         )
-    facts = about_training(first, seeds, best, rivals, limits["scores"]) | about_captions(limits)
+    facts = about_training(first, seeds, best, limits["scores"]) | about_captions(limits)
     return Template(TEXT.read_text(encoding="utf-8")).substitute(facts)
 
 
-def about_training(
-    first: Sequence[Found], seeds: Sequence[Found], best: Found, rivals: Sequence[Found], kept: Found
-) -> dict[str, object]:
+def about_training(first: Sequence[Found], seeds: Sequence[Found], best: Found, kept: Found) -> dict[str, object]:
     """Return what the card says of how the recipes were trained, and what they and the `kept` checkpoint score."""
     config, machine = best["config"], best["environment"]
-    rows = [[f"seed {result['seed']}", *all_scores(result["scores"], result["intervals"])] for result in seeds]
+    rows = [[f"seed {result['seed']}", *all_scores(result["datasets"])] for result in seeds]
+    rows += [["mean ± deviation", *deviations(seeds)]] if len(seeds) > 1 else []
     rows += [
-        ["mean ± deviation", *deviations(seeds)],
-        ["**`captioner.pth`**", *all_scores(kept, kept["intervals"])],
+        ["**`captioner.pth`**", *all_scores(kept["datasets"])],
         [f"`configs/{FIRST}.yaml`, mean", *deviations(first)],
-        ["`configs/scst.yaml`, `search.consensus=0`, mean", *deviations(rivals)],
     ]
     return {
         "encoder": config["encoder.name"],
         "name": f"{config['encoder.name']}-{config['decoder.name']}".replace("_", "-"),
         "settings": settings_table([first[0], best]),
         "min_count": config["data.min_count"],
+        "weights": f"{config['data.weights'][1]:g}",
+        "cider": f"{kept['cider']:.1f}",
         "beam": config["search.beam"],
         "length_penalty": config["search.length_penalty"],
         "seed": best["seed"],
@@ -80,8 +77,12 @@ def about_training(
         "minutes": ", ".join(f"{result['train_minutes']:.0f}" for result in seeds),
         "memory": max(result["peak_memory_gb"] for result in [*first, *seeds]),
         "machine": f"{machine['processor']}, PyTorch {machine['torch']}, threads: {machine['threads']}",
-        **{name: round(kept[name], 2) for name in ("bleu4", "meteor", "rouge_l", "cider")},
-        "scores": table(["", *(TITLES[name] for name in SHOWN)], rows),
+        **{
+            f"{dataset}_{name}": f"{kept['datasets'][dataset][name]:.2f}"
+            for dataset in DATASETS
+            for name in ("bleu4", "meteor", "rouge_l", "cider")
+        },
+        "scores": table(["", *(f"{title} {TITLES[name]}" for title in DATASETS.values() for name in SHOWN)], rows),
         "signature": kept["signature"],
         "used": kept["captions"]["vocabulary"],
     }
@@ -97,12 +98,13 @@ def settings_table(results: Sequence[Found]) -> str:
     return table(["setting", "first", "then"], rows)
 
 
-def all_scores(scores: Found, intervals: Found) -> list[str]:
-    return ["–" if scores[name] is None else score([scores[name], *intervals.get(name, [])]) for name in SHOWN]
+def all_scores(datasets: Found) -> list[str]:
+    parts = [(datasets[dataset], name) for dataset in DATASETS for name in SHOWN]
+    return [score([part[name], *part["intervals"].get(name, [])]) for part, name in parts]
 
 
 def deviations(seeds: Sequence[Found]) -> list[str]:
-    return [spread([result["scores"][name] for result in seeds]) for name in SHOWN]
+    return [spread([seed["datasets"][dataset][name] for seed in seeds]) for dataset in DATASETS for name in SHOWN]
 
 
 def about_captions(limits: Found) -> dict[str, object]:

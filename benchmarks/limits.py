@@ -1,8 +1,9 @@
 """Measure the limits and biases of a captioner on the dev pictures, for its model card.
 
-    python -m benchmarks.limits data.root=archive
+    python -m benchmarks.limits "data.root=[flickr8k, coco]"
 
-captions the dev split with pretrained/captioner.pth and writes benchmarks/results/flickr8k/pretrained-limits.json.
+captions the dev splits with pretrained/captioner.pth, and writes
+benchmarks/results/flickr8k_coco/pretrained-limits.json.
 
 What a caption should name is for the references to say, and they differ. So each one of a picture is held back in turn.
 The others agree on a thing where AGREE of them name it. The captioner and whoever wrote the one held back are measured
@@ -31,7 +32,7 @@ from models.checkpoint import load_model
 from models.encoder import file_sha256
 from utils import PRETRAINED, as_json, write_atomically
 
-LIMITS = Path(__file__).parent / "results" / "flickr8k" / "pretrained-limits.json"
+LIMITS = Path(__file__).parent / "results" / "flickr8k_coco" / "pretrained-limits.json"
 AGREE = 3  # references
 LISTED = 30  # words that are never said
 KINDS = ("dogs", "other animals", "food", "vehicles", "indoors", "street", "sports")  # of pictures: they overlap

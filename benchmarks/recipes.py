@@ -102,6 +102,7 @@ def measure(recipe: str, seed: int, run: Path, overrides: Sequence[str]) -> dict
         "signature": scores["signature"],
         "intervals": scores["intervals"],
         "captions": scores["captions"],
+        "datasets": scores["datasets"],
         "train_minutes": round(sum(sitting["minutes"] for sitting in sittings), 1),
         "peak_memory_gb": round(max(sitting["memory"] for sitting in sittings), 2),
         "start": Path(start).parent.name if start else None,

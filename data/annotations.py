@@ -10,6 +10,7 @@ format the captions came in (see `data.formats`), and this one needs no torch.
 from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
+import itertools
 import json
 import os
 import re
@@ -67,10 +68,9 @@ def datasets(config: DataConfig) -> list[tuple[str, DataConfig]]:
         return [("", config.model_copy(update={"root": config.roots[0]}))]
     names: list[str] = []
     for root in map(Path, config.roots):
-        name, number = root.resolve().name, 2
-        while name in names:
-            name, number = f"{root.resolve().name}-{number}", number + 1
-        names.append(name)
+        own = root.name if root.name.strip(".") else root.resolve().name
+        numbered = (f"{own}-{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([own], numbered) if name not in names))
     parts = [config.model_copy(update={"root": root}) for root in config.roots]
     return [(f"{name}/", part) for name, part in zip(names, parts, strict=True)]
 

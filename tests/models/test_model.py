@@ -69,7 +69,7 @@ def test_captions_hold_words_of_the_vocabulary_that_are_not_forbidden(tiny_confi
 
 
 def test_a_class_is_a_word_of_the_vocabulary_where_the_picture_shows_it(
-    tiny_config: Callable, refused: Callable
+    tiny_config: Callable, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(tiny_config)
     with refused("search.classes = 2", "resnet18", "set it to 0"):
@@ -79,7 +79,7 @@ def test_a_class_is_a_word_of_the_vocabulary_where_the_picture_shows_it(
     dog, bus = (imagenet.names().index(name) for name in ("beagle", "school bus"))
     probs = torch.zeros(3, 1000)
     probs[0, [dog, dog + 1]], probs[1, dog], probs[2, bus] = 0.4, 0.2, 1.0
-    model.encoder.classify = lambda features: probs
+    monkeypatch.setattr(model.encoder, "classify", lambda features: probs)
     bonus = model.class_bonus(torch.rand(3, 512), 2.0)
     [(place, word)] = bonus.nonzero().tolist()
     assert (place, VOCAB.words[word]) == (0, "dog")  # too little of one, and a word that the vocabulary lacks
