@@ -52,6 +52,10 @@ def family_of(name: str) -> Family:
     return pick({known: family for family in possible for known in family.names()}, name, "encoder.name")
 
 
+def unsuitable(name: str, size: int) -> UserError:
+    return UserError(f"encoder.image_size = {size} does not suit {name}; take a larger one, or null")
+
+
 def check_patch(name: str, size: int, patch: int) -> None:
     if size % patch:
         raise UserError(
@@ -173,27 +177,46 @@ def timm_names() -> list[str]:
 
 def build_timm(name: str, size: int) -> nn.Module:
     options: dict[str, Any] = {"img_size": size} if timm_weights(name).fixed_input_size else {}  # positions, windows
-    network = timm().create_model(name.removeprefix("timm/"), num_classes=1, **options)  # a head, for a file with one
-    patches = getattr(network, "patch_embed", None)
-    check_patch(name, size, getattr(patches, "patch_size", (1,))[0])
+    try:
+        network = timm().create_model(
+            name.removeprefix("timm/"), num_classes=1, **options
+        )  # a head, for files with one
+    except AssertionError:  # it does not divide into what the network computes with
+        raise unsuitable(name, size) from None
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
+    check_patch(name, size, patch if isinstance(patch, int) else patch[0])
+    network.image_size = size
     return network
 
 
 def cut_timm(network: Any, name: str) -> nn.Module:
-    norm = getattr(network, "fc_norm", None)  # of the mean of all regions, in some ViTs; here, of each region
-    network.prune_intermediate_layers(1)  # none but the head
-    if norm is not None:
-        network.fc_norm = norm
+    """Take off the parts on which the features do not depend, which gradients tell: those of the head.
+
+    They are computed without numbers, on the device "meta", which takes almost no time.
+    """
+    pictures = torch.zeros(1, 3, network.image_size, network.image_size, device="meta")
+    shadow = copy.deepcopy(network).eval().to("meta")
+    try:
+        run_timm(shadow, pictures).sum().backward()
+    except (RuntimeError, AssertionError):
+        raise unsuitable(name, network.image_size) from None
+    for part, module in shadow.named_children():
+        gradients = [parameter.grad for parameter in module.parameters()]
+        if gradients and all(gradient is None for gradient in gradients):
+            setattr(network, part, nn.Identity())
     return network
 
 
 def run_timm(backbone: Any, images: torch.Tensor) -> torch.Tensor:
+    for part in backbone.modules():  # LeViT and others keep what they made of weights, which may have changed since
+        getattr(part, "attention_bias_cache", {}).clear()
     features = backbone.forward_features(images)
     if not isinstance(features, torch.Tensor):
         raise UserError(f"timm's {type(backbone).__name__} gives several maps of features; take another encoder.name")
     if getattr(backbone, "output_fmt", "") == "NHWC":
         features = features.permute(0, 3, 1, 2)  # (B, D, h, w)
-    return backbone.fc_norm(features) if hasattr(backbone, "fc_norm") else features
+    norm = getattr(backbone, "fc_norm", nn.Identity())  # of the mean of all regions, in some ViTs; here, of each region
+    return norm(features)
 
 
 def timm_transform(name: str, weights: str) -> Transform:

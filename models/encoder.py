@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cli import UserError
 from config import EncoderConfig
 from data.transforms import Transform
-from models.backbones import family_of
+from models.backbones import family_of, unsuitable
 from models.weights import load_weights, read_weights
 
 
@@ -65,10 +65,8 @@ class EncoderCNN(nn.Module):
         try:
             with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch.fx would print a traceback
                 self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
-        except RuntimeError:  # nothing is left of it before the last stage, or it does not divide into MaxViT's windows
-            raise UserError(
-                f"encoder.image_size = {size} does not suit {config.name}; take a larger one, or null"
-            ) from None
+        except (RuntimeError, AssertionError):  # too small for its last stage, or it does not divide into windows
+            raise unsuitable(config.name, size) from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode normalised pictures (B, 3, S, S) as (B, D), or as (B, L, D) with regions row by row."""
@@ -145,8 +143,10 @@ def fold_batchnorm(backbone: nn.Module) -> None:
     they do in a network of which torch.fx cannot tell what follows what.
     """
     modules = dict(backbone.named_modules())
+    tracer = Tracer()
+    tracer.traced_func_name = "forward_features" if hasattr(backbone, "forward_features") else "forward"  # timm's
     try:
-        graph = Tracer().trace(backbone)
+        graph = tracer.trace(backbone)
     except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError, AttributeError):
         return
     for node in graph.nodes:

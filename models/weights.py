@@ -79,9 +79,11 @@ def load_weights(
     differ = [key for key in state if key not in head and (key not in own or own[key].shape != state[key].shape)]
     differ += [key for key in own if key not in state and "num_batches" not in key]
     if differ:
+        sizes = all(key in own and key in state for key in differ)  # no more than positions, perhaps
         raise UserError(
             f"the weights in {path} do not fit {name}: {len(differ)} tensors differ, first "
             f"{', '.join(differ[:3])}; name the backbone they belong to in encoder.name, or other weights"
+            f"{', or the encoder.image_size that they are for' if sizes else ''}"
         )
     with torch.no_grad():
         for key in own.keys() & state.keys():
