@@ -8,6 +8,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -29,6 +30,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
+
+MEMBERS = 100  # of a table, that are listed at most: timm has thousands of networks
 
 # Kinds of mistakes for which pydantic's own words would puzzle a reader.
 PLAIN = {
@@ -73,7 +76,7 @@ class DataConfig(Section):
 
 
 class EncoderConfig(Section):
-    name: Annotated[str, SHAPES]  # any that models.encoder.FAMILIES know
+    name: Annotated[str, SHAPES]  # any that models.backbones.FAMILIES know
     weights: Annotated[str | None, FREE]
     frozen: bool
     stages: list[Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] | None  # some are called 0, 1 …
@@ -199,7 +202,8 @@ def pick(table: Mapping[str, Member], name: str, setting: str) -> Member:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"take one of: {', '.join(table)}"
+    more = ", …" if len(table) > MEMBERS else ""
+    hint = f"did you mean {near[0]}?" if near else f"take one of: {', '.join(islice(table, MEMBERS))}{more}"
     raise UserError(f"{setting} = {shorten(name)} is unknown; {hint}")
 
 

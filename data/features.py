@@ -86,16 +86,30 @@ class Extractor:
     def encode(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[list[torch.Tensor | UserError]]:
         """Yield, in batches, the fp16 features (D,) or (L, D) of each picture, or the UserError that it raised."""
 
-        def read(opener: Opener) -> torch.Tensor | UserError:
+        def read(opener: Opener) -> tuple[str, torch.Tensor] | UserError:
             try:
-                return self.transform.resize(opener(), view)  # uint8 (3, S, S)
+                picture = opener()
+                return str(picture.info.get("path", "a picture")), self.transform.resize(picture, view)
             except UserError as error:
                 return error
 
         for batch in read_ahead(read, openers, BATCH[self.device.type]):
-            good = [pixels for pixels in batch if not isinstance(pixels, UserError)]
-            encoded: Iterator[torch.Tensor] = iter(self(torch.stack(good)) if good else [])
-            yield [item if isinstance(item, UserError) else next(encoded) for item in batch]
+            good = [item[1] for item in batch if not isinstance(item, UserError)]  # uint8 (3, S, S) each
+            rows: Iterator[torch.Tensor] = iter(self(torch.stack(good)) if good else [])
+            yield [item if isinstance(item, UserError) else self.checked(next(rows), item[0]) for item in batch]
+
+    def checked(self, row: torch.Tensor, picture: str) -> torch.Tensor | UserError:
+        """Return the features (D,) or (L, D) of a picture, or, where some are infinite or NaN, an error that says so.
+
+        One such picture would spoil the mean and the scale of all, so it counts as one that cannot be read.
+        """
+        if row.isfinite().all():
+            return row
+        name, weights = self.encoder.config.name, self.encoder.config.weights or "null"
+        return UserError(
+            f"the features that {name} with encoder.weights={weights} makes of {picture} are infinite or NaN in fp16; "
+            "take weights that were trained, or leave the picture out if all others are encoded"
+        )
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -281,14 +295,18 @@ class FeatureCache:
     def write(self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp]) -> Iterator[int]:
         """Encode these pictures into a new file, whose rows count once its manifest is there; yields their numbers."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "xb") as file:
-            shape = (len(numbers), *self.extractor.encoder.feature_shape)
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
-            for batch in self.extractor.encode(source.openers(numbers), self.view):
-                file.write(stack(batch).numpy().tobytes())
-                yield len(batch)
-            file.flush()
-            os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
+        try:
+            with open(path, "xb") as file:
+                shape = (len(numbers), *self.extractor.encoder.feature_shape)
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+                for batch in self.extractor.encode(source.openers(numbers), self.view):
+                    file.write(stack(batch).numpy().tobytes())
+                    yield len(batch)
+                file.flush()
+                os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
+        except UserError:  # of a picture that cannot be encoded
+            path.unlink()
+            raise
         write_atomically(path.with_suffix(".json"), json.dumps(stamps).encode())
 
     def remove_superseded(self, sources: Sequence[Source]) -> None:

@@ -113,10 +113,12 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
         raise UserError(f"there is no picture {path}; check the path")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
-            return upright(file)
+            picture = upright(file)
     except UNREADABLE as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
+    picture.info["path"] = str(path)  # for errors that come later
+    return picture
 
 
 def upright(picture: Image.Image) -> Image.Image:

