@@ -89,6 +89,30 @@ def dev_scores(dataset: str) -> str:
     return "\n".join([table(["recipe", "seeds", *(TITLES[name] for name in shown), "training"], rows), "", *signatures])
 
 
+def scores_apart() -> str:
+    """Return the scores on Flickr8k's and on COCO's dev pictures of captioners that were trained on both."""
+    by_recipe: dict[str, list[Found]] = {}
+    folder = HERE / "results" / "flickr8k_coco"
+    for path in sorted([*folder.glob("*-seed*.json"), *folder.glob("ablations/*-seed*.json")]):
+        result = read(path)
+        searched = all_settings(result)["search.classes"]
+        name = f"`{result['recipe']}`" + (f", `search.classes={searched:g}`" if searched else "")
+        by_recipe.setdefault(name, []).append(result)
+    shown = [(dataset, name) for dataset in ("flickr8k", "coco") for name in ("bleu4", "meteor", "cider")]
+    rows = []
+    for name, results in by_recipe.items():
+        cells = [spread([each["datasets"][dataset][metric] for each in results]) for dataset, metric in shown]
+        rows.append([name, len(results), *cells])
+    titles = [f"{'COCO' if dataset == 'coco' else 'Flickr8k'} {TITLES[name]}" for dataset, name in shown]
+    return table(["recipe", "seeds", *titles], rows)
+
+
+def photographs() -> str:
+    """Return what the captioner in pretrained/ writes of photographs that Python packages bring, and what it wrote."""
+    found = read(HERE / "results" / "photographs.json")
+    return table(["photograph", "before", "now"], [[name, each["before"], each["now"]] for name, each in found.items()])
+
+
 def main_scores() -> str:
     """Return a few rows of `dev_scores` for the README: model, scores, signature, and the command that makes them."""
     rows, signatures = [], list[str]()
@@ -192,8 +216,10 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "speed": partial(speed, "speed.md"),
         "ablations": ablations,
         "chinese-scores": partial(dev_scores, "flickr8k_cn"),
+        "both-scores": scores_apart,
         "speed-by-decoder": partial(speed, "speed_by_decoder.md"),
     },
+    DOCS / "limits.md": {"photographs": photographs},
     DOCS / "scaling.md": {"scaling": scaling},
     DOCS / "reliability.md": {"results": reliability},
 }

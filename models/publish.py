@@ -2,7 +2,7 @@
 
     python -m models.publish runs/pretrained-seed1/checkpoints.pth pretrained/captioner.pth
 
-What is written is an ordinary checkpoint, which every script reads.
+What is written is an ordinary checkpoint, which every script reads. Its search may be said anew: search.classes=2.
 """
 
 from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from config import FREE, load_config, marked
+from config import FREE, load_config, marked, restore_config, setting_names
 from models.checkpoint import convert_floats, load_model
 from models.encoder import file_sha256
 from utils import load_checkpoint, save_checkpoint
@@ -25,9 +25,11 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
     parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
-    args = parser.parse_options()
-    load_model(args.checkpoint)  # which refuses what is damaged
-    save_checkpoint(args.out, publishable(load_checkpoint(args.checkpoint)))
+    args = parser.parse_options(setting_names())
+    load_model(args.checkpoint, args.overrides)  # which refuses what is damaged
+    checkpoint = load_checkpoint(args.checkpoint)
+    config = restore_config(checkpoint["config"], args.overrides, str(args.checkpoint)).model_dump()
+    save_checkpoint(args.out, publishable(checkpoint | {"config": config}))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
 
 
