@@ -179,7 +179,9 @@ def timm() -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError:
-        raise UserError("encoder.name=timm/… needs timm; install it: pip install -r requirements-extras.txt") from None
+        raise UserError(
+            "encoder.name = timm/… needs timm; install it: pip install -r requirements-extras.txt"
+        ) from None
 
 
 def timm_weights(name: str) -> Any:

@@ -52,8 +52,9 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that many keep beside the weights
-            return torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([argparse.Namespace])  # the options that many keep beside weights
+        with allowed, open(path, "rb") as file:  # of which torch does not see the name, which may be false
+            return torch.load(file, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and other:

@@ -45,6 +45,8 @@ ELSEWHERE = {  # what is not run here, and where it is
     "torchrun": ".ci/run and tests/training/test_distributed.py; on several machines nowhere",
     "python train.py decoder.name=gru": "below",
     "python train.py encoder.weights=resnet50-caffe.pth": "tests/models/test_encoder.py: the file is one's own",
+    "python train.py --config configs/clip.yaml": "tests/models/test_timm.py, made small: its weights are a download",
+    "python train.py --config configs/dinov2.yaml": "the same",
     "python -m data.write_tars": "tests/data",
     'python train.py "data.shards': "tests/data",
     "python train.py --config configs/pretrained.yaml data.root=mine": "by hand: pretrained/ is on another encoder",

@@ -79,11 +79,12 @@ def test_what_might_run_code_is_named_and_not_run(
     assert not capsys.readouterr().out
 
 
-def test_an_encoder_takes_such_a_file_and_halves(tmp_path: Path) -> None:
-    whole = torchvision.models.resnet18().half().state_dict()
+def test_an_encoder_takes_halves_and_is_known_by_the_file(tmp_path: Path) -> None:
+    whole = torchvision.models.squeezenet1_1().half().state_dict()
     safetensors.save_file({f"module.{name}": tensor for name, tensor in whole.items()}, tmp_path / "half.safetensors")
     torch.save(whole, tmp_path / "half.pth")
-    found = [EncoderCNN(config(f"encoder.weights={tmp_path / name}")) for name in ("half.safetensors", "half.pth")]
-    assert torch.equal(*map(encode, found))
-    assert {tensor.dtype for tensor in found[0].parameters()} == {torch.float32}
-    assert found[0].identity["sha256"] != found[1].identity["sha256"]  # of the file
+    by_name = [config("encoder.name=squeezenet1_1", f"encoder.weights={path}") for path in sorted(tmp_path.iterdir())]
+    first, second = map(EncoderCNN, by_name)
+    assert torch.equal(encode(first), encode(second))
+    assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
+    assert first.identity["sha256"] != second.identity["sha256"]
