@@ -1,7 +1,8 @@
 """timm's networks as encoders: what is a region, positions for another size, and where their weights come from."""
 
+import sys
 from collections.abc import Callable
-from pathlib import Path, sys
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
