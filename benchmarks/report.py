@@ -34,7 +34,7 @@ ANEW = "anew"  # the same settings, trained again by the code of later variants
 MAIN = {  # the recipes in the README's table
     "lstm": "Show and Tell",
     "attention": "Show, Attend and Tell",
-    "pretrained_scst": "the captioner in `pretrained/`",
+    "pretrained_scst": "attention on EfficientNet-Lite2, then self-critical",
     "scst": "`attention`, then self-critical",
     "transformer_scst": "Transformer, then self-critical",
 }

@@ -47,7 +47,7 @@ IMAGES = Path(__file__).parent / "images"
 RIGHT, WRONG = COLOURS[:2]
 PALE, FAINT = "#f1f4f8", "#8a9099"
 CHARACTER = 0.088  # inches of a character of the tree's font
-PHOTOGRAPHS = ("astronaut.png", "camera.png")  # public domain, by NASA; CC0, by Lav Varshney
+PHOTOGRAPHS = ("chelsea.png", "camera.png")  # both CC0, by Stéfan van der Walt and by Lav Varshney
 
 
 @dataclass
