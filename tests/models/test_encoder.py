@@ -117,7 +117,7 @@ WHOLE = {  # size, and the mean region by the input x and the output y of a modu
     "efficientnet_lite0": (64, "_fc", lambda x, y: x),
     "timm/test_efficientnet": (64, "classifier", lambda x, y: x),
     "timm/test_vit": (64, "norm", lambda x, y: y[:, 1:].mean(1)),
-    "timm/test_mambaout": (64, "head.global_pool", lambda x, y: y),
+    "timm/test_mambaout": (64, "head", lambda x, y: x.mean((1, 2))),  # channels last
 }
 
 
@@ -284,7 +284,7 @@ def test_pictures_are_prepared_as_the_weights_were_trained_with(name: str, weigh
         (["encoder.name=gpt"], ["take one of: alexnet"]),
         (["encoder.name=timm/test-vit"], ["encoder.name = timm/test-vit", "did you mean timm/test_vit"]),
         (["encoder.name=timm/vit_small_patch14_dinov2.lvd14"], ["mean timm/vit_small_patch14_dinov2.lvd142m?"]),
-        (["encoder.name=timm/gpt"], ["encoder.name = timm/gpt", ", …"]),
+        (["encoder.name=timm/0000"], ["encoder.name = timm/0000", "take one of: timm/", ", …"]),
         (["encoder.name=timm/coat_tiny"], ["timm's CoaT gives several maps of features"]),
         (["encoder.name=timm/test_vit", "encoder.image_size=100"], ["encoder.image_size = 100", "multiple of 16"]),
         (["encoder.name=timm/test_maxvit", "encoder.image_size=100"], ["encoder.image_size = 100", "timm/test_maxvit"]),

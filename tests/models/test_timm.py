@@ -79,7 +79,7 @@ def test_positions_are_resized_as_timm_does(name: str, size: int, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "transform"),
     [
-        ("timm/test_resnet", Transform(160)),
+        ("timm/resnet18.tv_in1k", Transform(224)),
         ("timm/vit_small_patch14_reg4_dinov2", Transform(518, interpolation="bicubic")),
         ("timm/vit_base_patch32_clip_quickgelu_224.openai", Transform(224, CLIP_MEAN, CLIP_STD, "bicubic")),
         ("timm/vit_base_patch16_siglip_384", Transform(384, (0.5,) * 3, (0.5,) * 3, "bicubic")),
