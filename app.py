@@ -134,7 +134,9 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
                 with column:
                     encoded, model = encode(path, file.name, file.getvalue()), load(path).model
                     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
-                    own_options = options.model_copy(update={"consensus": model.config.search.consensus})
+                    usual = model.config.search  # what not every model has
+                    of_model = {"consensus": usual.consensus, "classes": usual.classes}
+                    own_options = options.model_copy(update=of_model)
                     features = encoded.features.unsqueeze(0)  # (1, D) or (1, L, D)
                     (captions,) = model.generate(features, own_options, num_captions, keep_attention=True)
                     own.append(prediction(name, captions, num_captions))
