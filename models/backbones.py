@@ -196,9 +196,8 @@ def timm_names() -> list[str]:
 def build_timm(name: str, size: int) -> nn.Module:
     options: dict[str, Any] = {"img_size": size} if timm_weights(name).fixed_input_size else {}  # positions, windows
     try:
-        network = timm().create_model(
-            name.removeprefix("timm/"), num_classes=1, **options
-        )  # a head, for files with one
+        # with a head, so that one in a file of weights is known as such
+        network = timm().create_model(name.removeprefix("timm/"), num_classes=1, **options)
     except AssertionError:  # it does not divide into what the network computes with
         raise unsuitable(name, size) from None
     patch = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
@@ -215,12 +214,13 @@ def cut_timm(network: Any, name: str) -> nn.Module:
     pictures = torch.zeros(1, 3, network.image_size, network.image_size, device="meta")
     shadow = copy.deepcopy(network).eval().to("meta")
     try:
-        run_timm(shadow, pictures).sum().backward()
+        with torch.enable_grad():  # whoever builds an encoder may have turned them off
+            run_timm(shadow, pictures).sum().backward()
     except (RuntimeError, AssertionError):
         raise unsuitable(name, network.image_size) from None
     for part, module in shadow.named_children():
-        gradients = [parameter.grad for parameter in module.parameters()]
-        if gradients and all(gradient is None for gradient in gradients):
+        parameters = list(module.parameters())
+        if parameters and all(each.requires_grad and each.grad is None for each in parameters):
             setattr(network, part, nn.Identity())
     return network
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import urllib.response
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -273,6 +274,30 @@ def test_pictures_are_prepared_as_the_weights_were_trained_with(name: str, weigh
     settings = [f"encoder.name={name}", f"encoder.weights={weights}"]
     assert transform_for(config(*settings, "encoder.image_size=null")) == transform
     assert transform_for(config(*settings, "encoder.image_size=96")).image_size == 96
+
+
+def test_weights_bring_their_size_and_a_vit_takes_them_at_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = partial(
+        torchvision.models.VisionTransformer, patch_size=16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8
+    )
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights, **options: small(**options))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    saved = small(image_size=384).state_dict()
+    path = tmp_path / "hub/checkpoints" / Path(torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.url).name
+    path.parent.mkdir(parents=True)
+    torch.save(saved, path)
+    settings = ("encoder.name=vit_b_16", "encoder.weights=IMAGENET1K_SWAG_E2E_V1")
+    own = EncoderCNN(config(*settings, "encoder.image_size=null"), spatial=True)
+    other = EncoderCNN(config(*settings, "encoder.image_size=192"), spatial=True)
+    assert (own.feature_shape, other.feature_shape) == ((24 * 24, 8), (12 * 12, 8))
+    before, after = (each.backbone.get_parameter("encoder.pos_embedding")[0] for each in (own, other))
+    assert torch.equal(before, saved["encoder.pos_embedding"][0])
+    torch.testing.assert_close(after[0], before[0])  # the class token's
+    corners = [0, -1]
+    grids = [positions[1:].unflatten(0, (side, side)) for positions, side in ((before, 24), (after, 12))]
+    torch.testing.assert_close(*(grid[corners][:, corners] for grid in grids))
 
 
 @pytest.mark.parametrize(

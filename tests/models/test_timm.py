@@ -57,7 +57,7 @@ def test_regions_run_along_the_rows_without_prefix_tokens(name: str) -> None:
     assert spatial.prefix_tokens == PREFIX[name]
 
 
-@pytest.mark.parametrize(("name", "size"), zip(SMALL, (96, 224, 112, 112, 112), strict=True))
+@pytest.mark.parametrize(("name", "size"), [*zip(SMALL, (96, 224, 112, 112, 112), strict=True)])
 def test_positions_are_resized_as_timm_does(name: str, size: int, tmp_path: Path) -> None:
     own = transform_for(timm_config(name, "null")).image_size
     assert own != size
@@ -95,6 +95,11 @@ def test_the_recipes_name_networks_that_timm_has_weights_for(recipe: str) -> Non
     settings = load_config(f"configs/{recipe}.yaml").encoder
     assert settings.name in SMALL and backbones.timm_weights(settings.name).hf_hub_id
     assert EncoderCNN(settings, True, load=False).feature_shape == {"clip": (49, 16), "dinov2": (256, 16)}[recipe]
+
+
+@torch.no_grad()
+def test_a_network_is_cut_where_gradients_are_turned_off() -> None:
+    assert EncoderCNN(timm_config("timm/test_vit", 64), True).feature_shape == (16, 64)
 
 
 def test_weights_may_change_after_a_network_has_run() -> None:
