@@ -332,10 +332,8 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     first = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]][-1]  # of what may be text or a list
     if first["type"] == "value_error":  # of a validator above, which says it all
         raise UserError(str(first["ctx"]["error"]))
-    name, places = (
-        ".".join(map(str, first["loc"][:2])),
-        "".join(f"[{i}]" for i in first["loc"][2:] if isinstance(i, int)),
-    )
+    name = ".".join(map(str, first["loc"][:2]))
+    places = "".join(f"[{place}]" for place in first["loc"][2:] if isinstance(place, int))
     expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
     raise UserError(
         f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "

@@ -61,9 +61,8 @@ def processes() -> Iterator[None]:
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
-        except (
-            UserError
-        ):  # torchrun (`--max-restarts`) on a single machine is not to repeat what only the user can mend
+        except UserError:
+            # torchrun (`--max-restarts`) on a single machine is not to repeat what only the user can mend
             if os.name == "posix" and on_one_machine() and int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > restarts():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on before the sentence is printed
                 os.kill(os.getppid(), signal.SIGTERM)

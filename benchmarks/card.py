@@ -12,13 +12,12 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.limits import AGREE, LIMITS
-from benchmarks.report import TITLES, Found, all_settings, read, show, spread, table
+from benchmarks.report import BOTH, TITLES, Found, all_settings, read, show, spread, table
 from config import flatten, load_config
 from models.encoder import file_sha256
 from utils import PRETRAINED, write_atomically
 
 FIRST, RECIPE = "pretrained", "pretrained_scst"  # the second goes on from what the first has learned
-DATASETS = {"flickr8k": "Flickr8k", "coco": "COCO"}  # by the names of their folders
 TEXT = Path(__file__).with_suffix(".md")
 CARD = PRETRAINED.with_name("README.md")
 SHOWN = ("bleu4", "meteor", "cider")  # of each dataset
@@ -79,10 +78,10 @@ def about_training(first: Sequence[Found], seeds: Sequence[Found], best: Found, 
         "machine": f"{machine['processor']}, PyTorch {machine['torch']}, threads: {machine['threads']}",
         **{
             f"{dataset}_{name}": f"{kept['datasets'][dataset][name]:.2f}"
-            for dataset in DATASETS
+            for dataset in BOTH
             for name in ("bleu4", "meteor", "rouge_l", "cider")
         },
-        "scores": table(["", *(f"{title} {TITLES[name]}" for title in DATASETS.values() for name in SHOWN)], rows),
+        "scores": table(["", *(f"{title} {TITLES[name]}" for title in BOTH.values() for name in SHOWN)], rows),
         "signature": kept["signature"],
         "used": kept["captions"]["vocabulary"],
     }
@@ -99,12 +98,12 @@ def settings_table(results: Sequence[Found]) -> str:
 
 
 def all_scores(datasets: Found) -> list[str]:
-    parts = [(datasets[dataset], name) for dataset in DATASETS for name in SHOWN]
+    parts = [(datasets[dataset], name) for dataset in BOTH for name in SHOWN]
     return [score([part[name], *part["intervals"].get(name, [])]) for part, name in parts]
 
 
 def deviations(seeds: Sequence[Found]) -> list[str]:
-    return [spread([seed["datasets"][dataset][name] for seed in seeds]) for dataset in DATASETS for name in SHOWN]
+    return [spread([seed["datasets"][dataset][name] for seed in seeds]) for dataset in BOTH for name in SHOWN]
 
 
 def about_captions(limits: Found) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Measure the memory of training on many captions in tar shards: `python -m benchmarks.memory 1000000`.
 
 Captions and pictures are made up, written as real tars, and trained on for an epoch by train.py, with models so small
-that the dataset is what takes memory. Prints JSON. A million captions take over half an hour.
+that the dataset is what takes memory. Prints JSON. A million captions take more than 25 minutes.
 """
 
 from cli import run_script  # first, so that Ctrl-C is quiet while the others are imported

@@ -29,6 +29,7 @@ DATASETS = {  # pictures and captions
     "a hundred million pictures, a caption each": (100_000_000, 100_000_000),
     "a billion pictures, a caption each": (1_000_000_000, 1_000_000_000),
 }
+BOTH = {"flickr8k": "Flickr8k", "coco": "COCO"}  # datasets that a captioner learned from, by their folders
 ALONE = "alone"  # the variant of a recipe that does without its consensus
 ANEW = "anew"  # the same settings, trained again by the code of later variants
 MAIN = {  # the recipes in the README's table
@@ -98,12 +99,12 @@ def scores_apart() -> str:
         searched = all_settings(result)["search.classes"]
         name = f"`{result['recipe']}`" + (f", `search.classes={searched:g}`" if searched else "")
         by_recipe.setdefault(name, []).append(result)
-    shown = [(dataset, name) for dataset in ("flickr8k", "coco") for name in ("bleu4", "meteor", "cider")]
+    shown = [(dataset, name) for dataset in BOTH for name in ("bleu4", "meteor", "cider")]
     rows = []
     for name, results in by_recipe.items():
         cells = [spread([each["datasets"][dataset][metric] for each in results]) for dataset, metric in shown]
         rows.append([name, len(results), *cells])
-    titles = [f"{'COCO' if dataset == 'coco' else 'Flickr8k'} {TITLES[name]}" for dataset, name in shown]
+    titles = [f"{BOTH[dataset]} {TITLES[name]}" for dataset, name in shown]
     return table(["recipe", "seeds", *titles], rows)
 
 

@@ -59,7 +59,7 @@ def test_two_formats_are_trained_on_scored_and_drawn_as_one(both: Path, capsys: 
     assert alone["datasets"] == {} and alone["bleu4"] == scores["datasets"]["other"]["bleu4"]
 
 
-def test_each_dataset_scores_as_it_does_alone(both: Path) -> None:
+def test_folders_of_one_name_are_told_apart(both: Path) -> None:
     shutil.copytree("archive", "lists/archive")  # a folder of the same name, elsewhere
     mixed = annotations.load(load_config(overrides=["data.root=[archive, lists/archive, other]"]).data)
     assert mixed.groupby("dataset", sort=False)["image"].nunique().to_dict() == {

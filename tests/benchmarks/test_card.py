@@ -35,7 +35,7 @@ def made(tmp_path: Path) -> Path:
             path.parent.mkdir(exist_ok=True)
             epochs = 8 if recipe == card.FIRST else 2
             config = load_config(overrides=[f"train.epochs={epochs}", "data.root=[a, b]", "data.weights=[1, 2]"])
-            parts = {name: content["scores"] | {"intervals": intervals} for name in card.DATASETS}
+            parts = {name: content["scores"] | {"intervals": intervals} for name in card.BOTH}
             path.write_text(json.dumps(content | {"config": flatten(config.model_dump()), "datasets": parts}))
     given = references(["two women"] * 5, ["a brown dog"] * 5, ["a man"] * 5)
     captions = dict(zip(given.captions, ["a man", "a black dog", "a man"], strict=True))
@@ -46,7 +46,7 @@ def made(tmp_path: Path) -> Path:
     kept = part | {
         "captions": found["one_person"],
         "signature": SIGNATURE,
-        "datasets": dict.fromkeys(card.DATASETS, part),
+        "datasets": dict.fromkeys(card.BOTH, part),
     }
     (tmp_path / limits.LIMITS.name).write_text(json.dumps({"checkpoint": file, "scores": kept, **found}))
     return tmp_path
