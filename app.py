@@ -17,7 +17,7 @@ import streamlit as st
 import torch
 from PIL import Image
 
-from captioning import Captioner, Encoded, Picture, prediction, probability_per_word
+from captioning import Captioner, Encoded, Picture, doubt, prediction
 from config import SearchConfig
 from data.formats import PICTURE_SUFFIXES
 from data.vocab import SPECIALS
@@ -141,7 +141,7 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
                     (captions,) = model.generate(features, own_options, num_captions, keep_attention=True)
                     own.append(prediction(name, captions, num_captions))
                     title = f"{name_of(path)}: {name}" if len(paths) > 1 else name
-                    panel(f"{file.file_id} {path}", title, encoded.shown, captions, options.max_length, len(paths))
+                    panel(f"{file.file_id} {path}", title, encoded.shown, captions, len(paths))
     return rows
 
 
@@ -155,21 +155,21 @@ def encode(path: Path, name: str, content: bytes) -> Encoded:
 
 
 @st.fragment
-def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], max_length: int, columns: int) -> None:
+def panel(key: str, title: str, picture: Image.Image, captions: list[Caption], columns: int) -> None:
     """Show a picture with its captions: beside it, or below it where there are several columns of pictures."""
     best, *others = captions
     attention = AttentionMaps.of(best)
     left, right = st.columns([3, 2], gap="large") if columns == 1 else (st.container(), st.container())
     with right:
         text = st.empty()
-        show("quiet", f"Probability per word: {sure(best, max_length)}")
+        if doubt(best):
+            show("doubt", doubt(best))
         word = 0
         if attention and attention.words:
             word = st.slider("Attention, word by word", 0, len(attention.words), key=str(hash((key, best.words))))
         text.html(f'<p class="caption">{marked(best, word)}</p>')
-        cells = [(html.escape(plain_text(each.text)), sure(each, max_length)) for each in others]
-        if cells:
-            st.html("".join(f'<p class="other"><span>{said}</span><span>{how}</span></p>' for said, how in cells))
+        if others:
+            st.html("".join(f'<p class="other">{html.escape(plain_text(each.text))}</p>' for each in others))
     with left:
         enlarged = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS)
         lit = heat_map(enlarged, attention.levels()[word - 1]) if attention and word else enlarged
@@ -183,11 +183,6 @@ def marked(caption: Caption, word: int) -> str:
     if word:
         pieces[word - 1] = re.sub(r"(\s*)(.*)", r"\1<mark>\2</mark>", pieces[word - 1], count=1)
     return "".join(pieces)
-
-
-def sure(caption: Caption, max_length: int) -> str:
-    probability = probability_per_word(caption, max_length)
-    return f"{probability:.0%}" if probability >= 0.1 else f"{probability:.1%}"
 
 
 main()

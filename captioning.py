@@ -4,7 +4,6 @@ captioner = Captioner.load("pretrained/captioner.pth")
 captioner.caption(["photo.jpg", "other.jpg"], beam=3)
 """
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from config import SearchConfig, change_search
 from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
 from data.folders import ImageFolders
 from data.transforms import WHOLE, View, open_picture, upright
+from models.confidence import UNSURE
 from models.ensemble import load_ensemble
 from models.model import Caption, CaptionModel
 from utils import pick_device
@@ -134,14 +134,22 @@ def look_up(picture: Picture, features: Features) -> Encoded | UserError:
         return error
 
 
-def probability_per_word(caption: Caption, max_length: int) -> float:
-    """Return the geometric mean of the probabilities of a caption's words and of its end, where it has one."""
-    return math.exp(caption.log_prob / min(len(caption.words) + 1, max_length))
+def doubt(caption: Caption) -> str:
+    """Return what is to be said of a caption that is probably not right, such as "unsure; perhaps: school bus"; nothing
+    of one that probably is, and of those of a model that was never calibrated.
+    """
+    if caption.confidence is None or caption.confidence >= UNSURE:
+        return ""
+    return f"unsure; perhaps: {', '.join(caption.perhaps)}" if caption.perhaps else "unsure"
 
 
 def prediction(image_id: str | int, captions: list[Caption], num_captions: int) -> dict[str, Any]:
-    """Return an entry in COCO's results format, with all captions where more than one was asked for."""
+    """Return an entry in COCO's results format, with how sure the model is of the caption, where it was
+    calibrated, and with all captions, where more than one was asked for.
+    """
     row: dict[str, Any] = {"image_id": image_id, "caption": captions[0].text}
+    if captions[0].confidence is not None:
+        row |= {"confidence": round(captions[0].confidence, 3), "perhaps": list(captions[0].perhaps)}
     if num_captions > 1:
         row["captions"] = [{"caption": each.text, "log_prob": round(each.log_prob, 4)} for each in captions]
     return row

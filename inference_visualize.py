@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from captioning import Captioner, Encoded, Picture, feature_cache, prediction, probability_per_word
+from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
 from config import setting_names
 from data import annotations, splits
 from data.features import Features, Files
@@ -179,18 +179,18 @@ def write_results(
         if attention:
             drawn = draw_attention(item.shown, attention)
             drawn.save(folder / f"{attention_stems[picture]}.jpg", quality=QUALITY)
-        probabilities = [probability_per_word(each, config.search.max_length) for each in captions]
         return gallery.row(
             f"outputs/{stems[picture]}.jpg",
             [each.text for each in captions],
             picture.references,
             size=item.shown.size,
             name=picture.name,
-            probabilities=probabilities if len(captions) > 1 else [],
+            doubt=doubt(best),
             attention=attention,
         )
 
     skipped, done, rows, predictions = list[str](), list[Picture](), list[dict](), list[dict]()
+    doubts = list[str]()
     batches = captioner.caption_pictures(pictures, known, number, keep_attention=heads is not None)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -199,6 +199,7 @@ def write_results(
                 folder.mkdir(parents=True, exist_ok=True)
                 rows += pool.map(draw, *zip(*captioned, strict=True))
             done += [item.picture for item, _ in captioned]
+            doubts += [doubt(best) for _, (best, *_) in captioned]
             predictions += [prediction(item.picture.image_id, each, number) for item, each in captioned]
             skipped += map(str, errors)
             bar.update(len(captioned) + len(errors))
@@ -216,8 +217,8 @@ def write_results(
             f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
             "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
         )
-    for picture, text in zip(done, texts, strict=True) if len(done) <= FEW else []:
-        print(printable(f"    {picture.name}: {text or NO_WORDS}"))
+    for picture, text, unsure in zip(done, texts, doubts, strict=True) if len(done) <= FEW else []:
+        print(printable(f"    {picture.name}: {text or NO_WORDS}{f' ({unsure})' if unsure else ''}"))
     return skipped
 
 

@@ -13,11 +13,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from render.charts import COLOURS, TEXT, style_axes
 from utils import find_run, write_atomically
 
 LOG = "loss_log.txt"
@@ -31,8 +31,6 @@ COLUMNS = ("epoch", "train_loss", *PANELS)
 
 Curves = dict[str, list[float]]  # column → one number per epoch
 
-TEXT, LINES = "#3d434a", "#c9cccf"
-COLOURS = ("#2f6db3", "#d1622b", "#3a8f5d", "#8a5aa8", "#b0892c", "#c04a6b", "#4a9aa5", "#6b6f75")
 MAX_DOTS = 30  # a curve of more epochs has no dots
 
 
@@ -91,7 +89,10 @@ def draw(runs: dict[str, Curves]) -> Figure:
             if len(runs) == 1:  # the numbers of several runs would cover each other
                 number = {"color": colour, "weight": "bold", "ha": "center"}
                 axes.annotate(f"{values[best]:.4g}", star, (0, 11), textcoords="offset points", **number)
-        style_axes(axes, title)
+        style_axes(axes, title, "epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.margins(x=0.03, y=0.13)
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # no loss or score is negative
 
     solid, dashed = Line2D([], [], color=TEXT), Line2D([], [], color=TEXT, linestyle="--")
     figure.axes[0].legend([solid, dashed], ["validation", "training"], frameon=False, labelcolor=TEXT)
@@ -103,18 +104,6 @@ def draw(runs: dict[str, Curves]) -> Figure:
     look: dict[str, Any] = {"fontsize": 12, "handlelength": 1, "frameon": False, "labelcolor": TEXT}
     figure.legend(handles=names, loc="outside upper left", ncols=min(3, len(names)), **look)
     return figure
-
-
-def style_axes(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11.5, weight="bold", color=TEXT, pad=10)
-    axes.set_xlabel("epoch", color=TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.margins(x=0.03, y=0.13)
-    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # no loss or score is negative
-    axes.tick_params(color=LINES, labelcolor=TEXT)
-    axes.grid(color=LINES, alpha=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["bottom", "left"]].set_color(LINES)
 
 
 def save(figure: Figure, out: Path) -> None:

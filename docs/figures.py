@@ -40,8 +40,9 @@ from models.checkpoint import load_model
 from models.model import Caption, CaptionModel
 from models.search import Beam, Finished
 from render.attention import AttentionMaps, heat_map
+from render.charts import COLOURS, LINES, TEXT
 from utils import PRETRAINED, RUNS
-from visualize_loss import COLOURS, LINES, TEXT, save
+from visualize_loss import save
 
 IMAGES = Path(__file__).parent / "images"
 RIGHT, WRONG = COLOURS[:2]

@@ -5,6 +5,7 @@ identity. A frozen backbone itself is not inside; it is found again by its sha25
 """
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary
 from models import consensus
+from models.compact_consensus import CompactConsensus
+from models.confidence import INPUTS, Confidence
 from models.consensus import Consensus
 from models.encoder import EncoderCNN, tensors_sha256
 from models.model import CaptionModel, decoder_class_of
@@ -41,12 +44,18 @@ def model_state(model: CaptionModel) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, overrides: list[str] | None = None) -> CaptionModel:
-    """Return the trained model in a file, in eval mode, with the consensus.pth beside it where its search uses that.
+    """Return the trained model in a file, in eval mode, with its consensus: that inside, or the consensus.pth beside it
+    where its search uses that.
 
     Raises UserError when the file is damaged, or when its frozen backbone cannot be found again unchanged.
     """
     path = Path(path)
-    model = model_from_state(load_checkpoint(path), str(path), overrides).eval()
+    saved = load_checkpoint(path)
+    model = model_from_state(saved, str(path), overrides).eval()
+    model.confidence = restore_confidence(saved, path)
+    if saved.get("consensus") is not None:
+        model.consensus = restore_consensus(saved["consensus"], model, path)
+        return model
     weight, beside = model.config.search.consensus, path.with_name(consensus.FILE)
     if weight and beside.is_file():
         model.consensus = Consensus.load(beside, model.encoder.feature_shape[-1], len(model.vocab))
@@ -76,6 +85,26 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
     check_tensors({name: getattr(model, name) for name in statistics}, statistics, where)
     model.feature_mean, model.feature_scale = statistics.values()
     return model
+
+
+def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path: Path) -> CompactConsensus:
+    """Return the consensus inside a checkpoint; raises UserError for a damaged one."""
+    size, words = model.encoder.feature_shape[-1], len(model.vocab)
+    found = CompactConsensus.restore(convert_floats(state, torch.float16, torch.float32), size, words)
+    if found is None:
+        raise UserError(f"the consensus inside {path} is damaged; take another checkpoint")
+    return found
+
+
+def restore_confidence(saved: dict[str, Any], path: Path) -> Confidence | None:
+    """Return the calibration inside a checkpoint, if any; raises UserError for a damaged one."""
+    state = saved.get("confidence")
+    if state is None:
+        return None
+    numbers = [*state.get("weights", ()), state.get("bias")] if isinstance(state, dict) else []
+    if len(numbers) != len(INPUTS) + 1 or not all(isinstance(each, float) and math.isfinite(each) for each in numbers):
+        raise UserError(f"the calibration inside {path} is damaged; make it anew with: python calibrate.py")
+    return Confidence(tuple(numbers[:-1]), numbers[-1])
 
 
 def model_from_start(config: Config) -> CaptionModel:

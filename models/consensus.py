@@ -10,6 +10,7 @@ A plug-in: training writes consensus.pth beside checkpoints.pth (`fit`, `save`),
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +31,7 @@ MAX_IMAGES = 8000  # remembered pictures: the regression solves as many equation
 MAX_WORDS = 50  # of a remembered caption: one very long caption would make all others take its room
 MIN_IMAGES = 2  # that an n-gram must occur with: what people say of one picture alone says nothing of others
 MAX_NGRAM = 4  # words in an n-gram
+LAST_CODE = 2**63 - 1  # one that no n-gram has
 SIGMA = 6.0  # standard deviation, in words, of CIDEr-D's penalty for another length
 CHUNK = 500  # pictures whose features are in memory together
 # Sharpness and ridge of the regression that ranks captions, chosen on Flickr8k's dev pictures, and of the one whose
@@ -46,7 +48,53 @@ def missing_error(weight: float) -> UserError:
     )
 
 
-class Consensus:
+class Expectation(ABC):
+    """What people would say of a picture: the expected weights of the n-grams in their captions, and their length."""
+
+    @property
+    @abstractmethod
+    def ngrams(self) -> "NGrams":
+        """Those whose weights are expected."""
+
+    @abstractmethod
+    def expect(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the expected weights of n-grams (G, B) and lengths in words (B,) of the captions of B pictures, given
+        their raw features, (B, D) or (B, L, D), on any device.
+        """
+
+    def rank(
+        self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
+    ) -> list[list[Hypothesis]]:
+        """Return the hypotheses of each picture, the best first by their score plus `weight` times the CIDEr-D they can
+        expect, of 10 at most (papers call it 1,000). The features are raw, (B, D) or (B, L, D), on any device.
+        """
+        tokens = pad([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
+        image_index = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
+        ciders = iter(self.expected_cider(*self.expect(features), tokens, image_index).tolist())
+        scored = []
+        for hypotheses in found:
+            pairs = [(each, next(ciders)) for each in hypotheses]
+            scored.append([replace(each, score=each.score + weight * cider, cider=cider) for each, cider in pairs])
+        return [sorted(each, key=lambda one: -one.score) for each in scored]
+
+    @torch.inference_mode()
+    @torch.autocast("cpu", enabled=False)  # it has no sparse products
+    def expected_cider(
+        self, expected: torch.Tensor, lengths: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor
+    ) -> torch.Tensor:
+        """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `image_index` can expect,
+        given the weights of n-grams (G, B) and the lengths (B,) that are expected of these.
+
+        It is that of Vedantam et al. (2015), with the document frequencies of the training captions, except that
+        n-grams which a caption repeats are not clipped, and that lengths are compared with the expected mean.
+        """
+        row, ngram, weight = self.ngrams.tf_idf(tokens)  # (entries,) each
+        product = torch.zeros(len(tokens)).index_add(0, row, weight * expected[ngram, image_index[row]])  # (N,)
+        difference = (tokens != PAD).sum(1) - lengths[image_index]  # (N,) words
+        return 10 / MAX_NGRAM * product * torch.exp(-(difference**2) / (2 * SIGMA**2))
+
+
+class Consensus(Expectation):
     """Remembered pictures with their captions, and the CIDEr-D that these let one expect for other pictures.
 
     Args:
@@ -103,18 +151,8 @@ class Consensus:
         embeddings = F.normalize(saved["embeddings"].float())
         return cls(embeddings, saved["centre"].float(), captions, saved["image_index"].long())
 
-    def rank(
-        self, features: torch.Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
-    ) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each picture, the best first by their score plus `weight` times the CIDEr-D they can
-        expect, of 10 at most (papers call it 1,000). The features are raw, (B, D) or (B, L, D), on any device.
-        """
-        tokens = pad([each.ids or [PAD] for hypotheses in found for each in hypotheses])  # (N, T)
-        image_index = torch.arange(len(found)).repeat_interleave(torch.tensor(list(map(len, found))))  # (N,)
-        weights = self.ranking.weights(self.embed(features))  # (B, P)
-        expected = iter((weight * self.expected_cider(weights, tokens, image_index)).tolist())
-        scored = [[replace(each, score=each.score + next(expected)) for each in hypotheses] for hypotheses in found]
-        return [sorted(each, key=lambda one: -one.score) for each in scored]
+    def expect(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.mean(self.ranking.weights(self.embed(features)))
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """Return raw features (B, D) or (B, L, D) as unit vectors (B, D), to be compared with the remembered ones."""
@@ -122,37 +160,35 @@ class Consensus:
 
     @torch.inference_mode()
     @torch.autocast("cpu", enabled=False)  # it has no sparse products
-    def expected_cider(self, weights: torch.Tensor, tokens: torch.Tensor, image_index: torch.Tensor) -> torch.Tensor:
-        """Return about the CIDEr-D (N,), from 0 to 10, that captions (N, T) of the pictures `image_index` can expect,
-        given the weights of the remembered pictures for these (B, P), from a KernelRegression.
-
-        It is that of Vedantam et al. (2015), with the document frequencies of the remembered captions, except that
-        n-grams which a caption repeats are not clipped, and that lengths are compared with the expected mean.
+    def mean(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights of n-grams (G, B) and the lengths (B,) in the mean over remembered pictures that have
+        these weights for B others (B, P), from a KernelRegression.
         """
-        ngrams, mean_weights, mean_lengths = self.statistics
-        expected = mean_weights @ weights.T  # (G, B)
-        lengths = weights @ mean_lengths  # (B,)
-        row, ngram, weight = ngrams.tf_idf(tokens)  # (entries,) each
-        product = torch.zeros(len(tokens)).index_add(0, row, weight * expected[ngram, image_index[row]])  # (N,)
-        difference = (tokens != PAD).sum(1) - lengths[image_index]  # (N,) words
-        return 10 / MAX_NGRAM * product * torch.exp(-(difference**2) / (2 * SIGMA**2))
+        return self.mean_weights @ weights.T, weights @ self.mean_lengths
 
     @cached_property
-    def statistics(self) -> tuple["NGrams", torch.Tensor, torch.Tensor]:
-        """The n-grams of the captions, and the means over each picture's captions of their weights, sparse (G, P), and
-        of their lengths (P,), in words; a picture without captions has the mean length of all.
-        """
-        images, ngrams = len(self.embeddings), NGrams(self.captions, self.image_index)
-        captions = torch.bincount(self.image_index, minlength=images)  # (P,)
-        row, ngram, weight = ngrams.tf_idf(self.captions)  # (entries,) each
+    def ngrams(self) -> "NGrams":
+        return NGrams.of(self.captions, self.image_index)
+
+    @cached_property
+    def mean_weights(self) -> torch.Tensor:
+        """The means over each picture's captions of their n-grams' weights, sparse (G, P)."""
+        captions = torch.bincount(self.image_index, minlength=len(self.embeddings))  # (P,)
+        row, ngram, weight = self.ngrams.tf_idf(self.captions)  # (entries,) each
         image = self.image_index[row]
         places, shares = torch.stack([ngram, image]), weight / captions[image]
-        weights = torch.sparse_coo_tensor(places, shares, (ngrams.count, images), check_invariants=True)
+        size = self.ngrams.count, len(self.embeddings)
+        weights = torch.sparse_coo_tensor(places, shares, size, check_invariants=True)
         with warnings.catch_warnings(action="ignore"):  # that CSR, three times as fast here, is in beta
-            weights = weights.to_sparse_csr()
+            return weights.to_sparse_csr()
+
+    @cached_property
+    def mean_lengths(self) -> torch.Tensor:
+        """The mean length in words of each picture's captions (P,); that of all, where it has none."""
         words = (self.captions != PAD).sum(1).float()  # (C,)
-        total = torch.zeros(images).index_add(0, self.image_index, words)  # (P,)
-        return ngrams, weights, torch.where(captions > 0, total / captions, words.mean())
+        captions = torch.bincount(self.image_index, minlength=len(self.embeddings))  # (P,)
+        total = torch.zeros(len(captions)).index_add(0, self.image_index, words)  # (P,)
+        return torch.where(captions > 0, total / captions, words.mean())
 
 
 class KernelRegression:
@@ -215,20 +251,40 @@ class NGrams:
     number 0, and `count` is G, with the root.
     """
 
-    def __init__(self, captions: torch.Tensor, image_index: torch.Tensor) -> None:
-        self.base, images = int(captions.max()) + 2, int(image_index.max()) + 1
-        self.codes = torch.tensor([0, 2**63 - 1])  # sorted: that of the root, and one that no n-gram has
+    def __init__(self, codes: torch.Tensor, idf: torch.Tensor, base: int) -> None:
+        self.codes = codes  # (G + 1,), sorted: that of the root, those of n-grams, and one that no n-gram has
+        self.idf = idf  # (G + 1,): the last is that of unknown n-grams
+        self.base, self.count = base, len(codes) - 1
+
+    @classmethod
+    def of(cls, captions: torch.Tensor, image_index: torch.Tensor) -> "NGrams":
+        """Return those in captions (C, T) of the pictures `image_index` (C,)."""
+        images = int(image_index.max()) + 1
+        ngrams = cls(torch.tensor([0, LAST_CODE]), torch.zeros(2), int(captions.max()) + 2)
         seen = [torch.ones(1)]
-        for n, codes in enumerate(self.encode(captions)):
+        for n, codes in enumerate(ngrams.encode(captions)):
             row, place = ((captions[:, n:] != PAD) & (codes >= 0)).nonzero(as_tuple=True)
             pairs = (codes[row, place] * images + image_index[row]).unique()  # of an n-gram and a picture
             found, pictures = (pairs // images).unique_consecutive(return_counts=True)
             often = pictures >= MIN_IMAGES
-            self.codes = torch.cat([self.codes[:-1], found[often], self.codes[-1:]])
+            ngrams.codes = torch.cat([ngrams.codes[:-1], found[often], ngrams.codes[-1:]])
             seen.append(pictures[often])
-        self.count = len(self.codes) - 1
         unknown = torch.ones(1)  # CIDEr-D counts them as seen once
-        self.idf = torch.log(images / torch.cat([*seen, unknown]))  # (G + 1,)
+        return cls(ngrams.codes, torch.log(images / torch.cat([*seen, unknown])), ngrams.base)
+
+    def most_frequent(self, number: int) -> tuple["NGrams", torch.Tensor]:
+        """Return at most so many of them, those in most pictures, and their numbers among these (G',).
+
+        What precedes the last word of an n-gram is in as many pictures at least, so that it is kept as well.
+        """
+        rarest = self.idf[1:-1].sort().values[number:][:1]  # of those that are too many
+        kept = self.idf < rarest if len(rarest) else torch.ones_like(self.idf, dtype=torch.bool)  # (G + 1,)
+        kept[0] = kept[-1] = True
+        number_of = kept.cumsum(0) - 1  # (G + 1,)
+        inner = self.codes[kept][1:-1]
+        codes = number_of[inner // self.base] * self.base + inner % self.base
+        codes = torch.cat([self.codes[:1], codes, self.codes[-1:]])
+        return NGrams(codes, self.idf[kept], self.base), kept[:-1].nonzero().squeeze(1)
 
     def encode(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield, for each n, the codes (C, T - n + 1) of the n-grams in captions (C, T); after an unknown one they are

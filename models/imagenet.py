@@ -6,6 +6,7 @@ numbers are kinds. Where no kind is given here, a class is called by the last wo
 
 from functools import cache
 
+import torch
 import torchvision
 
 # From this class on, up to the next row's, classes are of this kind; "" where their own names say it.
@@ -79,3 +80,26 @@ def plain_words() -> list[str]:
         kind = next(kind for first, kind in reversed(ANIMALS) if number >= first)
         words.append(THINGS.get(number) or kind or name.lower().split()[-1])
     return words
+
+
+@cache
+def kinds() -> list[str]:
+    """Return the K kinds of things among the classes: all plain words."""
+    return sorted(set(plain_words()))
+
+
+@cache
+def kind_of_class() -> torch.Tensor:
+    """Return the number of each class's kind (1000,)."""
+    place = {word: number for number, word in enumerate(kinds())}
+    return torch.tensor([place[word] for word in plain_words()])
+
+
+def name_of_kind(kind: int, probs: torch.Tensor) -> str:
+    """Return what a picture shows of a kind, given the probabilities of the classes (1000,): `school bus` rather than
+    `bus` where nearly all of the kind's probability is that class's, but `cat` rather than `tabby`.
+    """
+    own = kind_of_class() == kind  # (1000,)
+    best = int(probs.masked_fill(~own, -1).argmax())
+    name, word = names()[best], kinds()[kind]
+    return name if probs[best] > 0.8 * probs[own].sum() and name.lower().endswith(word) else word

@@ -1,7 +1,7 @@
 """CaptionModel: encoder, decoder, vocabulary and transform as one thing. Its file is `models.checkpoint`'s business."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,8 @@ from data.transforms import Transform
 from data.vocab import SPECIALS, UNK, Vocabulary
 from models import imagenet
 from models.attention import AttentionRNN
-from models.consensus import Consensus, missing_error
+from models.confidence import LIKELY, MOST_NAMED, UNSURE, Confidence, evidence, names
+from models.consensus import Expectation, missing_error
 from models.decoder import Decoder, DecoderRNN
 from models.encoder import EncoderCNN, transform_for
 from models.search import Hypothesis, search
@@ -35,6 +36,8 @@ class Caption:
     log_prob: float
     score: float
     attention: torch.Tensor | None = None
+    confidence: float | None = None  # the chance that it is right, where the model is calibrated
+    perhaps: tuple[str, ...] = ()  # likely things in the picture that an unsure caption does not name
 
 
 class CaptionModel(nn.Module):
@@ -49,7 +52,8 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config, self.vocab, self.transform = config, vocab, transform
         self.encoder, self.decoder = encoder, decoder
-        self.consensus: Consensus | None = None  # ranks a beam's captions where `search.consensus` asks for it
+        self.consensus: Expectation | None = None  # ranks a beam's captions where `search.consensus` asks for it
+        self.confidence: Confidence | None = None  # says how sure captions are, once `calibrate.py` has run
         self.register_buffer("feature_mean", torch.zeros(encoder.feature_shape[-1]))
         self.register_buffer("feature_scale", torch.ones(1))
 
@@ -121,43 +125,85 @@ class CaptionModel(nn.Module):
         without a classifier, and when the model's numbers are not finite.
         """
         options = options or self.config.search
+        found, probs = self.find(features, options, num_captions, keep_attention)
+        captions = [[self.caption(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+        if self.confidence:
+            chances = iter(self.confidence.chances(self.evidence(found, probs, options)))
+            for row, (own, hypotheses) in enumerate(zip(captions, found, strict=True)):
+                for number, hypothesis in enumerate(hypotheses):
+                    chance = next(chances)
+                    unsure = chance is not None and chance < UNSURE
+                    perhaps = self.perhaps(hypothesis, probs[row]) if unsure and probs is not None else ()
+                    own[number] = replace(own[number], confidence=chance, perhaps=perhaps)
+        return captions
+
+    def find(
+        self, features: torch.Tensor, options: SearchConfig, num_captions: int = 1, keep_attention: bool = False
+    ) -> tuple[list[list[Hypothesis]], torch.Tensor | None]:
+        """Return the best hypotheses for each row of raw features, see `generate`, and the probabilities of ImageNet's
+        classes (B, 1000) where the backbone has its classifier, on the processor.
+        """
         rank = options.by_consensus(num_captions)
         if rank and self.consensus is None:
             raise missing_error(options.consensus)
         wanted = max(num_captions, options.beam) if rank else num_captions
-        standardised, forbidden = self.standardise(features.to(self.device)), self.forbidden_ids(options.forbidden)
-        bonus = self.class_bonus(features, options.classes) if options.classes and not options.temperature else None
+        features = features.to(self.device)
+        standardised, forbidden = self.standardise(features), self.forbidden_ids(options.forbidden)
+        probs = self.encoder.classify(features)
+        probs = None if probs is None else probs.cpu()
+        bonus = self.class_bonus(probs, options.classes) if options.classes and not options.temperature else None
         found = search(self.decoder, standardised, options, wanted, forbidden, keep_attention, bonus)
         if not all(found):
             raise UserError("the model's scores are NaN or infinite, so that it writes nothing; use another checkpoint")
-        if rank and self.consensus:
-            found = [each[:num_captions] for each in self.consensus.rank(features, found, options.consensus)]
-        return [[self.caption(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+        if self.consensus:
+            found = self.consensus.rank(features, found, options.consensus if rank else 0)
+        return [each[:num_captions] for each in found], probs
 
     def caption(self, hypothesis: Hypothesis) -> Caption:
         words = tuple(self.vocab.words[i] for i in hypothesis.ids)
         text = self.vocab.decode(hypothesis.ids)
         return Caption(text, words, hypothesis.log_prob, hypothesis.score, hypothesis.attention)
 
-    def class_bonus(self, features: torch.Tensor, weight: float) -> torch.Tensor:
+    def evidence(
+        self, found: list[list[Hypothesis]], probs: torch.Tensor | None, options: SearchConfig
+    ) -> torch.Tensor:
+        """Return what a confidence in hypotheses is estimated from (N, 4), given what `find` returns."""
+        kinds = torch.zeros(len(found), len(self.kind_words)) if probs is None else self.kinds(probs)  # (B, K)
+        return evidence(found, options.max_length, kinds, self.kind_words)
+
+    def perhaps(self, hypothesis: Hypothesis, probs: torch.Tensor) -> tuple[str, ...]:
+        """Return the likely things in a picture that its caption does not name, given ImageNet's classes (1000,)."""
+        (kinds,) = self.kinds(probs.unsqueeze(0))  # (K,)
+        likely = kinds.masked_fill(names(hypothesis, self.kind_words), 0).topk(MOST_NAMED)
+        pairs = zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+        return tuple(imagenet.name_of_kind(kind, probs) for prob, kind in pairs if prob >= LIKELY)
+
+    def class_bonus(self, probs: torch.Tensor | None, weight: float) -> torch.Tensor:
         """Return what `search.classes` adds to the log-probability of each word (B, V): `weight` times the probability
-        that the picture shows what it names, by the backbone's own classifier, where that is at least SEEN.
+        that the picture shows what it names, where that is at least SEEN, given those of ImageNet's classes (B, 1000).
         """
-        probs = self.encoder.classify(features.to(self.device))  # (B, 1000)
         if probs is None:
             raise UserError(
                 f"search.classes = {weight:g} needs ImageNet's classifier, which {self.config.encoder.name} with these "
                 "weights has not; set it to 0"
             )
-        seen = probs.new_zeros(len(probs), len(self.vocab)).index_add(1, self.class_words, probs)  # (B, V)
+        seen = torch.zeros(len(probs), len(self.vocab)).index_add(1, self.kind_words, self.kinds(probs))  # (B, V)
         seen[:, : len(SPECIALS)] = 0  # words that the vocabulary does not have
-        return weight * seen.where(seen >= SEEN, 0)
+        return weight * seen.where(seen >= SEEN, 0).to(self.device)
+
+    def kinds(self, probs: torch.Tensor) -> torch.Tensor:
+        """Return the probability of each kind of thing (B, K), given those of ImageNet's classes (B, 1000): zeros where
+        the vocabulary is not English.
+        """
+        kinds = torch.zeros(len(probs), len(self.kind_words))
+        known = bool((self.kind_words != UNK).any())
+        return kinds.index_add(1, imagenet.kind_of_class(), probs.float()) if known else kinds
 
     @cached_property
-    def class_words(self) -> torch.Tensor:
-        """The vocabulary's id of each class in a plain word (1000,): that of `<unk>` where it has no such word."""
-        ids = [self.vocab.numericalize(word) for word in imagenet.plain_words()]
-        return torch.tensor([each[0] if len(each) == 1 else UNK for each in ids], device=self.device)
+    def kind_words(self) -> torch.Tensor:
+        """The vocabulary's id of each kind's word (K,): that of `<unk>` where it has no such word."""
+        ids = [self.vocab.numericalize(word) for word in imagenet.kinds()]
+        return torch.tensor([each[0] if len(each) == 1 else UNK for each in ids])
 
     def forbidden_ids(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for an entry that is several words."""

@@ -2,7 +2,8 @@
 
     python -m models.publish runs/pretrained-seed1/checkpoints.pth pretrained/captioner.pth
 
-What is written is an ordinary checkpoint, which every script reads. Its search may be said anew: search.classes=2.
+What is written is an ordinary checkpoint, which every script reads. Its search may be said anew: search.classes=2. Of
+consensus.pth, which holds captions, it has only what models.compact_consensus makes of it.
 """
 
 from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
-from config import FREE, load_config, marked, restore_config, setting_names
+from config import FREE, load_config, marked, setting_names
 from models.checkpoint import convert_floats, load_model
+from models.compact_consensus import CompactConsensus
+from models.consensus import Consensus
 from models.encoder import file_sha256
 from utils import load_checkpoint, save_checkpoint
 
@@ -26,24 +29,22 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoints.pth of a run")
     parser.add_argument("out", type=Path, metavar="FILE", help="what to write")
     args = parser.parse_options(setting_names())
-    load_model(args.checkpoint, args.overrides)  # which refuses what is damaged
+    model = load_model(args.checkpoint, args.overrides)  # which refuses what is damaged
     checkpoint = load_checkpoint(args.checkpoint)
-    config = restore_config(checkpoint["config"], args.overrides, str(args.checkpoint)).model_dump()
-    save_checkpoint(args.out, publishable(checkpoint | {"config": config}))
+    checkpoint["config"] = model.config.model_dump()  # without consensus, where there is no consensus.pth
+    if isinstance(model.consensus, Consensus):
+        checkpoint["consensus"] = CompactConsensus.fit(model.consensus).state
+    save_checkpoint(args.out, publishable(checkpoint))
     print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
 
 
 def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint with its floats as halves, and the settings of its machine as config.yaml has them.
-
-    The training captions that `search.consensus` needs stay behind: they are not this project's to give away.
-    """
+    """Return a checkpoint with its floats as halves, and the settings of its machine as config.yaml has them."""
     config, usual = copy.deepcopy(checkpoint["config"]), load_config().model_dump()
     for name in marked(FREE):
         section, key = name.split(".")
         config[section][key] = usual[section][key]
     config["train"]["start"] = None  # a path, too
-    config["search"]["consensus"] = 0.0
     source = checkpoint["encoder"]["source"]
     encoder = checkpoint["encoder"] | {"source": source and Path(source).name}
     return convert_floats(checkpoint, torch.float32, torch.float16) | {"config": config, "encoder": encoder}

@@ -26,6 +26,7 @@ class Hypothesis:
     log_prob: float  # of the decoder, with that of `<eos>` where it was written
     score: float  # what ranks it: `log_prob` with the length penalty, and what `models.consensus` adds
     attention: torch.Tensor | None = field(default=None, compare=False)  # alphas of each word (words, A, L)
+    cider: float | None = None  # what consensus expects, of 10 at most
 
 
 @torch.inference_mode()

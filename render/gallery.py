@@ -28,7 +28,7 @@ def row(
     *,
     size: tuple[int, int],
     name: str,
-    probabilities: Sequence[float] = (),
+    doubt: str = "",
     attention: AttentionMaps | None = None,
 ) -> dict[str, Any]:
     """Return what the page holds of a picture as `draw_caption` saved it, and of its captions, the best first.
@@ -37,7 +37,7 @@ def row(
         image: the file's path relative to the page, with forward slashes; `name` is shown below the captions.
         references: captions written by people.
         size: (width, height) of the picture itself; the page hides the strip below it.
-        probabilities: of each caption, per word, between 0 and 1; empty where they are not to be shown.
+        doubt: shown below the best caption where the model is unsure of it.
         attention: of the best caption; pointing at a word shows the regions that the model attended to.
     """
     found: dict[str, Any] = {
@@ -47,7 +47,7 @@ def row(
         "frame_size": frame_size(size),
         "picture_size": display_size(size),  # centred in the frame
         "captions": [plain_text(caption) or NO_WORDS for caption in captions],
-        "probabilities": [float(f"{probability:.3g}") for probability in probabilities],
+        "doubt": plain_text(doubt),
         "references": [plain_text(reference) or NO_WORDS for reference in references],
     }
     if attention and attention.words:

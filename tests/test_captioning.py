@@ -1,15 +1,15 @@
 """captioning.py: the same captions whoever asks, from paths, PIL images and cached features."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from captioners import save_captioner
 from PIL import Image
 
-from captioning import Captioner, Picture, caption_dataset, encode_dataset, probability_per_word
+from captioning import Captioner, Picture, caption_dataset, doubt, encode_dataset, prediction
 from config import Config
 from data.folders import ImageFolders
 from data.transforms import open_picture
@@ -58,7 +58,13 @@ def test_a_setting_that_there_is_not_and_a_broken_picture_are_refused(
         captioner.caption(paths)
 
 
-@pytest.mark.parametrize(("max_length", "tokens"), [(25, 3), (3, 3), (2, 2)])
-def test_the_probability_per_word_counts_the_end_where_one_was_written(max_length: int, tokens: int) -> None:
-    caption = Caption("a dog", ("a", "dog"), log_prob=tokens * math.log(0.5), score=0.0)
-    assert probability_per_word(caption, max_length) == pytest.approx(0.5)
+def test_doubt_is_said_of_captions_that_are_probably_wrong_with_what_the_picture_may_show() -> None:
+    caption = Caption("a dog", ("a", "dog"), -1.0, -0.5)
+    assert doubt(caption) == ""  # of a model that was never calibrated
+    assert doubt(replace(caption, confidence=0.5)) == ""
+    assert doubt(replace(caption, confidence=0.49)) == "unsure"
+    unsure = replace(caption, confidence=0.2, perhaps=("school bus", "cat"))
+    assert doubt(unsure) == "unsure; perhaps: school bus, cat"
+    assert prediction("1.jpg", [caption], 1) == {"image_id": "1.jpg", "caption": "a dog"}
+    told = {"confidence": 0.2, "perhaps": ["school bus", "cat"]}
+    assert prediction("1.jpg", [unsure], 1) == {"image_id": "1.jpg", "caption": "a dog", **told}

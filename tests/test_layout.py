@@ -11,7 +11,7 @@ import cli
 
 ROOT = Path(cli.__file__).parent
 SCRIPTS = {
-    *("train", "evaluate", "inference_visualize", "visualize_loss", "app"),
+    *("train", "evaluate", "calibrate", "inference_visualize", "visualize_loss", "app"),
     *("models.export", "models.publish", "data.write_tars", "data.download"),
 }
 FLOORS = (  # of two modules the lower one never imports the other, but those of one floor may import each other

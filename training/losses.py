@@ -175,7 +175,7 @@ class SelfCritical(nn.Module):
             words = pad([[i for i in ids if i != EOS] or [PAD] for ids in captions])  # (B K, T)
             own = self.own_row[batch.image_ids.cpu()]  # (B,)
             weights = self.consensus.reward.weights(self.consensus.embed(batch.features), own)  # (B, P)
-            expected = self.consensus.expected_cider(weights, words, image_index)  # (B K,)
+            expected = self.consensus.expected_cider(*self.consensus.mean(weights), words, image_index)  # (B K,)
             rewards += self.consensus_weight * expected.view_as(rewards)
         return rewards
 

@@ -94,11 +94,11 @@ def test_the_models_own_score_counts_beside_it(consensus: Consensus) -> None:
         assert ranked[0].log_prob == first.log_prob
     smoother, sharper = consensus.ranking, consensus.reward  # search ranks by another regression than training rewards
     assert smoother.sharpness < sharper.sharpness
-    expected = consensus.expected_cider(
-        smoother.weights(consensus.embed(ALIKE[:1])), torch.tensor([liked.ids]), torch.tensor([0])
-    )
+    weights = smoother.weights(consensus.embed(ALIKE[:1]))
+    expected = consensus.expected_cider(*consensus.mean(weights), torch.tensor([liked.ids]), torch.tensor([0]))
     [[ranked_alone]] = consensus.rank(ALIKE[:1], [[liked]], 1.0)
     assert ranked_alone.score == pytest.approx(-1.0 + float(expected))
+    assert ranked_alone.cider == pytest.approx(float(expected))
 
 
 def test_a_caption_without_words_expects_nothing(consensus: Consensus) -> None:
@@ -114,7 +114,8 @@ def test_what_is_expected_is_the_cider_that_similar_pictures_would_give() -> Non
     reward = CiderReward([[ids(caption) for image, caption in rows if image == each] for each in IMAGES])
     tokens, alone = pad(list(map(ids, captions))), remember(ALIKE, rows)
     for picture in range(6):
-        expected = alone.expected_cider(torch.eye(6), tokens, torch.full((len(captions),), picture))
+        of = torch.full((len(captions),), picture)
+        expected = alone.expected_cider(*alone.mean(torch.eye(6)), tokens, of)
         torch.testing.assert_close(expected, torch.tensor(reward(list(map(ids, captions)), picture)))
 
 
@@ -125,8 +126,8 @@ def test_regions_are_compared_by_their_mean(consensus: Consensus) -> None:
 
 def test_ngrams_of_a_single_picture_and_unknown_words_only_lengthen_a_caption() -> None:
     captions = torch.tensor([[4, 5, 6, 9], [4, 5, 7, 9], [4, 8, 0, 0]])
-    ngrams = NGrams(captions, torch.tensor([0, 1, 2]))
-    assert ngrams.count == NGrams(captions * 10**9, torch.arange(3)).count == 1 + 4  # the root; 4, 5, 9, "4 5"
+    ngrams = NGrams.of(captions, torch.tensor([0, 1, 2]))
+    assert ngrams.count == NGrams.of(captions * 10**9, torch.arange(3)).count == 1 + 4  # the root; 4, 5, 9, "4 5"
     row, number, weight = ngrams.tf_idf(torch.tensor([[5, 0], [5, 99], [99, 98]]))
     assert row.tolist() == [0, 1]
     assert number[0] == number[1]

@@ -80,7 +80,7 @@ def test_a_class_is_a_word_of_the_vocabulary_where_the_picture_shows_it(
     probs = torch.zeros(3, 1000)
     probs[0, [dog, dog + 1]], probs[1, dog], probs[2, bus] = 0.4, 0.2, 1.0
     monkeypatch.setattr(model.encoder, "classify", lambda features: probs)
-    bonus = model.class_bonus(torch.rand(3, 512), 2.0)
+    bonus = model.class_bonus(probs, 2.0)
     [(place, word)] = bonus.nonzero().tolist()
     assert (place, VOCAB.words[word]) == (0, "dog")  # too little of one, and a word that the vocabulary lacks
     assert bonus[place, word] == pytest.approx(1.6)

@@ -16,9 +16,9 @@ Row = tuple[str, list[str], list[str]]  # image, captions, references
 def write(path: Path, rows: list[Row], scores: Sequence[float] = ()) -> Path:
     made = []
     for image, texts, references in rows:
-        probabilities = [0.5, 0.123456, 0.00456][: len(texts)] if len(texts) > 1 else []
+        doubt = "unsure" if len(texts) > 1 else ""
         name = image.rpartition("/")[2]
-        made.append(gallery.row(image, texts, references, size=(448, 448), name=name, probabilities=probabilities))
+        made.append(gallery.row(image, texts, references, size=(448, 448), name=name, doubt=doubt))
     path.write_text(gallery.page("Flickr8k <test>", "run & score", made, scores), encoding="utf-8")
     return path
 
@@ -40,8 +40,8 @@ def test_the_page_holds_each_picture_and_needs_no_other_file(tmp_path: Path) -> 
     assert not re.search(r"https?:|\bon\w+=|<link|\{\{|/\* (rows|scores)|@import", text)
     assert first["image"] == "./outputs/a.jpg" and first["name"] == "a.jpg"
     assert first["captions"] == ["a dog", "(no words)", "a cat"] and first["references"] == ["dog <b>"]
-    assert first["probabilities"] == [0.5, 0.123, 0.00456]
-    assert second["captions"] == ["a bird"] and second["references"] == second["probabilities"] == []
+    assert first["doubt"] == "unsure" and second["doubt"] == ""
+    assert second["captions"] == ["a bird"] and second["references"] == []
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,11 @@ def test_equal_scores_keep_their_order_and_an_order_can_be_taken_back(small_page
 
 
 @needs_chromium
-def test_other_captions_follow_the_best_each_with_its_probability_per_word(small_page: Path) -> None:
+def test_other_captions_follow_the_best_and_only_the_best_has_its_doubt(small_page: Path) -> None:
     dom = browse(small_page, "#q=2+last")
     assert captions(dom) == ["2"]
     assert captions(dom, "other") == ["2 again", "2 at last"]
-    shown = re.findall(r'<span class="probability" title="Probability per word[^"]*">(.*?)</span>', dom)
-    assert shown == ["50% per word", "12% per word", "0.46% per word"]
+    assert re.findall(r'<span class="doubt" title="By its own estimate[^"]*">(.*?)</span>', dom) == ["unsure"]
 
 
 @needs_chromium

@@ -1,0 +1,118 @@
+"""Let a captioner say how sure it is: fit its confidence to captions of the val pictures, and store it in its file.
+
+python calibrate.py                                    the newest run
+python calibrate.py --checkpoint pretrained/captioner.pth "data.root=[archive, coco]"
+"""
+
+from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
+
+# isort: split
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import metrics
+from captioning import batched, encode_dataset
+from config import setting_names
+from data import annotations, splits
+from models.checkpoint import load_model
+from models.confidence import RIGHT, Confidence
+from models.model import CaptionModel
+from render.reliability import draw_reliability
+from utils import as_json, find_run, load_checkpoint, pick_device, save_checkpoint, write_atomically
+
+FOLDS = 5  # what is shown was estimated for captions that it was not fitted to
+BINS = 8  # of the reliability diagram, with as many captions each
+
+
+def main() -> None:
+    args = parse_args()
+    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    model = load_model(path, args.overrides).to(pick_device())
+    config = model.config.data
+    table = annotations.load(config, splits.read_splits(path.parent))
+    rows = table[table["split"] == "val"]
+    references = annotations.references(rows)
+    print(f"captioning {len(references):,} val pictures with {path}")
+    inputs, captions = caption(model, list(references))
+    tokeniser = metrics.pick_tokeniser("auto", config.language)
+    scores = metrics.evaluate(captions, references, tokeniser.tokenise, config.language, ["cider"])
+    right = torch.from_numpy(scores.per_image["cider"] >= RIGHT)  # (N,)
+
+    dataset_of = dict(rows[["image", "dataset"]].to_numpy().tolist())
+    datasets = np.array([dataset_of[image] for image in references])  # (N,)
+    chances = cross_validate(inputs, right)
+    about = {name: judge(chances[datasets == name], right.numpy()[datasets == name]) for name in sorted(set(datasets))}
+    print(f"a caption counts as right where its CIDEr-D is at least {RIGHT:g}; AUC is the area under the ROC curve")
+    for name, each in about.items():
+        halves = f"of the half it is surest of {each['surest_half']:.0%}, of the others {each['other_half']:.0%}"
+        print(f"{name}: {each['right']:.0%} of {each['captions']:,} are right, {halves}; AUC {each['auc']:.2f}")
+    confidence = Confidence.fit(inputs, right)
+    save_checkpoint(path, load_checkpoint(path) | {"confidence": confidence.state()})
+    out = Path(args.out or path.parent)
+    write_atomically(out / "reliability.json", as_json({"right": RIGHT, "datasets": about}))
+    write_atomically(out / "reliability.png", draw_reliability(about))
+    print(f"wrote {path}, which says how sure it is from now on, and {out}/reliability.png and .json")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(
+        description="Fit how sure a captioner is of its captions, and store that in its checkpoint.",
+        epilog="Example: python calibrate.py --run attention",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
+    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
+    parser.add_argument("--out", metavar="FOLDER", help="where the diagram is written (default: beside the checkpoint)")
+    return parser.parse_options(setting_names())
+
+
+def caption(model: CaptionModel, images: list[str]) -> tuple[torch.Tensor, dict[str, str]]:
+    """Return what confidence in the best caption of each picture is estimated from (N, 4), and the captions."""
+    features = encode_dataset(model, images, annotations.image_folders(model.config.data))
+    inputs, captions = [], dict[str, str]()
+    for names in batched(images):
+        found, probs = model.find(features.take(names), model.config.search)
+        inputs.append(model.evidence(found, probs, model.config.search))
+        captions |= {name: model.caption(best).text for name, [best] in zip(names, found, strict=True)}
+    return torch.cat(inputs), captions
+
+
+def cross_validate(inputs: torch.Tensor, right: torch.Tensor) -> np.ndarray:
+    """Return the chance of each caption to be right (N,), estimated from the captions of other folds."""
+    fold = np.random.default_rng(0).permutation(len(right)) % FOLDS  # (N,)
+    chances = np.zeros(len(right))
+    for number in range(FOLDS):
+        fitted = Confidence.fit(inputs[fold != number], right[fold != number])
+        chances[fold == number] = fitted.chances(inputs[fold == number])
+    return chances
+
+
+def judge(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Return how well chances (N,) tell the captions that are right from the others, and how true they are: `bins` are
+    the mean chance and the share that is right of captions in the order of their chances.
+    """
+    order = np.argsort(-chances, kind="stable")
+    half = len(order) // 2
+    bins = [part for part in np.array_split(order, BINS) if len(part)]
+    return {
+        "captions": len(right),
+        "right": float(right.mean()),
+        "surest_half": float(right[order[:half]].mean()),
+        "other_half": float(right[order[half:]].mean()),
+        "auc": area_under_roc(chances, right),
+        "bins": [{"chance": float(chances[part].mean()), "right": float(right[part].mean())} for part in bins],
+    }
+
+
+def area_under_roc(chances: np.ndarray, right: np.ndarray) -> float:
+    """Return how often a caption that is right has a higher chance than one that is not; half where they are equal."""
+    above, below = chances[right][:, None], chances[~right][None]
+    return float(((above > below) + 0.5 * (above == below)).mean()) if above.size and below.size else float("nan")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))
