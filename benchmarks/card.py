@@ -74,7 +74,7 @@ def about_training(first: Sequence[Found], seeds: Sequence[Found], best: Found, 
         "seeds": ", ".join(str(result["seed"]) for result in seeds),
         "first_minutes": ", ".join(f"{result['train_minutes']:.0f}" for result in first),
         "minutes": ", ".join(f"{result['train_minutes']:.0f}" for result in seeds),
-        "memory": max(result["peak_memory_gb"] for result in [*first, *seeds]),
+        "memory": max(result["peak_memory_gb"] or 0 for result in [*first, *seeds]),
         "machine": f"{machine['processor']}, PyTorch {machine['torch']}, threads: {machine['threads']}",
         **{
             f"{dataset}_{name}": f"{kept['datasets'][dataset][name]:.2f}"
