@@ -25,7 +25,7 @@ from models.model import Caption
 from render.attention import AttentionMaps, heat_map, split_before
 from render.caption import display_size
 from render.fonts import plain_text
-from utils import PRETRAINED, RUNS, as_json, knows_photographs, unique_name
+from utils import LANGUAGES, PRETRAINED, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
 STYLE = Path(__file__).with_name("render") / "app.css"
@@ -64,7 +64,7 @@ def find_checkpoints() -> list[Path]:
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     named = parser.parse_options().checkpoint
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    given = [PRETRAINED] if PRETRAINED.is_file() else []
+    given = [path for path in (PRETRAINED, PRETRAINED.with_name("captioner.zh.pth")) if path.is_file()]
     found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
     if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
@@ -74,6 +74,8 @@ def find_checkpoints() -> list[Path]:
 def name_of(path: Path) -> str:
     if path == PRETRAINED:
         return "pretrained"
+    if path == LANGUAGES["zh"]:
+        return "pretrained, Chinese"
     return plain_text((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 

@@ -30,7 +30,7 @@ from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
-from utils import PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
+from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     checkpoint += "or pretrained/captioner.pth); repeat it and several models write together"
     add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
     add_model("--run", metavar="NAME", help="take this run's checkpoint")
+    add_model("--language", choices=LANGUAGES, help="take the captioner in pretrained/ that writes English, or Chinese")
     split = "the pictures, without --images (default: test, or val where it is empty)"
     add_pictures("--split", choices=["train", "val", "dev", "test"], help=split)
     add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
@@ -75,6 +76,8 @@ def main() -> None:
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
+    if args.language and not args.images:
+        raise UserError("--language takes a captioner that belongs to no run; say with --images what to caption")
     captioner = Captioner.load(checkpoints, args.overrides)
     model, named = captioner.model, ", ".join(map(str, checkpoints))
     heads = choose_heads(args.attention, model.decoder.heads, named)
@@ -103,6 +106,8 @@ def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
     """Return those named, or the newest run's: for --images, a run that knows photographs, or else pretrained/."""
     if args.checkpoint:
         return [Path(name) for name in args.checkpoint]
+    if args.language:
+        return [LANGUAGES[args.language]]
     if args.run or not args.images:
         return [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]
     try:

@@ -23,6 +23,7 @@ from config import flatten, read_yaml
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
+LANGUAGES = {"en": PRETRAINED, "zh": PRETRAINED.with_name("captioner.zh.pth")}  # of the captioners there
 CHECKPOINT_FORMAT = "image-captioning/2"
 # What torch and zipfile raise for damaged files.
 DAMAGED = (

@@ -14,7 +14,7 @@ def draw_reliability(datasets: dict[str, dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "--", color=LINES, linewidth=1.5)
-    axes.text(0.97, 0.93, "as it should be", color=TEXT, ha="right", va="top", rotation=45, alpha=0.7)
+    axes.text(0.1, 0.07, "as it should be", color=TEXT, va="top", rotation=45, rotation_mode="anchor", alpha=0.7)
     for (name, about), colour in zip(datasets.items(), COLOURS, strict=False):
         chances, right = ([each[key] for each in about["bins"]] for key in ("chance", "right"))
         label = f"{name}: {about['captions']:,} captions, area under ROC {about['auc']:.2f}"
