@@ -162,6 +162,23 @@ def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_sample
     assert "with runs/flickr8k/checkpoints.pth" in capsys.readouterr().out
 
 
+def test_the_captioner_of_another_language_can_be_taken(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--images", "archive/images/00.jpg", "--language", "zh") == 0
+    assert "captioner.zh.pth" in capsys.readouterr().out
+    assert re.fullmatch("[\u4e00-\u9fff]+", captions_of(".")["00.jpg"])
+    assert run("--language", "zh") == 2
+    assert "say with --images what to caption" in capsys.readouterr().err
+
+
+def test_a_caption_that_is_probably_wrong_is_marked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--images", "archive/images/00.jpg", "--language", "en") == 0
+    [row] = json.loads(Path("predictions.json").read_text())
+    assert 0 < row["confidence"] < 0.5  # a drawing, which it knows nothing of
+    assert f"{row['caption']} (unsure" in capsys.readouterr().out
+    [shown] = page_rows()
+    assert shown["doubt"].startswith("unsure")
+
+
 def test_a_checkpoint_and_pictures_are_all_it_takes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy("runs/flickr8k/checkpoints.pth", "model.pth")
     shutil.copy("archive/images/00.jpg", "photo.jpg")

@@ -11,7 +11,9 @@ from conftest import make_dataset
 
 from data.dataset import pad
 from data.vocab import build_vocab
+from models import publish
 from models.checkpoint import load_model, model_state
+from models.compact_consensus import CompactConsensus
 from models.consensus import Consensus, KernelRegression, NGrams
 from models.ensemble import load_ensemble
 from models.model import CaptionModel
@@ -215,3 +217,64 @@ def test_one_of_another_checkpoint_is_refused(
     told = ("consensus.pth is damaged", f"python train.py --resume --run {alone.parent.name}", "search.consensus=0")
     with refused(*told):
         load_model(alone)
+
+
+# ---- compact consensus -----------------------------------------------------------------------------------------------
+
+
+def test_the_most_frequent_ngrams_have_the_weights_that_they_have_alone() -> None:
+    captions, of = torch.tensor([[4, 5, 6], [4, 5, 7], [4, 5, 6], [4, 8, 0], [4, 8, 0]]), torch.arange(5)
+    ngrams = NGrams.of(captions, of)
+    few, kept = ngrams.most_frequent(5)  # "4" in five; "5" and "4 5" in three; "6", "8", and what ends with them in two
+    assert few.count == len(kept) == 1 + 3
+    for tokens in ([[4, 5]], [[4, 8, 5]], [[4, 5, 4]]):
+        row, number, weight = few.tf_idf(torch.tensor(tokens))
+        _, whole, _ = ngrams.tf_idf(torch.tensor(tokens))
+        assert set(kept[number].tolist()) <= set(whole.tolist())
+        assert not row.any() and bool((weight <= 1).all())
+    everything, all_kept = ngrams.most_frequent(100)
+    assert torch.equal(everything.codes, ngrams.codes) and all_kept.tolist() == list(range(ngrams.count))
+
+
+def test_the_compact_one_expects_about_the_same_without_remembering_a_caption(consensus: Consensus) -> None:
+    compact = CompactConsensus.fit(consensus)
+    assert not {"captions", "words", "embeddings"} & compact.state.keys()
+    assert [compact.state["table"].dtype, compact.state["projection"].shape[1]] == [torch.int8, 8]
+    found = [hypotheses(*(captions[0] for captions in SAID.values()))] * 3
+    for ranked, own in zip(compact.rank(ALIKE[[0, 2, 4]], found, weight=1.0), SAID.values(), strict=True):
+        assert ranked[0].ids == ids(own[0])
+    whole, lengths = consensus.expect(ALIKE)
+    linear, linear_lengths = compact.expect(ALIKE)
+    assert float((whole - linear).abs().max()) < 0.1 * float(whole.abs().max())
+    torch.testing.assert_close(lengths, linear_lengths, atol=0.3, rtol=0)
+
+
+def test_a_published_checkpoint_ranks_by_itself(run: Path, tmp_path: Path, call: Callable[..., int]) -> None:
+    given = tmp_path / "given.pth"
+    assert call(publish.main, run, given) == 0
+    saved, model = load_checkpoint(given), load_model(given)
+    assert saved["config"]["search"]["consensus"] == 5.0 and isinstance(model.consensus, CompactConsensus)
+    by_score = [each[0].text for each in load_model(given, ["search.consensus=0"]).generate(FEATURES)]
+    assert texts(model) != by_score
+    assert all(each[0].score > each[0].log_prob for each in model.generate(FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("projection", torch.zeros(6, 4)),
+        ("centre", torch.full((512,), float("nan"))),
+        ("codes", torch.zeros(3, dtype=torch.int64)),
+        ("base", torch.tensor(10**9)),
+        ("table", None),
+    ],
+)
+def test_a_damaged_consensus_inside_is_refused(
+    part: str, value: object, run: Path, tmp_path: Path, call: Callable[..., int], refused: Callable[..., Any]
+) -> None:
+    given = tmp_path / "given.pth"
+    assert call(publish.main, run, given) == 0
+    content = load_checkpoint(given)
+    save_checkpoint(given, content | {"consensus": content["consensus"] | {part: value}})
+    with refused("the consensus inside", "given.pth", "damaged"):
+        load_model(given)
