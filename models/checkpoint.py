@@ -101,7 +101,8 @@ def restore_confidence(saved: dict[str, Any], path: Path) -> Confidence | None:
     state = saved.get("confidence")
     if state is None:
         return None
-    numbers = [*state.get("weights", ()), state.get("bias")] if isinstance(state, dict) else []
+    weights = state.get("weights") if isinstance(state, dict) else None
+    numbers = [*weights, state["bias"]] if isinstance(weights, list) and "bias" in state else []
     if len(numbers) != len(INPUTS) + 1 or not all(isinstance(each, float) and math.isfinite(each) for each in numbers):
         raise UserError(f"the calibration inside {path} is damaged; make it anew with: python calibrate.py")
     return Confidence(tuple(numbers[:-1]), numbers[-1])

@@ -165,17 +165,17 @@ def test_photographs_are_given_to_the_pretrained_model_rather_than_to_the_sample
 def test_the_captioner_of_another_language_can_be_taken(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--images", "archive/images/00.jpg", "--language", "zh") == 0
     assert "captioner.zh.pth" in capsys.readouterr().out
-    assert re.fullmatch("[\u4e00-\u9fff]+", captions_of(".")["00.jpg"])
+    assert re.fullmatch("[\u4e00-\u9fff]+", captions_of(".")["archive/images/00.jpg"])
     assert run("--language", "zh") == 2
     assert "say with --images what to caption" in capsys.readouterr().err
 
 
 def test_a_caption_that_is_probably_wrong_is_marked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--images", "archive/images/00.jpg", "--language", "en") == 0
-    [row] = json.loads(Path("predictions.json").read_text())
+    [row] = read_predictions(".")
     assert 0 < row["confidence"] < 0.5  # a drawing, which it knows nothing of
     assert f"{row['caption']} (unsure" in capsys.readouterr().out
-    [shown] = page_rows()
+    [shown] = read_rows(Path("captions_result.html"))
     assert shown["doubt"].startswith("unsure")
 
 
