@@ -25,7 +25,7 @@ from models.model import Caption
 from render.attention import AttentionMaps, heat_map, split_before
 from render.caption import display_size
 from render.fonts import plain_text
-from utils import LANGUAGES, PRETRAINED, RUNS, as_json, knows_photographs, unique_name
+from utils import LANGUAGES, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
 STYLE = Path(__file__).with_name("render") / "app.css"
@@ -64,7 +64,7 @@ def find_checkpoints() -> list[Path]:
     parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
     named = parser.parse_options().checkpoint
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    given = [path for path in (PRETRAINED, PRETRAINED.with_name("captioner.zh.pth")) if path.is_file()]
+    given = [path for path in LANGUAGES.values() if path.is_file()]
     found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
     if not named and not found:
         raise UserError(f"there is no trained captioner under {RUNS}/ yet; train one with: python train.py")
@@ -72,10 +72,8 @@ def find_checkpoints() -> list[Path]:
 
 
 def name_of(path: Path) -> str:
-    if path == PRETRAINED:
-        return "pretrained"
-    if path == LANGUAGES["zh"]:
-        return "pretrained, Chinese"
+    if path in LANGUAGES.values():
+        return "pretrained" if path == LANGUAGES["en"] else "pretrained, Chinese"
     return plain_text((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 
@@ -104,7 +102,7 @@ def stamp(path: Path) -> tuple[str, int]:
     return str(path), path.stat().st_mtime_ns if path.is_file() else 0
 
 
-@st.cache_resource(max_entries=3, show_spinner="Reading the model …", hash_funcs={type(PRETRAINED): stamp})
+@st.cache_resource(max_entries=3, show_spinner="Reading the model …", hash_funcs={type(Path()): stamp})
 def load(path: Path) -> Captioner:
     return Captioner.load(path)
 
@@ -147,7 +145,7 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
     return rows
 
 
-@st.cache_data(max_entries=100, show_spinner=False, hash_funcs={type(PRETRAINED): stamp})
+@st.cache_data(max_entries=100, show_spinner=False, hash_funcs={type(Path()): stamp})
 def encode(path: Path, name: str, content: bytes) -> Encoded:
     """Return the picture as it is shown, and its features; raises UserError for a broken one."""
     [encoded] = load(path).read([Picture(Path(name), name, name, content=content)])

@@ -4,7 +4,7 @@ python calibrate.py                                    the newest run
 python calibrate.py --checkpoint pretrained/captioner.pth "data.root=[archive, coco]"
 """
 
-from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import argparse
@@ -25,6 +25,7 @@ from render.reliability import draw_reliability
 from utils import as_json, find_run, load_checkpoint, pick_device, save_checkpoint, write_atomically
 
 FOLDS = 5  # what is shown was estimated for captions that it was not fitted to
+LEAST = 20  # val pictures
 BINS = 8  # of the reliability diagram, with as many captions each
 
 
@@ -36,6 +37,11 @@ def main() -> None:
     table = annotations.load(config, splits.read_splits(path.parent))
     rows = table[table["split"] == "val"]
     references = annotations.references(rows)
+    if len(references) < LEAST:
+        raise UserError(
+            f"{config.source} has {len(references)} val pictures, too few to tell how sure a captioner is; "
+            f"calibrate it on a dataset with {LEAST} at least, with data.root=FOLDER"
+        )
     print(f"captioning {len(references):,} val pictures with {path}")
     inputs, captions = caption(model, list(references))
     tokeniser = metrics.pick_tokeniser("auto", config.language)

@@ -1,7 +1,7 @@
-"""Write the model card of the captioner in pretrained/, in Hugging Face's form: `python -m benchmarks.card`.
+"""Write the model cards of the captioners in pretrained/, in Hugging Face's form: `python -m benchmarks.card`.
 
 The text is that of benchmarks/card.md, in which $names stand for figures of the results of configs/pretrained.yaml
-and configs/pretrained_scst.yaml, or of benchmarks/limits.py.
+and configs/pretrained_scst.yaml, or of benchmarks/limits.py; that of the Chinese one is in benchmarks/card_zh.md.
 """
 
 from cli import UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
@@ -15,11 +15,13 @@ from benchmarks.limits import AGREE, LIMITS
 from benchmarks.report import BOTH, TITLES, Found, all_settings, read, show, spread, table
 from config import flatten, load_config
 from models.encoder import file_sha256
-from utils import PRETRAINED, write_atomically
+from utils import LANGUAGES, PRETRAINED, write_atomically
 
 FIRST, RECIPE = "pretrained", "pretrained_scst"  # the second goes on from what the first has learned
 TEXT = Path(__file__).with_suffix(".md")
 CARD = PRETRAINED.with_name("README.md")
+CHINESE = TEXT.with_name("results") / "flickr8k_cn"
+CHINESE_CARD = CARD.with_name("README.zh.md")
 SHOWN = ("bleu4", "meteor", "cider")  # of each dataset
 WRITING = {  # of `metrics.describe`
     "length": ("words a caption", "{:.1f}"),
@@ -32,7 +34,8 @@ WRITING = {  # of `metrics.describe`
 
 def main() -> None:
     write_atomically(CARD, make(LIMITS.parent, PRETRAINED).encode())
-    print(f"wrote {CARD}")
+    write_atomically(CHINESE_CARD, make_chinese(CHINESE, LANGUAGES["zh"]).encode())
+    print(f"wrote {CARD} and {CHINESE_CARD}")
 
 
 def make(results: Path, checkpoint: Path) -> str:
@@ -40,7 +43,7 @@ def make(results: Path, checkpoint: Path) -> str:
 
     Raises UserError for a checkpoint that is not the one measured or not the best.
     """
-    first, seeds = ([read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))] for recipe in (FIRST, RECIPE))
+    first, seeds = (read_seeds(results, recipe) for recipe in (FIRST, RECIPE))
     limits, best = read(results / LIMITS.name), max(seeds, key=lambda result: result["scores"]["cider"])
     if limits["checkpoint"]["sha256"] != file_sha256(checkpoint):
         raise UserError(f"{LIMITS.name} is not of this {checkpoint.name}; write it: python -m benchmarks.limits")
@@ -50,6 +53,56 @@ def make(results: Path, checkpoint: Path) -> str:
         )
     facts = about_training(first, seeds, best, limits["scores"]) | about_captions(limits)
     return Template(TEXT.read_text(encoding="utf-8")).substitute(facts)
+
+
+def make_chinese(results: Path, checkpoint: Path) -> str:
+    """Return the card of the Chinese captioner, from the folder with the results of its seeds and its own scores."""
+    first, seeds = (read_seeds(results, recipe) for recipe in ("pretrained_zh", "pretrained_zh_scst"))
+    kept = read(results / "captioner.json")
+    file, scores, captions = kept["checkpoint"], kept["scores"], kept["scores"]["captions"]
+    if file["sha256"] != file_sha256(checkpoint):
+        raise UserError(f"{results / 'captioner.json'} is not of this {checkpoint.name}; score it with evaluate.py")
+    names = ("bleu4", "rouge_l", "cider")
+    rows = [
+        [
+            f"seed {found['seed']}",
+            *(score([found["scores"][name], *found["intervals"].get(name, [])]) for name in names),
+        ]
+        for found in seeds
+    ]
+    rows.append(["mean ± deviation", *(spread([found["scores"][name] for found in seeds]) for name in names)])
+    rows.append(
+        ["**`captioner.zh.pth`**", *(score([scores[name], *scores["intervals"].get(name, [])]) for name in names)]
+    )
+    means = [spread([found["scores"][name] for found in first]) for name in names]
+    rows.append(["`configs/pretrained_zh.yaml`, mean", *means])
+    config, machine = seeds[0]["config"], seeds[0]["environment"]
+    facts = {
+        "name": f"{config['encoder.name']}-{config['decoder.name']}".replace("_", "-"),
+        "encoder": config["encoder.name"],
+        "bleu4": f"{scores['bleu4']:.2f}",
+        "cider": f"{scores['cider']:.2f}",
+        "length": f"{captions['length']:.0f}",
+        "megabytes": f"{file['bytes'] / 1e6:.1f}",
+        "weights": f"{file['decoder_weights'] / 1e6:.1f}",
+        "words": f"{file['words']:,}",
+        "min_count": config["data.min_count"],
+        "first_minutes": ", ".join(f"{found['train_minutes']:.0f}" for found in first),
+        "minutes": ", ".join(f"{found['train_minutes']:.0f}" for found in seeds),
+        "seeds": ", ".join(str(found["seed"]) for found in seeds),
+        "machine": f"{machine['processor']}, PyTorch {machine['torch']}",
+        "scores": table(["", *(TITLES[name] for name in names)], rows),
+        "signature": scores["signature"],
+        "distinct": f"{captions['distinct_captions']:.0%}",
+        "known": f"{1 - captions['novelty']:.0%}",
+        "used": captions["vocabulary"],
+        "sha256": file["sha256"],
+    }
+    return Template(TEXT.with_name("card_zh.md").read_text(encoding="utf-8")).substitute(facts)
+
+
+def read_seeds(results: Path, recipe: str) -> list[Found]:
+    return [read(path) for path in sorted(results.glob(f"{recipe}-seed*.json"))]
 
 
 def about_training(first: Sequence[Found], seeds: Sequence[Found], best: Found, kept: Found) -> dict[str, object]:

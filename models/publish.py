@@ -3,7 +3,8 @@
     python -m models.publish runs/pretrained-seed1/checkpoints.pth pretrained/captioner.pth
 
 What is written is an ordinary checkpoint, which every script reads. Its search may be said anew: search.classes=2. Of
-consensus.pth, which holds captions, it has only what models.compact_consensus makes of it.
+consensus.pth, which holds captions, it has only what models.compact_consensus makes of it. A model card is written
+beside it, as captioner.md, unless there is one already.
 """
 
 from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 
 from config import FREE, load_config, marked, setting_names
+from models.card import make_card
 from models.checkpoint import convert_floats, load_model
 from models.compact_consensus import CompactConsensus
 from models.consensus import Consensus
 from models.encoder import file_sha256
-from utils import load_checkpoint, save_checkpoint
+from utils import load_checkpoint, save_checkpoint, write_atomically
 
 
 def main() -> None:
@@ -35,7 +37,13 @@ def main() -> None:
     if isinstance(model.consensus, Consensus):
         checkpoint["consensus"] = CompactConsensus.fit(model.consensus).state
     save_checkpoint(args.out, publishable(checkpoint))
-    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {file_sha256(args.out)}")
+    sha256, card = file_sha256(args.out), args.out.with_suffix(".md")
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {sha256}")
+    if card.exists():
+        print(f"left {card} as it is; remove it to have a new model card")
+    else:
+        write_atomically(card, make_card(checkpoint, args.checkpoint.parent, args.out, sha256).encode())
+        print(f"wrote {card}, a model card; say there what only you know")
 
 
 def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:

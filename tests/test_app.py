@@ -28,9 +28,11 @@ from data.transforms import open_picture
 from data.vocab import SPECIALS, Vocabulary
 from models import consensus
 from models.checkpoint import load_model
+from models.confidence import INPUTS
 from models.model import Caption
 from render.attention import AttentionMaps
 from render.fonts import plain_text
+from utils import load_checkpoint, save_checkpoint
 
 Demo = Callable[..., AppTest]
 MARKDOWN = ["![x](https://a.invalid/x.png)", "[x](javascript:alert(1))", "https://a.invalid/", ":material/bolt: $x$"]
@@ -65,7 +67,7 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
 def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
     """`demo("--checkpoint", …)` opens the demo in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils, "PRETRAINED", Path("captioner.pth"))
+    monkeypatch.setattr(utils, "LANGUAGES", {"en": Path("captioner.pth"), "zh": Path("captioner.zh.pth")})
 
     def open_page(*words: object) -> AppTest:
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, words)])
@@ -128,8 +130,10 @@ def test_photographs_go_to_the_newest_run_and_to_the_model_of_shapes_last(demo: 
     assert page.selectbox[0].value == Path("runs/new/checkpoints.pth") and "photographs" not in markup(page)
     for name in ("runs/new", "runs/old"):
         shutil.rmtree(name)
-    assert demo().selectbox[0].options == ["pretrained", "runs/sample"]
-    Path("captioner.pth").unlink()
+    shutil.copy("captioner.pth", "captioner.zh.pth")
+    assert demo().selectbox[0].options == ["pretrained", "pretrained, Chinese", "runs/sample"]
+    for name in ("captioner.pth", "captioner.zh.pth"):
+        Path(name).unlink()
     assert "It learned from drawn shapes and knows no photographs." in texts(demo(), "quiet")
 
 
@@ -139,6 +143,9 @@ def test_a_picture_gets_its_best_captions_searched_as_chosen(demo: Demo, checkpo
     said = [*texts(page, "caption"), *texts(page, "other")]
     assert said == [caption.text for caption in own] and len(set(said)) == 3
     assert not texts(page, "doubt")  # of a model that was never calibrated
+    calibrated = load_checkpoint(model) | {"confidence": {"weights": [0.0] * len(INPUTS), "bias": -9.0}}
+    save_checkpoint(Path("calibrated.pth"), calibrated)
+    assert texts(drop(demo("--checkpoint", "calibrated.pth"), picture), "doubt")[0].startswith("unsure")
 
     chosen = {"beam": 4, "length_penalty": 0.0, "max_length": 5}
     for label, value in (("Captions", 2), *zip(("Beam", "Length penalty", "Most words"), chosen.values(), strict=True)):

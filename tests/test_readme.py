@@ -50,6 +50,7 @@ ELSEWHERE = {  # what is not run here, and where it is
     "python -m data.write_tars": "tests/data",
     'python train.py "data.shards': "tests/data",
     "python train.py --config configs/pretrained.yaml data.root=mine": "by hand: pretrained/ is on another encoder",
+    "python calibrate.py": "tests/test_calibrate.py, on more pictures",
     "python -c": "nowhere: it asks for a GPU",
 }
 

@@ -55,6 +55,8 @@ def made(tmp_path: Path) -> Path:
 def test_the_card_is_generated_from_the_results_of_this_checkpoint() -> None:
     made = card.make(limits.LIMITS.parent, card.PRETRAINED)
     assert card.CARD.read_text(encoding="utf-8") == made, "run: python -m benchmarks.card"
+    made = card.make_chinese(card.CHINESE, card.LANGUAGES["zh"])
+    assert card.CHINESE_CARD.read_text(encoding="utf-8") == made, "run: python -m benchmarks.card"
 
 
 def test_the_card_tells_training_scores_and_limits(made: Path) -> None:

@@ -1,10 +1,12 @@
 """Checkpoints that are given away: smaller, silent about the machine they are from, and as good."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data.vocab import build_vocab
 from models import publish
@@ -40,4 +42,22 @@ def test_what_is_given_away_is_the_same_model_in_half_the_space_and_knows_no_pat
     saved = load_checkpoint(given)
     assert saved["scores"] == {"val_cider": 50.0}
     assert saved["config"]["search"]["consensus"] == 0  # training captions are not given away
-    assert {path.name for path in trained.parent.iterdir()} == {"checkpoints.pth", "given.pth"}
+    assert {path.name for path in trained.parent.iterdir()} == {"checkpoints.pth", "given.pth", "given.md"}
+
+
+def test_a_card_tells_what_is_known_of_the_run_and_asks_for_the_rest(
+    folder: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(publish.main, "runs/flickr8k/checkpoints.pth", "mine.pth") == 0
+    assert "wrote mine.md, a model card" in capsys.readouterr().out
+    card = Path("mine.md").read_text(encoding="utf-8")
+    about = yaml.safe_load(card.split("---\n")[1])
+    scores = json.loads(Path("runs/flickr8k/scores-test.json").read_text())
+    [result] = about["model-index"][0]["results"]
+    assert {"type": "bleu-4", "name": "BLEU-4", "value": round(scores["bleu4"], 2)} in result["metrics"]
+    told = ["| archive | 8 | 2 | 2 |", f"`{scores['signature']}`", '`encoder.name` | `"resnet18"`', "mine.pth", "?"]
+    assert all(each in card for each in told)
+    assert str(folder) not in card
+    Path("mine.md").write_text("my own words")
+    assert call(publish.main, "runs/flickr8k/checkpoints.pth", "mine.pth") == 0
+    assert Path("mine.md").read_text() == "my own words" and "left mine.md as it is" in capsys.readouterr().out
