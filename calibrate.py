@@ -4,10 +4,12 @@ python calibrate.py                                    the newest run
 python calibrate.py --checkpoint pretrained/captioner.pth "data.root=[archive, coco]"
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+import options
+from cli import UserError, answer_early, run_script
 
-# isort: split
-import argparse
+if __name__ == "__main__":
+    answer_early(options.calibrate, "PyTorch")  # --help and mistakes, before PyTorch is imported
+
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import torch
 
 import metrics
 from captioning import batched, encode_dataset
-from config import setting_names
 from data import annotations, splits
+from data.folders import image_folders
+from files import as_json, find_run, write_atomically
 from models.checkpoint import load_model
 from models.confidence import RIGHT, Confidence
 from models.model import CaptionModel
 from render.reliability import draw_reliability
-from utils import as_json, find_run, load_checkpoint, pick_device, save_checkpoint, write_atomically
+from utils import load_checkpoint, pick_device, save_checkpoint
 
 FOLDS = 5  # what is shown was estimated for captions that it was not fitted to
 LEAST = 20  # val pictures
@@ -30,8 +33,8 @@ BINS = 8  # of the reliability diagram, with as many captions each
 
 
 def main() -> None:
-    args = parse_args()
-    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    args = options.calibrate()
+    path = Path(args.checkpoint[-1]) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
     model = load_model(path, args.overrides).to(pick_device())
     config = model.config.data
     table = annotations.load(config, splits.read_splits(path.parent))
@@ -64,21 +67,9 @@ def main() -> None:
     print(f"wrote {path}, which says how sure it is from now on, and {out}/reliability.png and .json")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Fit how sure a captioner is of its captions, and store that in its checkpoint.",
-        epilog="Example: python calibrate.py --run attention",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth (default: the newest run's)")
-    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
-    parser.add_argument("--out", metavar="FOLDER", help="where the diagram is written (default: beside the checkpoint)")
-    return parser.parse_options(setting_names())
-
-
 def caption(model: CaptionModel, images: list[str]) -> tuple[torch.Tensor, dict[str, str]]:
     """Return what confidence in the best caption of each picture is estimated from (N, 4), and the captions."""
-    features = encode_dataset(model, images, annotations.image_folders(model.config.data))
+    features = encode_dataset(model, images, image_folders(model.config.data))
     inputs, captions = [], dict[str, str]()
     for names in batched(images):
         found, probs = model.find(features.take(names), model.config.search)

@@ -8,8 +8,9 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -27,6 +28,8 @@ class UserError(Exception):
 
 def run_script(main: Callable[[], int | None]) -> int:
     """Run a script's `main` and return the exit code; a UserError is printed as one sentence and returns 2."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A log file shows each line as it is printed; file names may hold characters that no encoding has.
@@ -53,6 +56,20 @@ def run_script(main: Callable[[], int | None]) -> int:
     return 2
 
 
+def answer_early(read_options: Callable[[], object], loading: str = "") -> None:
+    """End a script here for --help or a mistake in its command line: its other imports take seconds.
+
+    Until `run_script` runs, Ctrl-C ends the process at once; Python would lose it in some of these imports.
+    """
+    status = run_script(lambda: bool(read_options()) and None)
+    if status:
+        raise SystemExit(status)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if loading and os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun starts, one
+        print(f"loading {loading} …", file=sys.stderr)
+
+
 def printable(text: str) -> str:
     """Escape control characters, so that text from outside is safe to print."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
@@ -75,27 +92,33 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
-    def parse_options(self, settings: Collection[str] = ()) -> argparse.Namespace:
+    def parse_options(self, settings: Collection[str] = (), rest: str = "") -> argparse.Namespace:
         """Parse the command line; settings such as `train.lr=1e-3` may stand anywhere in it and become `overrides`.
 
         Args:
             settings: the names of all settings, for a script that takes any. For an unknown option that is one of them,
                 the message shows how to write it.
+            rest: the attribute for words that are neither options nor settings, for a script that takes such.
 
-        Raises UserError for an unknown option.
+        Raises UserError for an unknown option, and for other words where there is no `rest`.
         """
         words, overrides = list[str](), list[str]()
-        for before, word in itertools.pairwise(["", *sys.argv[1:]]):
+        for before, word in itertools.pairwise(["", *join_blanks(sys.argv[1:], settings)]):
             is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
             option = self._option_string_actions.get(before)  # one that takes a value takes any
             (overrides if is_setting and not (option and option.nargs is None) else words).append(word)
         if settings:
-            self.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as in config.yaml")
-        args, unknown = self.parse_known_args(words)
+            self.epilog = f"{self.epilog or ''} Settings, as in config.yaml, are written key.sub=value."
+        if rest:
+            self.add_argument(rest, nargs="*", metavar=rest.rstrip("s"), help="as the option above, without it")
+        args, unknown = self.parse_known_intermixed_args([expand_home(word) for word in words])
+        if unknown and unknown[0].startswith("-"):
+            raise UserError(self.explain_unknown(unknown, settings))
         if unknown:
-            raise UserError(self.explain_unknown(words[words.index(unknown[0]) :], settings))
-        if settings:
-            args.overrides += overrides
+            raise UserError(
+                f"'{shorten(unknown[0])}' is neither an option nor a setting; write settings as key.sub=value"
+            )
+        args.overrides = overrides
         return args
 
     def explain_unknown(self, words: list[str], settings: Collection[str]) -> str:
@@ -110,6 +133,25 @@ class Parser(argparse.ArgumentParser):
         known = re.findall(r"--[a-z-]+", self.format_usage()) + ["and settings such as train.epochs=3"] * bool(settings)
         hint = f"there are {', '.join(known)}" if known else "see --help"
         return f"there is no {shorten(option)}; {hint}"
+
+
+def join_blanks(words: Sequence[str], settings: Collection[str]) -> list[str]:
+    """Return words with `train.lr = 1` and the like joined into one, `train.lr=1`."""
+    joined = list[str]()
+    for word in words:
+        last = joined[-1] if joined else ""
+        opens = last.removesuffix("=") in settings and (word.startswith("=") if last in settings else word[:1] != "-")
+        if opens and word.partition("=")[0] not in settings:
+            joined[-1] += word
+        else:
+            joined.append(word)
+    return joined
+
+
+def expand_home(word: str) -> str:
+    """Return a word with `~` for the home folder, which shells leave as it is behind an option's `=`."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
 def shorten(name: str) -> str:

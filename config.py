@@ -5,15 +5,16 @@ explains a mistake with the dotted name of the setting and the nearest valid nam
 """
 
 import difflib
+import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cli import UserError, shorten
 
@@ -28,6 +29,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file or folder; ~ is the home folder
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
 
@@ -45,15 +47,15 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    root: Annotated[str | Annotated[list[str], Field(min_length=1)], FREE]
+    root: Annotated[Place | Annotated[list[Place], Field(min_length=1)], FREE]
     weights: list[PositiveFloat] | None
-    captions: Annotated[str | None, FREE]
-    images: Annotated[str | None, FREE]
-    shards: Annotated[str | None, FREE]
+    captions: Annotated[Place | None, FREE]
+    images: Annotated[Place | None, FREE]
+    shards: Annotated[Place | None, FREE]
     format: str  # one of data.formats.READERS
     language: Annotated[str, SHAPES]  # one of data.vocab.TOKENISERS
     min_count: PositiveInt
-    cache: Annotated[str, FREE]
+    cache: Annotated[Place, FREE]
     shard_rows: Annotated[PositiveInt, FREE]
 
     @property
@@ -77,7 +79,7 @@ class DataConfig(Section):
 
 class EncoderConfig(Section):
     name: Annotated[str, SHAPES]  # any that models.backbones.FAMILIES know
-    weights: Annotated[str | None, FREE]
+    weights: Annotated[Place | None, FREE]
     frozen: bool
     stages: list[Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] | None  # some are called 0, 1 …
     stride_in_1x1: Annotated[bool, SHAPES]
@@ -96,7 +98,7 @@ class DecoderConfig(Section):
 
 class TrainConfig(Section):
     loss: str  # one of training.losses.LOSSES
-    start: str | None
+    start: Place | None
     epochs: PositiveInt
     batch_size: PositiveInt
     lr: PositiveFloat
@@ -218,21 +220,40 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(recipe: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Return config.yaml with the `recipe` file and then the `key.sub=value` overrides laid over it; later wins.
+def load_config(
+    recipes: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] | None = None
+) -> Config:
+    """Return config.yaml with a recipe, or several, and then the `key.sub=value` overrides laid over it; later wins.
 
     Raises UserError for an unreadable file, an unknown setting, or a value of the wrong kind.
     """
     values = flatten(read_yaml(CONFIG_YAML))
     origin = dict.fromkeys(values, CONFIG_YAML.name)
-    layers = [(str(recipe), flatten(read_yaml(Path(recipe))))] if recipe else []
+    several = [recipes] if isinstance(recipes, str | Path) else recipes or []
+    layers = [(str(recipe), flatten(read_yaml(Path(recipe)))) for recipe in several]
     for where, layer in [*layers, ("the command line", parse_overrides(overrides or [], values))]:
         values = lay_over(values, layer, where)
         origin |= dict.fromkeys(layer, where)
     return validate(values, origin)
 
 
-def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, where: str = "the checkpoint") -> Config:
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError for settings that no checkpoint takes: unknown ones, and wrong values of what may change."""
+    values = flatten(read_yaml(CONFIG_YAML))
+    layer = parse_overrides(overrides, values)
+    lay_over(values, layer, "the command line")
+    free = {name: value for name, value in layer.items() if is_free(name)}
+    validate(values | free, dict.fromkeys(layer, "the command line"))
+
+
+def is_free(name: str) -> bool:
+    """Whether a setting may be changed after training: it is FREE, or one of the search."""
+    return name in marked(FREE) or name.startswith("search.")
+
+
+def restore_config(
+    saved: dict[str, Any], overrides: Sequence[str] | None = None, where: str = "the checkpoint"
+) -> Config:
     """Return a Config from the plain values kept in a checkpoint; settings younger than it take their defaults.
 
     Raises UserError for overrides that differ from what the checkpoint fixes: only FREE settings and those of the
@@ -241,9 +262,8 @@ def restore_config(saved: dict[str, Any], overrides: list[str] | None = None, wh
     values = lay_over(flatten(read_yaml(CONFIG_YAML)), flatten(saved), where)
     layer = parse_overrides(overrides or [], values)
     changed = lay_over(values, layer, "the command line")
-    free = marked(FREE)
     for name in layer:
-        if layer[name] != values[name] and name not in free and not name.startswith("search."):
+        if layer[name] != values[name] and not is_free(name):
             raise UserError(
                 f"{name} is fixed in the checkpoint, as {reprlib.repr(values[name])}; train a new run to change it, "
                 "with train.start=FILE to keep what was learned"
@@ -290,7 +310,7 @@ def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def parse_overrides(overrides: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Read `key.sub=value` words; a value is YAML, but where the default is text it is taken as written."""
     parsed: dict[str, Any] = {}
     for word in overrides:

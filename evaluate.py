@@ -5,9 +5,12 @@ python evaluate.py --predictions captions.json        score captions in COCO's r
 python evaluate.py --compare flickr8k attention       one table of runs that were scored before
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+import options
+from cli import UserError, answer_early, run_script
 
-# isort: split
+if __name__ == "__main__":
+    answer_early(options.evaluate, "PyTorch")  # --help and mistakes, before PyTorch is imported
+
 import argparse
 import json
 import time
@@ -23,12 +26,13 @@ import comparison
 import distributed
 import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
-from config import Config, load_config, setting_names
+from config import Config, load_config
 from data import annotations, splits, tars
+from data.folders import image_folders
 from data.vocab import TOKENISERS
+from files import RUNS, as_json, find_run, write_atomically
 from metrics import METRICS
 from models.ensemble import refuse_homeless_ensemble
-from utils import RUNS, as_json, find_run, write_atomically
 
 SHOWN = 5  # picture names in a message
 
@@ -64,7 +68,7 @@ class References:
 
 
 def main() -> None:
-    args = parse_args()
+    args = options.evaluate()
     if args.compare:
         compare(args)
     elif args.predictions:
@@ -76,29 +80,8 @@ def main() -> None:
             score_run(args)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Score the captions of a run, or of another system, against the references of a split.",
-        epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
-    )
-    add, add_what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    several = "a checkpoints.pth (default: the newest run's); repeat it to score several models as one ensemble"
-    add_what("--checkpoint", action="append", metavar="FILE", help=several)
-    add_what("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
-    add_what("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
-    add("--run", metavar="NAME", help="score this run, or with --predictions take its references")
-    split = "default: test, or val where it is empty; with --compare val, or test where only that is scored"
-    add("--split", choices=["train", "val", "dev", "test"], help=split)
-    tokeniser = "ptb as in papers (needs Java), words (without Java), characters (for Chinese); auto chooses (default)"
-    add("--tokeniser", choices=["auto", *metrics.TOKENISERS], default="auto", help=tokeniser)
-    add("--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)")
-    return parser.parse_options(setting_names())
-
-
 def score_run(args: argparse.Namespace) -> None:
     """Caption a split with a checkpoint, or with several as an ensemble, and score the captions."""
-    if args.checkpoint and args.run:
-        raise UserError("--checkpoint and --run both say which model; give one of them")
     paths = list(map(Path, args.checkpoint or [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]))
     refuse_homeless_ensemble(paths, args.out)
     model = Captioner.load(paths, args.overrides).model
@@ -107,7 +90,7 @@ def score_run(args: argparse.Namespace) -> None:
     references = choose_references(table, config, args.split, args.tokeniser)
     images = list(references.captions)
     print(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
-    features = encode_dataset(model, images, annotations.image_folders(config.data))
+    features = encode_dataset(model, images, image_folders(config.data))
     torch.manual_seed(config.train.seed)  # where captions are drawn
     began = time.perf_counter()
     captions = caption_dataset(model, features, images)

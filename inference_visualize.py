@@ -4,11 +4,13 @@ python inference_visualize.py                              the held-out pictures
 python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
-from cli import Parser, UserError, printable, run_script  # first, so that Ctrl-C is quiet while the others are imported
+import options
+from cli import UserError, answer_early, printable, run_script
 
-# isort: split
+if __name__ == "__main__":
+    answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported
+
 import argparse
-import glob
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,66 +20,27 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import metrics
 from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
-from config import setting_names
-from data import annotations, splits
 from data.features import Features, Files
-from data.formats import PICTURE_SUFFIXES
+from data.folders import image_folders, pictures_at
+from files import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 from models.ensemble import refuse_homeless_ensemble
 from models.model import Caption, CaptionModel
 from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
-from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
 FEW = 10  # pictures whose captions are printed, too
-MEAN = "mean"  # --attention without a head
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
-        epilog="Example: python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions. "
-        "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
-        "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
-    )
-    add = parser.add_argument
-    add_pictures, add_model = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
-    add_pictures("--images", nargs="+", metavar="PATH", help="picture files, folders or globs")
-    checkpoint = "a checkpoints.pth (default: the newest run's; for --images, of those that learned from photographs, "
-    checkpoint += "or pretrained/captioner.pth); repeat it and several models write together"
-    add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
-    add_model("--run", metavar="NAME", help="take this run's checkpoint")
-    add_model("--language", choices=LANGUAGES, help="take the captioner in pretrained/ that writes English, or Chinese")
-    split = "the pictures, without --images (default: test, or val where it is empty)"
-    add_pictures("--split", choices=["train", "val", "dev", "test"], help=split)
-    add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
-    several = "the best N captions of each picture, by a beam of at least N (default: 1)"
-    add("--num-captions", type=positive, default=1, metavar="N", help=several)
-    attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
-    add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
-    add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with --images this one)")
-    return parser.parse_options(setting_names())
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def main() -> None:
-    args, began = parse_args(), time.monotonic()
+    args, began = options.inference_visualize(), time.monotonic()
     checkpoints = choose_checkpoints(args)
     if not args.images:
         refuse_homeless_ensemble(checkpoints, args.out)
-    if args.language and not args.images:
-        raise UserError("--language takes a captioner that belongs to no run; say with --images what to caption")
     captioner = Captioner.load(checkpoints, args.overrides)
     model, named = captioner.model, ", ".join(map(str, checkpoints))
     heads = choose_heads(args.attention, model.decoder.heads, named)
@@ -125,7 +88,7 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
             f"--attention: {named} writes without attention; take a run of configs/attention.yaml, or "
             "--checkpoint pretrained/captioner.pth, or leave --attention out"
         )
-    if asked == MEAN:
+    if asked == options.MEAN:
         return slice(None)
     if asked not in map(str, range(1, heads + 1)):
         raise UserError(f"--attention {asked}: {named} has heads 1 to {heads}; name one, or give --attention alone")
@@ -133,27 +96,19 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
 
 
 def find_pictures(patterns: list[str]) -> list[Picture]:
-    """Return the picture files named by paths, folders (with all below) and globs; raises UserError where none is."""
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        else:
-            names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
-            paths = [Path(name) for name in names if Path(name).is_file()]
-        if not paths:
-            raise UserError(f"--images {pattern}: there is no picture; check the path")
-        found |= dict.fromkeys(paths)
+    """Return the picture files named by paths, folders (with all below) and globs, each once."""
+    found = dict.fromkeys(path for pattern in patterns for path in sorted(pictures_at(pattern)))
     return [Picture(path, path.name, path.as_posix()) for path in found]
 
 
 def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[list[Picture], Features | None]:
     """Return the pictures of a split of the model's own dataset, and their features where all are in the cache."""
+    from data import annotations, splits  # with pandas, which one's own pictures do not need
+
     data = model.config.data
     table = annotations.load(data, splits.read_splits(run))
     _, chosen = splits.choose_split(table, split, data.source)
-    folders = annotations.image_folders(data)
+    folders = image_folders(data)
     ids = dict(chosen[["image", "image_id"]].to_numpy().tolist())  # plain values, for JSON
     pictures = [
         Picture(folders.path(image), image, ids[image], tuple(captions))
@@ -231,6 +186,8 @@ def rate(pictures: list[Picture], captions: list[str], model: CaptionModel) -> l
     """Return the CIDEr-D x100 of each picture's caption; none unless there are two pictures, with references."""
     if len(pictures) < 2 or not pictures[0].references:
         return []
+    import metrics  # with NLTK and the scorer
+
     references = {picture.name: picture.references for picture in pictures}
     best, tokenise = dict(zip(references, captions, strict=True)), metrics.batched(model.vocab.tokenise)
     scores = metrics.evaluate(best, references, tokenise, model.config.data.language, ["cider"])

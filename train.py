@@ -6,10 +6,12 @@ python train.py --resume                            resume the newest run, as if
 torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+import options
+from cli import UserError, answer_early, run_script
 
-# isort: split
-import argparse
+if __name__ == "__main__":
+    answer_early(options.train, "PyTorch")  # --help and mistakes, before PyTorch is imported
+
 import contextlib
 from functools import partial
 
@@ -20,8 +22,8 @@ from torch import nn
 import distributed
 import metrics
 from captioning import caption_dataset, encode_dataset
-from config import setting_names
 from data.dataset import Flickr8kDataset, make_batches, read_shares
+from files import StopRequest
 from models import consensus
 from models.checkpoint import model_state
 from models.model import CaptionModel
@@ -31,28 +33,14 @@ from training.optim import learning_rate
 from training.runs import Run, open_run
 from training.setup import Captions, features_of, make_datasets, make_model
 from training.state import TrainState
-from utils import StopRequest, load_checkpoint, save_checkpoint, seed_step
+from utils import load_checkpoint, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures that the mean and scale of features are estimated from
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(
-        description="Train a captioner on Flickr8k, or, with no dataset at archive/, on the built-in sample.",
-        epilog="Example: python train.py train.epochs=10 run=longer",
-    )
-    parser.add_argument("--config", metavar="FILE", help="a recipe laid over config.yaml, such as configs/sample.yaml")
-    parser.add_argument("--resume", action="store_true", help="resume a run from its last checkpoint")
-    parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
-    )
-    return parser.parse_options(setting_names())
-
-
 def main() -> int:
-    args = parse_args()
+    args = options.train()
     with distributed.processes(), open_run(args) as run:  # its folder is locked until the end
         # data and model: one row per caption, whatever the source; the vocabulary is built from training captions alone
         captions = Captions(run)

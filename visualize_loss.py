@@ -3,10 +3,12 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+import options
+from cli import UserError, answer_early, run_script
 
-# isort: split
-import argparse
+if __name__ == "__main__":
+    answer_early(options.visualize_loss)
+
 import csv
 import io
 import itertools
@@ -17,10 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from files import find_run, write_atomically
 from render.charts import COLOURS, TEXT, style_axes
-from utils import find_run, write_atomically
 
-LOG = "loss_log.txt"
 PANELS = {
     "val_loss": "Loss per word",
     "val_perplexity": "Validation perplexity",
@@ -35,24 +36,15 @@ MAX_DOTS = 30  # a curve of more epochs has no dots
 
 
 def main() -> None:
-    args = parse_args()
+    args = options.visualize_loss()
     if not args.run:
-        args.run = [find_run(LOG).name]
+        args.run = [find_run(options.LOSS_LOG).name]
         print(f"newest run: {args.run[0]}")
-    folders = {name: find_run(LOG, name) for name in args.run}
-    runs = {name: read_log(folder / LOG) for name, folder in folders.items()}
+    folders = {name: find_run(options.LOSS_LOG, name) for name in args.run}
+    runs = {name: read_log(folder / options.LOSS_LOG) for name, folder in folders.items()}
     out = args.out or Path(folders[args.run[0]] if len(runs) == 1 else "", "loss_curve.png")
     save(draw(runs), out)
     print(f"wrote {out}")
-
-
-def parse_args() -> argparse.Namespace:
-    example = "Example: python visualize_loss.py --run flickr8k attention"
-    parser = Parser(description="Draw the loss curve of a run, or of several to compare them.", epilog=example)
-    parser.add_argument("--run", nargs="+", metavar="NAME", help="names or folders of runs (default: the newest)")
-    where = "picture to write (default: loss_curve.png, in the folder of the run if it is only one)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
-    return parser.parse_options()
 
 
 def read_log(path: Path) -> Curves:

@@ -10,13 +10,9 @@ format the captions came in (see `data.formats`), and this one needs no torch.
 from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
-import itertools
 import json
-import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from glob import glob, iglob
 from operator import eq
 from pathlib import Path
 
@@ -24,19 +20,9 @@ import pandas as pd
 
 from config import DataConfig, load_config, pick, setting_names
 from data import formats, sample, splits
-from data.folders import ImageFolders
-from data.formats import PICTURE_SUFFIXES
+from data.folders import caption_files, dataset_name, datasets, image_folder, paths_below, split_in_name
 from data.splits import SPLITS
 from data.vocab import TOKENISERS
-
-# Where captions and pictures lie unless a setting says otherwise: the first pattern that matches.
-CAPTION_FILES = (
-    *("captions.csv", "captions.txt", "captions.jsonl"),
-    *("Flickr*.token.txt", "Flickr8k_text/Flickr8k.token.txt", "results.csv", "results_20130124.token"),
-    *("dataset*.json", "annotations/captions_*.json", "captions_*.json"),
-    *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
-)
-IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
 
 
 def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
@@ -60,27 +46,6 @@ def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -
             table["image_id"] = prefix + table["image_id"].astype(str)
         tables.append(splits.complete(table, saved_splits).assign(dataset=dataset_name(part, prefix)))
     return pd.concat(tables, ignore_index=True)
-
-
-def datasets(config: DataConfig) -> list[tuple[str, DataConfig]]:
-    """Return the config of each dataset, and what its pictures' names begin with: "" where there is one alone."""
-    if config.shards or len(config.roots) == 1:
-        return [("", config.model_copy(update={"root": config.roots[0]}))]
-    names: list[str] = []
-    for root in map(Path, config.roots):
-        own = root.name if root.name.strip(".") else root.resolve().name
-        numbered = (f"{own}-{number}" for number in itertools.count(2))
-        names.append(next(name for name in itertools.chain([own], numbered) if name not in names))
-    parts = [config.model_copy(update={"root": root}) for root in config.roots]
-    return [(f"{name}/", part) for name, part in zip(names, parts, strict=True)]
-
-
-def dataset_name(config: DataConfig, prefix: str) -> str:
-    return prefix.removesuffix("/") or Path(config.source).name
-
-
-def image_folders(config: DataConfig) -> ImageFolders:
-    return ImageFolders({prefix: image_folder(part) for prefix, part in datasets(config)})
 
 
 def references(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -128,54 +93,6 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     return table, source
 
 
-def caption_files(config: DataConfig) -> list[Path]:
-    """Return the files with captions: one, or several whose names say which split each is."""
-    paths = find_captions(config)
-    if not paths:
-        wanted = f"file {config.captions}" if config.captions else "captions file"
-        raise UserError(
-            f"there is no {wanted} in {config.source}/; put it there (python -m data.download tells how), "
-            "or set its place: data.root=FOLDER data.captions=FILE"
-        )
-    named = [split_in_name(path) for path in paths]
-    if len(paths) > 1 and (None in named or len(set(named)) < len(named)):
-        names = ", ".join(path.name for path in paths)
-        raise UserError(f"{config.source} has several captions files ({names}); choose with data.captions=FILE")
-    return paths
-
-
-def find_captions(config: DataConfig) -> list[Path]:
-    """Return the captions files of one dataset that exist: those `data.captions` names, here or in `data.root`."""
-    root = Path(config.roots[0])
-    if config.captions is None:
-        return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
-    for place in (Path(config.captions), root / config.captions):
-        paths = [place] if place.is_file() else sorted(map(Path, glob(str(place))))
-        if paths:
-            return paths
-    return []
-
-
-def split_in_name(path: Path) -> str | None:
-    """Return the split in a file's name: train for captions_train2014.json."""
-    named = re.search(r"(?<![a-z])(train|val|test)", path.name.lower())
-    return named[1] if named else None
-
-
-def image_folder(config: DataConfig) -> Path:
-    """Return the folder of one dataset's pictures: `data.root` itself when folders in it hold pictures."""
-    if config.shards:
-        return Path(config.cache) / "tars"
-    root = Path(config.roots[0])
-    places = [Path(config.images), root / config.images] if config.images else [root / name for name in IMAGE_FOLDERS]
-    for place in places:
-        if place.is_dir():
-            return place
-    if not config.images and any(path.lower().endswith(PICTURE_SUFFIXES) for path in paths_below(root)):
-        return root
-    raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
-
-
 def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
     """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
 
@@ -195,12 +112,6 @@ def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.Da
             path_of[image] = near[0] if near else image
             missing += [] if near else [image]
     return table.assign(image=table["image"].map(path_of)), missing
-
-
-def paths_below(folder: Path) -> Iterator[str]:
-    """Yield the paths, with forward slashes, of all that lies in `folder` and three levels below."""
-    for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
-        yield from (path.replace(os.sep, "/") for path in iglob(pattern, root_dir=folder))
 
 
 def report(config: DataConfig) -> Iterator[str]:

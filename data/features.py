@@ -29,7 +29,7 @@ import distributed
 from cli import UserError
 from data.folders import ImageFolders
 from data.transforms import WHOLE, Transform, View, open_picture
-from utils import write_atomically
+from files import write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

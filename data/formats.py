@@ -19,7 +19,6 @@ from config import pick
 Row = tuple[str, str | int, str, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
 WORD = re.compile(r"\w")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
 SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test", None: None}
 FLICKR30K = {"image_name": "image", "comment_number": "number", "comment": "caption"}  # columns of its results.csv

@@ -29,10 +29,10 @@ from cli import UserError
 from config import DataConfig
 from data import formats, tokens
 from data.features import Opener, Stamp
-from data.formats import PICTURE_SUFFIXES
+from data.folders import PICTURE_SUFFIXES
 from data.tokens import Tokens
 from data.transforms import open_picture
-from utils import write_atomically
+from files import write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 

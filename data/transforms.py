@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from cli import UserError
 
@@ -94,13 +93,16 @@ class Transform:
 
     def resize(self, picture: Image.Image, view: View = WHOLE) -> torch.Tensor:
         """Return a view of the picture as a uint8 tensor (3, image_size, image_size)."""
-        pixels = F.pil_to_tensor(view(picture))  # (3, H, W)
-        size = [self.image_size, self.image_size]
-        return F.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+        pixels = torch.from_numpy(np.array(view(picture))[None]).permute(0, 3, 1, 2)  # (1, 3, H, W)
+        size = (self.image_size, self.image_size)
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode=self.interpolation, align_corners=False, antialias=True)
+        return pixels[0]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turn uint8 pixels (…, 3, H, W) into the floats that the backbone was trained on."""
-        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+        mean, std = (torch.tensor(each, device=pixels.device).view(3, 1, 1) for each in (self.mean, self.std))
+        return (pixels * (1 / 255) - mean) / std
 
 
 def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:

@@ -5,8 +5,8 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-
-from nltk.tokenize import NLTKWordTokenizer
+from functools import cached_property
+from typing import Any
 
 from cli import UserError
 
@@ -34,8 +34,11 @@ PIECE = re.compile(rf"([{HAN}]+)|({OTHER}+(?:['’.-]{OTHER}+)*|{EMOJI})")
 class EnglishTokeniser:
     """Lower-case Penn Treebank words without punctuation; needs no NLTK data (no `nltk.download`)."""
 
-    def __init__(self) -> None:
-        self._words = NLTKWordTokenizer()
+    @cached_property
+    def _words(self) -> Any:
+        from nltk.tokenize import NLTKWordTokenizer  # imported here: half a second, and a captioner only joins words
+
+        return NLTKWordTokenizer()
 
     def __call__(self, text: str) -> list[str]:
         text = text.lower()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from config import DataConfig, load_config, setting_names
 from data import annotations, tars
-from data.formats import PICTURE_SUFFIXES
+from data.folders import PICTURE_SUFFIXES, image_folders
 from data.splits import SPLIT_SEED
 
 
@@ -31,7 +31,7 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
     """Write a dataset as tars of so many pictures, in an order drawn once; returns how many tars."""
     from webdataset import TarWriter
 
-    table, folders = annotations.load(config), annotations.image_folders(config)
+    table, folders = annotations.load(config), image_folders(config)
     rows = list(table.groupby(["image", "image_id", "split"], sort=False)["caption"])
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
     folder.mkdir(parents=True, exist_ok=True)

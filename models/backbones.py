@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.vision_transformer import interpolate_embeddings
 
 from cli import UserError
 from config import pick
@@ -51,6 +48,9 @@ class Family:
 def family_of(name: str) -> Family:
     """Return the family of this backbone; raises UserError, with the nearest name, when there is none."""
     possible = [family for family in FAMILIES if name.startswith(family.prefix)]
+    for family in possible:
+        if name in family.names():
+            return family
     return pick({known: family for family in possible for known in family.names()}, name, "encoder.name")
 
 
@@ -65,7 +65,12 @@ def check_patch(name: str, size: int, patch: int) -> None:
         )
 
 
-# torchvision
+# torchvision, imported only where it is needed: that takes as long as importing PyTorch
+
+
+def torchvision() -> Any:
+    return importlib.import_module("torchvision.models")
+
 
 LAST_LAYER = {  # with regions, by the beginning of the name, of networks that do not end with `avgpool, classifier`
     **{"inception_v3": "Mixed_7c", "googlenet": "inception5b", "densenet": "relu", "shufflenet": "conv5"},
@@ -81,7 +86,7 @@ def build_torchvision(name: str, size: int) -> nn.Module:
     if name.startswith("vit"):
         check_patch(name, size, int(name.rpartition("_")[2]))
         options = {"image_size": size}
-    return torchvision.models.get_model(name, weights=None, **options)
+    return torchvision().get_model(name, weights=None, **options)
 
 
 def cut_torchvision(network: nn.Module, name: str) -> nn.Module:
@@ -89,6 +94,8 @@ def cut_torchvision(network: nn.Module, name: str) -> nn.Module:
     if parts[-2][0] == "avgpool":
         return nn.Sequential(OrderedDict(parts[:-2]))
     last = next(layer for beginning, layer in LAST_LAYER.items() if name.startswith(beginning))
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     return create_feature_extractor(network.eval(), [last], suppress_diff_warning=True)
 
 
@@ -96,9 +103,7 @@ def torchvision_classifier(network: nn.Module) -> nn.Module | None:
     """Return the head of a network that classifies by the mean of its regions: not of VGG, AlexNet and ViT, say."""
     head = list(network.children())[-1]
     linears = [part for part in head.modules() if isinstance(part, nn.Linear)]
-    by_mean = not isinstance(
-        network, torchvision.models.VisionTransformer | torchvision.models.VGG | torchvision.models.AlexNet
-    )
+    by_mean = not isinstance(network, torchvision().VisionTransformer | torchvision().VGG | torchvision().AlexNet)
     if not (by_mean and linears and linears[-1].out_features == 1000):
         return None
     if any(isinstance(part, nn.Flatten) for part in head.modules()):  # ConvNeXt's and MaxViT's take a map of 1 x 1
@@ -113,7 +118,7 @@ def run_torchvision(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def torchvision_weights(name: str, weights: str) -> tuple[Any, str]:
     """Return torchvision's table of weights for a network, and the name there of these."""
-    known = torchvision.models.get_model_weights(name)
+    known = torchvision().get_model_weights(name)
     first = next(each for each in ("IMAGENET1K_V1", "DEFAULT") if each in known.__members__)
     return known, first if weights == PRETRAINED else weights
 
@@ -126,8 +131,10 @@ def torchvision_transform(name: str, weights: str) -> Transform:
 
 def adapt_torchvision(network: nn.Module, state: State) -> State:
     """Return a ViT's weights with its positions, one for each patch, resized to those of the network."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
     positions = state.get("encoder.pos_embedding")
-    if not isinstance(network, torchvision.models.VisionTransformer) or positions is None:
+    if not isinstance(network, torchvision().VisionTransformer) or positions is None:
         return state
     try:
         return dict(interpolate_embeddings(network.image_size, network.patch_size, OrderedDict(state)))
@@ -275,12 +282,12 @@ def find_timm_weights(name: str, weights: str) -> Path:
 
 
 TORCHVISION = Family(  # its Swin and MaxViT give maps of features, as convolutional networks do
-    names=lambda: torchvision.models.list_models(torchvision.models),
+    names=lambda: torchvision().list_models(torchvision()),
     build=build_torchvision,
     cut=cut_torchvision,
     transform=torchvision_transform,
     find_weights=find_torchvision_weights,
-    prefix_tokens=lambda network: int(isinstance(network, torchvision.models.VisionTransformer)),
+    prefix_tokens=lambda network: int(isinstance(network, torchvision().VisionTransformer)),
     classifier=torchvision_classifier,
     adapt=adapt_torchvision,
     run=run_torchvision,
@@ -304,4 +311,4 @@ TIMM = Family(
     adapt=adapt_timm,
     run=run_timm,
 )
-FAMILIES = (TORCHVISION, LITE, TIMM)
+FAMILIES = (LITE, TORCHVISION, TIMM)  # in the order in which a name is looked up

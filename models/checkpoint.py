@@ -16,13 +16,14 @@ from cli import UserError
 from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary
+from files import how_to_make
 from models import consensus
 from models.compact_consensus import CompactConsensus
 from models.confidence import INPUTS, Confidence
 from models.consensus import Consensus
-from models.encoder import EncoderCNN, tensors_sha256
+from models.encoder import EncoderCNN, tensors_sha256, without_random_weights
 from models.model import CaptionModel, decoder_class_of
-from utils import how_to_make, load_checkpoint
+from utils import load_checkpoint
 
 
 def model_state(model: CaptionModel) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
     vocab = Vocabulary(**saved["vocabulary"])
     decoder_class = decoder_class_of(config)
     encoder = restore_encoder(config, saved, decoder_class.spatial, where)
-    with torch.device("meta"):
+    with torch.device("meta"), without_random_weights():
         decoder = decoder_class(config.decoder, encoder.feature_shape[-1], len(vocab))
     check_tensors(decoder.state_dict(), saved["decoder"], where)
     decoder.load_state_dict(saved["decoder"], assign=True)

@@ -6,7 +6,8 @@
 import copy
 import hashlib
 import io
-from contextlib import redirect_stderr
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 
 from cli import UserError
 from config import EncoderConfig
@@ -38,7 +40,8 @@ class EncoderCNN(nn.Module):
         self.family, size = family_of(config.name), transform_for(config).image_size
 
         # the whole classifier with random weights, and of it only what comes before its head
-        network = self.family.build(config.name, size)
+        with without_random_weights() if config.weights or not load else nullcontext():  # others take their place
+            network = self.family.build(config.name, size)
         if config.stride_in_1x1:
             move_stride(network, config.name)
         source = find_weights(config) if load and config.weights else None
@@ -99,6 +102,17 @@ class EncoderCNN(nn.Module):
         fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)
         fold_batchnorm(fast.backbone)
         return fast.to(dtype).to(memory_format=torch.channels_last)
+
+
+class without_random_weights(TorchFunctionMode):  # noqa: N801
+    """In this context modules are made without drawing their weights, which takes time, for weights that are loaded."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return (*args, *(kwargs or {}).values())[0]  # the tensor
+        return function(*args, **(kwargs or {}))
 
 
 def transform_for(config: EncoderConfig) -> Transform:

@@ -5,22 +5,14 @@ numbers are kinds. Where no kind is given here, a class is called by the last wo
 """
 
 from functools import cache
+from pathlib import Path
 
 import torch
-import torchvision
 
 # From this class on, up to the next row's, classes are of this kind; "" where their own names say it.
 ANIMALS = (
-    *(
-        (0, "fish"),
-        (2, "shark"),
-        (5, "fish"),
-        (7, "chicken"),
-        (9, "bird"),
-        (25, "lizard"),
-        (30, "frog"),
-        (33, "turtle"),
-    ),
+    *((0, "fish"), (2, "shark"), (5, "fish"), (7, "chicken"), (9, "bird"), (25, "lizard"), (30, "frog")),
+    (33, "turtle"),
     *((38, "lizard"), (49, "alligator"), (51, "dinosaur"), (52, "snake"), (69, ""), (72, "spider"), (78, "insect")),
     *((80, "bird"), (97, "duck"), (99, "goose"), (100, "swan"), (101, "elephant"), (102, "animal"), (104, "kangaroo")),
     *((105, "bear"), (106, "animal"), (107, "jellyfish"), (108, ""), (118, "crab"), (122, "lobster"), (125, "crab")),
@@ -67,9 +59,10 @@ THINGS = {
 }
 
 
+@cache
 def names() -> list[str]:
-    """Return the name of each class, such as `tabby`, in ImageNet's order."""
-    return torchvision.models.get_model_weights("resnet50")["IMAGENET1K_V1"].meta["categories"]
+    """Return the name of each class, such as `tabby`, in ImageNet's order, as torchvision's weights call them."""
+    return Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
 
 @cache

@@ -202,8 +202,7 @@ class CaptionModel(nn.Module):
     @cached_property
     def kind_words(self) -> torch.Tensor:
         """The vocabulary's id of each kind's word (K,): that of `<unk>` where it has no such word."""
-        ids = [self.vocab.numericalize(word) for word in imagenet.kinds()]
-        return torch.tensor([each[0] if len(each) == 1 else UNK for each in ids])
+        return torch.tensor(self.vocab.look_up(imagenet.kinds()))
 
     def forbidden_ids(self, words: Sequence[str]) -> tuple[int, ...]:
         """Return the ids of words that are not to be written; raises UserError for an entry that is several words."""

@@ -2,21 +2,20 @@
 
 import contextlib
 import functools
-import importlib.util
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib
-from matplotlib import ft2font
 from PIL import ImageFont
 
 # Tried in this order: DejaVu Sans, which comes with matplotlib, then fonts with Chinese characters where installed.
 FONTS = (
-    str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")),
+    str(Path(find_spec("matplotlib").origin).with_name("mpl-data") / "fonts/ttf/DejaVuSans.ttf"),  # type: ignore
     *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),  # Linux
     *("PingFang.ttc", "Hiragino Sans GB.ttc"),  # macOS
     *("msyh.ttc", "simsun.ttc"),  # Windows
 )
+ASCII = frozenset(map(chr, range(32, 127)))
 JOINERS = frozenset("\u200d\ufe0f")  # invisible characters that combine emoji; no loss if a font lacks them
 # Control characters, marks that change the direction of writing, and surrogates.
 UNPRINTABLE = re.compile(
@@ -43,6 +42,9 @@ def undrawable(text: str) -> set[str]:
 
 
 def best_font(text: str) -> tuple[str, frozenset[str]]:
+    """Return the path and the characters of the font that has the most characters of `text`, the first of equals."""
+    if text.isascii():  # which DejaVu has, and looking into fonts takes a moment
+        return FONTS[0], ASCII
     return min(installed_fonts(), key=lambda font: len(set(text) - font[1]))
 
 
@@ -50,9 +52,11 @@ def best_font(text: str) -> tuple[str, frozenset[str]]:
 def installed_fonts() -> list[tuple[str, frozenset[str]]]:
     """Return the path and the characters of each of FONTS that is installed, and of the one in the package zhplot."""
     names = list(FONTS)
-    package = importlib.util.find_spec("zhplot")  # of requirements-extras.txt
+    package = find_spec("zhplot")  # of requirements-extras.txt
     if package and package.origin:
         names.append(str(Path(package.origin).with_name("fonts") / "NotoSansSC-Regular.ttf"))
+    from matplotlib import ft2font
+
     found = []
     for name in names:
         with contextlib.suppress(OSError):  # not installed

@@ -123,12 +123,12 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--images nowhere.jpg", "--images nowhere.jpg: there is no picture"),
+        ("--images nowhere.jpg", "there is no picture at nowhere.jpg"),
         ("--images archive/captions.csv", "nothing was captioned: cannot read the picture archive/captions.csv"),
         ("--limit 0", "must be at least 1"),
         ("--num-captions 0", "must be at least 1"),
         ("--checkpoint runs/flickr8k/checkpoints.pth --run flickr8k", "not allowed"),
-        ("--images archive/images --split val", "not allowed"),
+        ("--images archive/images --split val", "--split val and archive/images both say which pictures"),
     ],
 )
 def test_what_cannot_be_done_ends_in_code_2(line: str, said: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,7 @@ def test_the_captioner_of_another_language_can_be_taken(run: Run, capsys: pytest
     assert "captioner.zh.pth" in capsys.readouterr().out
     assert re.fullmatch("[\u4e00-\u9fff]+", captions_of(".")["archive/images/00.jpg"])
     assert run("--language", "zh") == 2
-    assert "say with --images what to caption" in capsys.readouterr().err
+    assert "name the pictures to caption, too" in capsys.readouterr().err
 
 
 def test_a_caption_that_is_probably_wrong_is_marked(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

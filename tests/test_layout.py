@@ -17,8 +17,10 @@ SCRIPTS = {
 FLOORS = (  # of two modules the lower one never imports the other, but those of one floor may import each other
     {"cli"},
     {"config"},
+    {"files"},
     {"utils", "distributed"},
     {"data"},
+    {"options"},
     {"models"},
     {"metrics", "render", "captioning", "comparison"},
     {"training"},

@@ -18,6 +18,7 @@ import train
 from config import load_config
 from data import annotations, write_tars
 from data.dataset import make_batches
+from data.folders import image_folders
 from models.model import CaptionModel
 
 BOTH = "data.root=[archive, other]"
@@ -68,7 +69,7 @@ def test_folders_of_one_name_are_told_apart(both: Path) -> None:
         "other": 12,
     }
     assert not mixed.drop_duplicates("image")["image_id"].duplicated().any()
-    folders = annotations.image_folders(load_config(overrides=["data.root=[archive, lists/archive, other]"]).data)
+    folders = image_folders(load_config(overrides=["data.root=[archive, lists/archive, other]"]).data)
     assert folders.path("archive-2/03.jpg") == Path("lists/archive/images/03.jpg")
     assert [len(names) for _, _, names in folders.group(mixed["image"].unique())] == [12, 12, 12]
 

@@ -92,7 +92,8 @@ def test_a_run_leaves_its_log_its_settings_and_two_checkpoints(finished: Path) -
     assert log.columns.tolist() == ["epoch", "step", "lr", *scores]
     assert log[["epoch", "step"]].values.tolist() == [[1, 2], [2, 4], [3, 6]]
     assert {path.name for path in folder.iterdir()} == FILES
-    assert re.search(r"^data: archive/captions.csv: train 8 pictures with 40 captions, val 2 .*, test 2 ", printed)
+    assert printed.startswith(f"writing to {finished / 'runs/first'}, and to the cache {finished / 'cache'}\n")
+    assert re.search(r"\ndata: archive/captions.csv: train 8 pictures with 40 captions, val 2 .*, test 2 ", printed)
     assert re.search(r"Epoch \[1/3\] Step \[1/2\] Loss \d\.\d{4} Perplexity \d+\.\d", printed)
     assert re.search(r"Epoch \[1/3\] .* teacher-forced val: loss .* greedy val captions: BLEU-4 .*, CIDEr", printed)
     assert "    08.jpg: " in printed

@@ -16,16 +16,8 @@ import torch
 
 import utils
 from cli import UserError
-from utils import (
-    StopRequest,
-    as_json,
-    find_run,
-    load_checkpoint,
-    pick_precision,
-    save_checkpoint,
-    seed_step,
-    write_atomically,
-)
+from files import StopRequest, as_json, find_run, write_atomically
+from utils import load_checkpoint, pick_precision, save_checkpoint, seed_step
 
 CHECKPOINT: dict[str, Any] = {"step": 3, "words": ["a", "dog"], "decoder": {"weight": torch.arange(50_000.0)}}
 CPU = torch.device("cpu")

@@ -15,10 +15,12 @@ from filelock import FileLock, Timeout
 
 import distributed
 from cli import UserError
-from config import Config, load_config, restore_config
-from data import annotations, splits
+from config import Config, restore_config
+from data import splits
+from files import RUNS, find_run, write_atomically
 from models import consensus
-from utils import RUNS, find_run, load_checkpoint, write_atomically
+from options import PROJECT, choose_config
+from utils import load_checkpoint
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
 BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)
@@ -74,11 +76,11 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
     Raises UserError rather than write over a run, and while another process trains in its folder.
     """
     if distributed.restarts() and not args.resume:  # by torchrun, in the place of a process that died
-        name = choose_config(args).run
+        name = choose_config(args)[0].run
         args.resume, args.overwrite = (RUNS / name / "last.pth").is_file(), True
         if args.resume:
             args.run, args.config, args.overrides = name, None, []
-    run = resume(args) if args.resume else Run(choose_config(args))
+    run = resume(args) if args.resume else begin(args)
     with contextlib.ExitStack() as stack:
         distributed.on_first_rank(stack.enter_context, locked(run.folder))
         if not args.resume and not args.overwrite:
@@ -86,25 +88,19 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
         yield run
 
 
-def choose_config(args: argparse.Namespace) -> Config:
-    """Return the recipe asked for; with nothing asked for and no dataset at hand, that of the built-in sample."""
-    if args.run:
-        raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
-    config = load_config(args.config, args.overrides)
-    asked = args.config or any(word.startswith("data.") for word in args.overrides)
-    if asked or any(annotations.find_captions(part) for _, part in annotations.datasets(config.data)):
-        return config
-    print(f"There is no dataset at {config.data.source}/: training on the built-in sample (see README, Flickr8k).")
-    return load_config(Path(__file__).parents[1] / "configs" / "sample.yaml", args.overrides)
+def begin(args: argparse.Namespace) -> Run:
+    """Return a new run, of the recipe asked for, and say where it goes."""
+    config, note = choose_config(args)
+    if note:
+        print(note)
+    if Path.cwd() != PROJECT:
+        print(f"writing to {RUNS.resolve() / config.run}, and to the cache {Path(config.data.cache).resolve()}")
+    return Run(config)
 
 
 def resume(args: argparse.Namespace) -> Run:
     """Return the run to resume, from its last.pth."""
-    if args.config:
-        raise UserError("--resume keeps a run's own settings; leave --config out and name the run: --run NAME")
-    names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
-    args.overrides = [word for word in args.overrides if not word.startswith("run=")]
-    folder = find_run("last.pth", args.run or next(iter(names), None))
+    folder = find_run("last.pth", args.run)
     if folder.resolve().parent != RUNS.resolve():
         raise UserError(f"{folder} is not below {RUNS}/; move it there to resume it")
     saved = load_checkpoint(folder / "last.pth")

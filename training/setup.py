@@ -11,9 +11,9 @@ from captioning import encode_dataset, feature_cache
 from cli import UserError
 from config import Config, DataConfig, pick
 from data import annotations, formats, tars
-from data.annotations import datasets
 from data.dataset import Flickr8kDataset
 from data.features import Features
+from data.folders import caption_files, datasets, image_folders
 from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
@@ -51,7 +51,7 @@ class Captions:
         parts = datasets(self.config)
         if len(parts) > 1:
             for prefix, part in parts:
-                files = " and ".join(map(str, annotations.caption_files(part)))
+                files = " and ".join(map(str, caption_files(part)))
                 rows = self.table[self.table["image"].str.startswith(prefix)]
                 print(f"data: {files}: {describe(count(rows))}")
         counts = count(self.table)
@@ -66,7 +66,7 @@ class Captions:
         if len(parts) > 1:
             print(f"data: together: {describe(counts)}")
         else:
-            source = self.config.shards or " and ".join(map(str, annotations.caption_files(self.config)))
+            source = self.config.shards or " and ".join(map(str, caption_files(self.config)))
             print(f"data: {source}: {describe(counts)}")
 
 
@@ -123,7 +123,7 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
 
 def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kDataset, Flickr8kDataset]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
-    config, folders = model.config, annotations.image_folders(model.config.data)
+    config, folders = model.config, image_folders(model.config.data)
     (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
     if captions.shards:
         images, image_of, train_tokens = tar_captions(captions.shards)

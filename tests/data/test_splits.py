@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from dataset_files import load, put, rows
 
-from data import annotations, splits
+from data import splits
+from data.folders import split_in_name
 
 TWO = "image,caption\na.jpg,A dog .\nb.jpg,Two cats .\n"
 
@@ -118,4 +119,4 @@ def test_a_split_in_a_file_counts_more_than_its_name(root: Path) -> None:
 
 def test_a_split_in_a_name_is_a_word_of_it() -> None:
     names = ("captions_train2014.json", "caption_validation_annotations.json", "my-TEST.csv", "contrainte.json")
-    assert [annotations.split_in_name(Path(name)) for name in names] == ["train", "val", "test", None]
+    assert [split_in_name(Path(name)) for name in names] == ["train", "val", "test", None]

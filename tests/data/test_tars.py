@@ -27,6 +27,7 @@ from config import load_config
 from data import annotations, features, tars, write_tars
 from data.dataset import Flickr8kDataset
 from data.features import Extractor, Features
+from data.folders import image_folder
 from data.tars import Tar
 from data.tokens import join
 from data.vocab import EnglishTokeniser
@@ -107,7 +108,7 @@ def test_tars_hold_what_the_table_does(written: None) -> None:
     held_out = annotations.load(config).set_index("image_id")
     assert held_out.loc[before.index.unique(), ["caption", "split"]].equals(before)
     for image_id, name in held_out["image"].items():
-        unpacked = annotations.image_folder(config) / name
+        unpacked = image_folder(config) / name
         assert unpacked.read_bytes() == Path("archive/images", str(image_id)).read_bytes()
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cli import UserError
 from data import transforms
-from data.formats import PICTURE_SUFFIXES
+from data.folders import PICTURE_SUFFIXES
 from data.transforms import AUGMENTATIONS, Transform, View, open_picture, other_views
 
 ROOT = Path(transforms.__file__).parents[1]

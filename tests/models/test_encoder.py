@@ -306,7 +306,7 @@ def test_weights_bring_their_size_and_a_vit_takes_them_at_another(
         (["encoder.name=resnet51"], ["encoder.name = resnet51", "resnet"]),
         (["encoder.name=vgg-16"], ["encoder.name = vgg-16", "did you mean vgg16?"]),
         (["encoder.name=fcn_resnet50"], ["did you mean resnet50?"]),  # no classifier
-        (["encoder.name=gpt"], ["take one of: alexnet"]),
+        (["encoder.name=gpt"], ["take one of: efficientnet_lite0, efficientnet_lite2, alexnet"]),
         (["encoder.name=timm/test-vit"], ["encoder.name = timm/test-vit", "did you mean timm/test_vit"]),
         (["encoder.name=timm/vit_small_patch14_dinov2.lvd14"], ["mean timm/vit_small_patch14_dinov2.lvd142m?"]),
         (["encoder.name=timm/0000"], ["encoder.name = timm/0000", "did you mean timm/"]),

@@ -1,0 +1,200 @@
+"""The command line of each script, and what is wrong with it, found before PyTorch is imported: that takes seconds."""
+
+import argparse
+from pathlib import Path
+
+from cli import Parser, UserError
+from config import Config, check_overrides, load_config, setting_names
+from data.folders import caption_files, datasets, find_captions, has_pictures
+from files import LANGUAGES, find_run
+
+PROJECT = Path(__file__).parent
+SPLITS = ["train", "val", "dev", "test"]
+TOKENISERS = ["auto", "ptb", "words", "characters"]
+LOSS_LOG = "loss_log.txt"
+MEAN = "mean"  # --attention without a head
+
+
+def train() -> argparse.Namespace:
+    parser = Parser(
+        description="Train a captioner on Flickr8k, or, with no dataset at archive/, on the built-in sample.",
+        epilog="Example: python train.py train.epochs=10 run=longer",
+    )
+    recipe = "a recipe laid over config.yaml: a file, or a name in configs/; several are laid one over the other"
+    parser.add_argument("--config", action="append", metavar="FILE", help=recipe)
+    parser.add_argument("--resume", action="store_true", help="resume a run from its last checkpoint")
+    parser.add_argument("--run", metavar="NAME", help="with --resume: which run (default: the newest)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
+    )
+    args = parser.parse_options(setting_names())
+    if args.resume:
+        if args.config:
+            raise UserError("--resume keeps a run's own settings; leave --config out and name the run: --run NAME")
+        names = [word.removeprefix("run=") for word in args.overrides if word.startswith("run=")]
+        args.overrides = [word for word in args.overrides if not word.startswith("run=")]
+        check_overrides(args.overrides)
+        args.run = args.run or next(iter(names), None)
+        find_run("last.pth", args.run)
+        return args
+    if args.run:
+        raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
+    refuse_root()
+    choose_config(args)
+    return args
+
+
+def choose_config(args: argparse.Namespace) -> tuple[Config, str]:
+    """Return the recipe asked for; with nothing asked for and no dataset at hand, that of the built-in sample, and a
+    note that says so.
+    """
+    config = load_config([find_recipe(name) for name in args.config or []], args.overrides)
+    asked = args.config or any(word.startswith("data.") for word in args.overrides)
+    parts = [part for _, part in datasets(config.data)]
+    if asked or any(map(find_captions, parts)):
+        if not config.data.shards and config.data.format != "sample":
+            for part in parts:
+                caption_files(part)  # which says where there is none
+        return config, ""
+    note = f"There is no dataset at {config.data.source}/: training on the built-in sample (see README, Flickr8k)."
+    return load_config([PROJECT / "configs" / "sample.yaml"], args.overrides), note
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: at this path, here or in the project, or in configs/ under this name."""
+    path = Path(name)
+    places = [path, PROJECT / path, *(PROJECT / "configs" / each for each in (path.name, f"{path.name}.yaml"))]
+    return next((place for place in places if place.is_file()), path if path.suffix else places[-1])
+
+
+def refuse_root() -> None:
+    """Raise UserError in the root of the file system, where runs/ and cache/ would go."""
+    here = Path.cwd()
+    if here == Path(here.anchor) and here != PROJECT:
+        raise UserError(
+            f"runs/ and cache/ are written to the current folder, which is {here}; change to another one first: "
+            f"cd {PROJECT}"
+        )
+
+
+def inference_visualize() -> argparse.Namespace:
+    parser = Parser(
+        description="Caption the test (or val) pictures of the newest run, or any pictures of your own.",
+        epilog="Example: python inference_visualize.py holiday/ 'cats/*.jpg' --out holiday_captions. "
+        "The search can be changed: search.beam=3 search.length_penalty=1, or search.temperature=0.8 "
+        "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
+    )
+    add = parser.add_argument
+    add("--images", nargs="+", default=[], metavar="PATH", help="picture files, folders or globs, as without --images")
+    add_model = parser.add_mutually_exclusive_group().add_argument
+    checkpoint = "a checkpoints.pth (default: the newest run's; for your own pictures, of those that learned from "
+    checkpoint += "photographs, or pretrained/captioner.pth); repeat it and several models write together"
+    add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    add_model("--run", metavar="NAME", help="take this run's checkpoint")
+    add_model("--language", choices=LANGUAGES, help="take the captioner in pretrained/ that writes English, or Chinese")
+    add("--split", choices=SPLITS, help="the pictures, where none are named (default: test, or val where it is empty)")
+    add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
+    several = "the best N captions of each picture, by a beam of at least N (default: 1)"
+    add("--num-captions", type=positive, default=1, metavar="N", help=several)
+    attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
+    add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
+    add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with your pictures this one)")
+    args = parser.parse_options(setting_names(), "pictures")
+    if args.attention and args.attention != MEAN and Path(args.attention).exists():
+        args.pictures, args.attention = [*args.pictures, args.attention], MEAN
+    args.images = [*args.pictures, *args.images]
+    if args.images and args.split:
+        raise UserError(f"--split {args.split} and {args.images[0]} both say which pictures; give one of them")
+    check_overrides(args.overrides)
+    for pattern in args.images:
+        if not has_pictures(pattern):
+            raise UserError(f"there is no picture at {pattern}; check the path")
+    check_model(args)
+    if args.language and not args.images:
+        raise UserError("--language takes a captioner that belongs to no run; name the pictures to caption, too")
+    return args
+
+
+def evaluate() -> argparse.Namespace:
+    parser = Parser(
+        description="Score the captions of a run, or of another system, against the references of a split.",
+        epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
+    )
+    add, add_what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    several = "a checkpoints.pth (default: the newest run's); repeat it to score several models as one ensemble"
+    add_what("--checkpoint", action="append", metavar="FILE", help=several)
+    add_what("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
+    add_what("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
+    add("--run", metavar="NAME", help="score this run, or with --predictions take its references")
+    split = "default: test, or val where it is empty; with --compare val, or test where only that is scored"
+    add("--split", choices=SPLITS, help=split)
+    tokeniser = "ptb as in papers (needs Java), words (without Java), characters (for Chinese); auto chooses (default)"
+    add("--tokeniser", choices=TOKENISERS, default="auto", help=tokeniser)
+    add("--out", metavar="FOLDER", help="where to write (default: beside the checkpoint or the predictions)")
+    args = parser.parse_options(setting_names(), "runs")
+    take_run(args)
+    check_overrides(args.overrides)
+    if args.checkpoint and args.run:
+        raise UserError("--checkpoint and --run both say which model; give one of them")
+    if not args.compare and not args.predictions:
+        check_model(args)
+    return args
+
+
+def visualize_loss() -> argparse.Namespace:
+    example = "Example: python visualize_loss.py --run flickr8k attention"
+    parser = Parser(description="Draw the loss curve of a run, or of several to compare them.", epilog=example)
+    run = "names or folders of runs, as without --run (default: the newest)"
+    parser.add_argument("--run", nargs="+", default=[], metavar="NAME", help=run)
+    where = "picture to write (default: loss_curve.png, in the folder of the run if it is only one)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
+    args = parser.parse_options(rest="runs")
+    args.run = [*args.runs, *args.run]
+    for name in args.run or [None]:
+        find_run(LOSS_LOG, name)
+    return args
+
+
+def calibrate() -> argparse.Namespace:
+    parser = Parser(
+        description="Fit how sure a captioner is of its captions, and store that in its checkpoint.",
+        epilog="Example: python calibrate.py --run attention",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--checkpoint", action="append", metavar="FILE", help="a checkpoints.pth (default: the newest run's)"
+    )
+    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
+    parser.add_argument("--out", metavar="FOLDER", help="where the diagram is written (default: beside the checkpoint)")
+    args = parser.parse_options(setting_names(), "runs")
+    take_run(args)
+    check_overrides(args.overrides)
+    check_model(args)
+    return args
+
+
+def take_run(args: argparse.Namespace) -> None:
+    """Take a run or a checkpoint that is named without an option for one with it: `evaluate.py runs/x`."""
+    for name in args.runs:
+        if args.run or args.checkpoint:
+            raise UserError(f"{name} is one model too many; give one, or several with --checkpoint")
+        if Path(name).is_file():
+            args.checkpoint = [name]
+        else:
+            args.run = name
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Raise UserError where there is no checkpoint of the name given, or of the run."""
+    for path in args.checkpoint or []:
+        if not Path(path).is_file():
+            raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
+    if args.run or not (args.checkpoint or getattr(args, "images", None) or getattr(args, "language", None)):
+        find_run("checkpoints.pth", args.run)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
