@@ -21,11 +21,11 @@ from captioning import Captioner, Encoded, Picture, doubt, prediction
 from config import SearchConfig
 from data.folders import PICTURE_SUFFIXES
 from data.vocab import SPECIALS
-from files import LANGUAGES, RUNS, as_json, knows_photographs, unique_name
 from models.model import Caption
 from render.attention import AttentionMaps, heat_map, split_before
 from render.caption import display_size
 from render.fonts import plain_text
+from utils import LANGUAGES, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
 STYLE = Path(__file__).with_name("render") / "app.css"

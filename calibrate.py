@@ -20,12 +20,11 @@ import metrics
 from captioning import batched, encode_dataset
 from data import annotations, splits
 from data.folders import image_folders
-from files import as_json, find_run, write_atomically
 from models.checkpoint import load_model
 from models.confidence import RIGHT, Confidence
 from models.model import CaptionModel
 from render.reliability import draw_reliability
-from utils import load_checkpoint, pick_device, save_checkpoint
+from utils import as_json, find_run, load_checkpoint, pick_device, save_checkpoint, write_atomically
 
 FOLDS = 5  # what is shown was estimated for captions that it was not fitted to
 LEAST = 20  # val pictures
@@ -71,7 +70,7 @@ def caption(model: CaptionModel, images: list[str]) -> tuple[torch.Tensor, dict[
     """Return what confidence in the best caption of each picture is estimated from (N, 4), and the captions."""
     features = encode_dataset(model, images, image_folders(model.config.data))
     inputs, captions = [], dict[str, str]()
-    for names in batched(images):
+    for names in batched(list(features.names)):
         found, probs = model.find(features.take(names), model.config.search)
         inputs.append(model.evidence(found, probs, model.config.search))
         captions |= {name: model.caption(best).text for name, [best] in zip(names, found, strict=True)}

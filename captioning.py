@@ -17,10 +17,21 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
-from cli import UserError
+from cli import UserError, printable
 from config import SearchConfig, change_search
-from data.features import Extractor, FeatureCache, Features, Files, Opener, encode_files, read_ahead, stack
-from data.folders import ImageFolders
+from data.features import (
+    SHOWN,
+    Extractor,
+    FeatureCache,
+    Features,
+    Files,
+    Opener,
+    encode_files,
+    find_broken,
+    read_ahead,
+    stack,
+)
+from data.folders import ImageFolders, plural
 from data.transforms import WHOLE, View, open_picture, upright
 from models.confidence import UNSURE
 from models.ensemble import load_ensemble
@@ -183,11 +194,24 @@ def encode_dataset(
     """Return the features of a dataset's pictures: from the cache, where missing ones are encoded first, or freshly
     encoded while the backbone is being fine-tuned.
 
-    Raises UserError for a picture that cannot be read.
+    Pictures that cannot be read are left out where `data.broken` says so; else raises UserError, which names them.
     """
+    skip = model.config.data.broken == "skip"
     if model.config.encoder.frozen:
-        return feature_cache(model, view).fill(*Files.group(names, folders), note=note)
-    return encode_files(Captioner(model).extractor, names, folders)
+        features = feature_cache(model, view).fill(*Files.group(names, folders), note=note, skip_broken=skip)
+    else:
+        broken = find_broken(names, folders) if skip else {}
+        features = encode_files(Captioner(model).extractor, [name for name in names if name not in broken], folders)
+    if len(features.names) < len(names):
+        known = set(features.names)
+        print(f"left out {describe_names([name for name in names if name not in known])} that cannot be read")
+    return features
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Return how many pictures these are, and what the first of them are called."""
+    shown = printable(", ".join(names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return f"{plural(len(names), 'picture', 'pictures')} ({shown})"
 
 
 def caption_dataset(

@@ -55,6 +55,7 @@ class DataConfig(Section):
     format: str  # one of data.formats.READERS
     language: Annotated[str, SHAPES]  # one of data.vocab.TOKENISERS
     min_count: PositiveInt
+    broken: Annotated[Literal["refuse", "skip"], FREE]
     cache: Annotated[Place, FREE]
     shard_rows: Annotated[PositiveInt, FREE]
 

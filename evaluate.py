@@ -14,15 +14,14 @@ if __name__ == "__main__":
 import argparse
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-import comparison
 import distributed
 import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
@@ -30,9 +29,10 @@ from config import Config, load_config
 from data import annotations, splits, tars
 from data.folders import image_folders
 from data.vocab import TOKENISERS
-from files import RUNS, as_json, find_run, write_atomically
 from metrics import METRICS
 from models.ensemble import refuse_homeless_ensemble
+from render import comparison
+from utils import RUNS, as_json, find_run, write_atomically
 
 SHOWN = 5  # picture names in a message
 
@@ -48,6 +48,11 @@ class References:
     training: Iterable[str]  # the captions of the training split
     language: str
     tokeniser: metrics.Tokeniser
+
+    def of(self, images: Sequence[str]) -> "References":
+        """Return the references of these pictures alone."""
+        ids = {image: self.image_ids[image] for image in images}
+        return replace(self, image_ids=ids, captions={image: self.captions[image] for image in images})
 
     def score(self, captions: dict[str, str]) -> metrics.Scores:
         return metrics.evaluate(captions, self.captions, self.tokeniser.tokenise, self.language)
@@ -91,6 +96,9 @@ def score_run(args: argparse.Namespace) -> None:
     images = list(references.captions)
     print(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
     features = encode_dataset(model, images, image_folders(config.data))
+    if len(features.names) < len(images):  # some cannot be read, and data.broken=skip
+        images = list(features.names)
+        references = references.of(images)
     torch.manual_seed(config.train.seed)  # where captions are drawn
     began = time.perf_counter()
     captions = caption_dataset(model, features, images)
@@ -185,7 +193,7 @@ def read_references(predictions: Path, args: argparse.Namespace) -> References:
     beside = predictions.parent if (predictions.parent / "config.yaml").is_file() else None
     run = find_run("config.yaml", args.run) if args.run else beside
     config = load_config(run / "config.yaml" if run else None, args.overrides)
-    table = annotations.load(config.data, splits.read_splits(run) if run else None)
+    table = annotations.load(config.data, splits.read_splits(run) if run else None, need_pictures=False)
     return choose_references(table, config, args.split, args.tokeniser)
 
 

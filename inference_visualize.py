@@ -23,13 +23,13 @@ from tqdm import tqdm
 from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
 from data.features import Features, Files
 from data.folders import image_folders, pictures_at
-from files import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 from models.ensemble import refuse_homeless_ensemble
 from models.model import Caption, CaptionModel
 from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
+from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
@@ -96,8 +96,13 @@ def choose_heads(asked: str | None, heads: int, named: str) -> slice | None:
 
 
 def find_pictures(patterns: list[str]) -> list[Picture]:
-    """Return the picture files named by paths, folders (with all below) and globs, each once."""
-    found = dict.fromkeys(path for pattern in patterns for path in sorted(pictures_at(pattern)))
+    """Return the pictures named by paths, folders (with all below) and globs, each once; prints what is not taken."""
+    found = dict[Path, None]()
+    for pattern in patterns:
+        paths, notes = pictures_at(pattern)
+        found |= dict.fromkeys(paths)
+        for note in notes:
+            print(printable(note))
     return [Picture(path, path.name, path.as_posix()) for path in found]
 
 

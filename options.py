@@ -5,8 +5,8 @@ from pathlib import Path
 
 from cli import Parser, UserError
 from config import Config, check_overrides, load_config, setting_names
-from data.folders import caption_files, datasets, find_captions, has_pictures
-from files import LANGUAGES, find_run
+from data.folders import caption_files, datasets, find_captions, pictures_at
+from utils import LANGUAGES, find_run
 
 PROJECT = Path(__file__).parent
 SPLITS = ["train", "val", "dev", "test"]
@@ -107,8 +107,11 @@ def inference_visualize() -> argparse.Namespace:
         raise UserError(f"--split {args.split} and {args.images[0]} both say which pictures; give one of them")
     check_overrides(args.overrides)
     for pattern in args.images:
-        if not has_pictures(pattern):
-            raise UserError(f"there is no picture at {pattern}; check the path")
+        found, notes = pictures_at(pattern)
+        if not found:
+            raise UserError(
+                "; ".join([f"there is no picture at {pattern}", *notes, "check the path"][: 2 + len(notes)])
+            )
     check_model(args)
     if args.language and not args.images:
         raise UserError("--language takes a captioner that belongs to no run; name the pictures to caption, too")

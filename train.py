@@ -23,7 +23,6 @@ import distributed
 import metrics
 from captioning import caption_dataset, encode_dataset
 from data.dataset import Flickr8kDataset, make_batches, read_shares
-from files import StopRequest
 from models import consensus
 from models.checkpoint import model_state
 from models.model import CaptionModel
@@ -33,7 +32,7 @@ from training.optim import learning_rate
 from training.runs import Run, open_run
 from training.setup import Captions, features_of, make_datasets, make_model
 from training.state import TrainState
-from utils import load_checkpoint, save_checkpoint, seed_step
+from utils import StopRequest, load_checkpoint, save_checkpoint, seed_step
 
 EVAL_BATCH = 256  # captions at once where no gradients are kept
 STATISTICS = 2000  # training pictures that the mean and scale of features are estimated from

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from files import find_run, write_atomically
 from render.charts import COLOURS, TEXT, style_axes
+from utils import find_run, write_atomically
 
 PANELS = {
     "val_loss": "Loss per word",

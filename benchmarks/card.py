@@ -14,8 +14,8 @@ from string import Template
 from benchmarks.limits import AGREE, LIMITS
 from benchmarks.report import BOTH, TITLES, Found, all_settings, read, show, spread, table
 from config import flatten, load_config
-from files import LANGUAGES, PRETRAINED, write_atomically
 from models.encoder import file_sha256
+from utils import LANGUAGES, PRETRAINED, write_atomically
 
 FIRST, RECIPE = "pretrained", "pretrained_scst"  # the second goes on from what the first has learned
 TEXT = Path(__file__).with_suffix(".md")

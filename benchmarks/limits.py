@@ -28,9 +28,9 @@ import metrics
 from config import setting_names
 from data import annotations, splits
 from data.vocab import SPECIALS, TOKENISERS
-from files import PRETRAINED, as_json, write_atomically
 from models.checkpoint import load_model
 from models.encoder import file_sha256
+from utils import PRETRAINED, as_json, write_atomically
 
 LIMITS = Path(__file__).parent / "results" / "flickr8k_coco" / "pretrained-limits.json"
 AGREE = 3  # references

@@ -26,8 +26,7 @@ import torch
 
 from benchmarks.memory import ROOT, run_and_watch
 from config import FREE, flatten, load_config, marked, restore_config, setting_names
-from files import RUNS, write_atomically
-from utils import load_checkpoint
+from utils import RUNS, load_checkpoint, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 SITTINGS = "sittings.json"  # minutes and peak memory of each time that a run was trained

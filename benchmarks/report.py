@@ -14,8 +14,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from config import flatten, load_config
-from files import write_atomically
 from metrics import METRICS
+from utils import write_atomically
 
 Found = dict[str, Any]  # what a JSON holds
 

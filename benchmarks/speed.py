@@ -36,11 +36,10 @@ from data import annotations
 from data.features import Extractor
 from data.transforms import open_picture
 from data.vocab import EOS, SOS
-from files import write_atomically
 from models.checkpoint import model_state
 from models.model import CaptionModel
 from models.search import search
-from utils import pick_device, save_checkpoint
+from utils import pick_device, save_checkpoint, write_atomically
 
 OUT = Path(__file__).parent / "results" / "speed.json"
 FLICKR8K = {"pictures": 7000, "captions": 30000, "epochs": 5}  # encoded: train and dev; captions: of train

@@ -22,7 +22,6 @@ from data.features import Features
 from data.folders import ImageFolders
 from data.tokens import tokenise
 from data.vocab import build_vocab
-from files import StopRequest
 from models.model import CaptionModel
 from train import groups_by_image, train_one_epoch
 from training.losses import CrossEntropy
@@ -30,6 +29,7 @@ from training.monitor import Monitor
 from training.runs import Run
 from training.setup import index_images
 from training.state import Progress, TrainState
+from utils import StopRequest
 
 SIZE = (500, 375)  # pixels, as Flickr gives them
 CAPTIONS = 30000  # of Flickr8k's training pictures, from which the vocabulary is made

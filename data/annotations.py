@@ -7,35 +7,47 @@ it and `image_id` begin with the dataset's name. `split` is train, val or test. 
 format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, printable, run_script  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from operator import eq
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pandas as pd
 
 from config import DataConfig, load_config, pick, setting_names
 from data import formats, sample, splits
-from data.folders import caption_files, dataset_name, datasets, image_folder, paths_below, split_in_name
+from data.folders import (
+    caption_files,
+    dataset_name,
+    datasets,
+    find_names,
+    image_folder,
+    image_folders,
+    list_folder,
+    split_in_name,
+)
 from data.splits import SPLITS
 from data.vocab import TOKENISERS
 
 
-def load(config: DataConfig, saved_splits: dict[str, list[str]] | None = None) -> pd.DataFrame:
+def load(
+    config: DataConfig, saved_splits: dict[str, list[str]] | None = None, need_pictures: bool = True
+) -> pd.DataFrame:
     """Read the captions that `config` names, decide each picture's split, and find the pictures.
 
     Of each dataset, official lists beside the captions decide alone where there are any, and pictures on no list are
     left out. Otherwise the splits in the files decide; else `saved_splits` (of a run, see `data.splits`) or a seeded
-    split. With `data.shards`, the table holds the pictures of val and test, unpacked: see `data.tars`.
+    split. Pictures may be missing without `need_pictures`. With `data.shards`, the table holds the pictures of val and
+    test, unpacked: see `data.tars`.
     """
     tables = []
     for prefix, part in datasets(config):
-        table, source, missing = read_dataset(part)
-        if missing:
+        table, source, missing = read_dataset(part, need_pictures)
+        if missing and need_pictures:
             names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             raise UserError(
                 f"{source} names {len(missing)} of {table['image'].nunique()} pictures that are not in "
@@ -53,7 +65,7 @@ def references(table: pd.DataFrame) -> dict[str, list[str]]:
     return table.groupby("image", sort=False)["caption"].agg(list).to_dict()
 
 
-def read_dataset(config: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
+def read_dataset(config: DataConfig, need_pictures: bool = True) -> tuple[pd.DataFrame, str, list[str]]:
     """Return the table of one dataset with the splits that its files name, these files for messages, and the pictures
     that are missing.
     """
@@ -66,7 +78,10 @@ def read_dataset(config: DataConfig) -> tuple[pd.DataFrame, str, list[str]]:
         table, source = read_captions(config)
     if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
         raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
-    table, missing = find_pictures(table, image_folder(config), source)
+    missing: list[str] = []
+    with nullcontext() if need_pictures else suppress(UserError):  # there is no folder of pictures
+        path_of, missing = find_names(image_folder(config), table["image"].unique())
+        table["image"] = table["image"].map(lambda image: path_of.get(image, image))
     splits.check_splits(table, source)
     return table, source, missing
 
@@ -75,11 +90,13 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     """Return the captions of all files, of the pictures on official lists where there are any, and the files' names."""
     if config.format == "sample":
         sample.draw(Path(config.roots[0]))
-    paths, tables = caption_files(config), []
+    paths, tables, root = caption_files(config), [], Path(config.roots[0])
     for path in paths:
-        table = formats.read(path, config.format)
-        if len(paths) > 1:
-            table["split"] = table["split"].fillna(split_in_name(path))
+        table, split = formats.read(path, config.format), split_in_name(path)
+        if split and (len(paths) > 1 or split != "train"):  # a train file alone is split further
+            table["split"] = table["split"].fillna(split)
+        if path.name.startswith("metadata.") and path.parent != root:  # it names pictures of its own folder
+            table["image"] = f"{path.parent.relative_to(root).as_posix()}/" + table["image"]
         tables.append(table)
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))
     if table.empty:
@@ -93,27 +110,6 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
     return table, source
 
 
-def find_pictures(table: pd.DataFrame, folder: Path, source: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table with each picture's path below `folder`, and the names of the pictures that are missing.
-
-    A picture lies where its name says; else it is the only file whose path ends with its name, or the other way round.
-    """
-    path_of, by_name = dict[str, str](), defaultdict[str, list[str]](list)
-    for path in paths_below(folder):
-        path_of[path] = path
-        by_name[path.rpartition("/")[2]].append(path)
-    missing = []
-    for image in table["image"].unique():
-        if image not in path_of:
-            parts = image.split("/")[::-1]
-            near = [path for path in by_name[parts[0]] if all(map(eq, parts, path.split("/")[::-1]))]
-            if len(near) > 1:
-                raise UserError(f"{source} names {image}, and {folder} has {', '.join(near)}; name it with its folder")
-            path_of[image] = near[0] if near else image
-            missing += [] if near else [image]
-    return table.assign(image=table["image"].map(path_of)), missing
-
-
 def report(config: DataConfig) -> Iterator[str]:
     """Yield lines about each dataset, and about all of them together."""
     tables, parts = [], datasets(config)
@@ -124,6 +120,7 @@ def report(config: DataConfig) -> Iterator[str]:
         kind = formats.recognise(caption_files(part)[0]) if part.format == "auto" else part.format
         yield f"captions:   {source} ({kind})"
         yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(part)}"
+        yield from (f"            {note}" for note in list_folder(image_folder(part)).notes())
         yield from (f"            missing: {name}" for name in missing[:5])
         yield from describe(table, part, note)
         yield ""
@@ -158,13 +155,33 @@ def describe(table: pd.DataFrame, config: DataConfig, note: str) -> Iterator[str
 def main() -> None:
     parser = Parser(description="Print what a folder of captions and pictures holds, or several together.")
     parser.add_argument("folders", nargs="+", metavar="folder", help="such as archive")
+    parser.add_argument("--check", action="store_true", help="open every picture, and list those that cannot be read")
     args = parser.parse_options(setting_names())
     for folder in args.folders:
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; check the path")
     root = args.folders[0] if len(args.folders) == 1 else json.dumps(args.folders)  # a list of YAML, too
-    for line in report(load_config(overrides=[f"data.root={root}", *args.overrides]).data):
-        print(line)
+    config = load_config(overrides=[f"data.root={root}", *args.overrides]).data
+    for line in report(config):
+        print(printable(line))
+    if args.check:
+        check_pictures(config)
+
+
+def check_pictures(config: DataConfig) -> None:
+    """Open all pictures and print which of them cannot be read; raises UserError if there are any."""
+    from data.features import find_broken  # which needs torch
+
+    images = load(config)["image"].unique().tolist()
+    broken = find_broken(images, image_folders(config))
+    for name, reason in broken.items():
+        print(printable(f"{name}: {reason}"))
+    if broken:
+        raise UserError(
+            f"{len(broken):,} of {len(images):,} pictures cannot be read; replace them, remove their rows, or train "
+            "without them: data.broken=skip"
+        )
+    print(f"all {len(images):,} pictures can be read")
 
 
 if __name__ == "__main__":

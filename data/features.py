@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -29,13 +29,16 @@ import distributed
 from cli import UserError
 from data.folders import ImageFolders
 from data.transforms import WHOLE, Transform, View, open_picture
-from files import write_atomically
+from utils import write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Opener = Callable[[], Image.Image]  # opens a picture, wherever it lies
 Stamp = tuple[str, int, int]  # name, size and mtime (ns) of a picture, or its name and those of the tar it lies in
 
+CHECKED = 64  # pictures opened at a time
+NOBODY: Stamp = ("", 0, 0)  # in the place of a picture that could not be encoded
+SHOWN = 5  # broken pictures in a message
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
 
 
@@ -62,6 +65,13 @@ class Features:
         file_of = np.searchsorted(self.ends, rows, side="right").tolist()  # (B,)
         taken = [self.files[file][row - self.ends[file]] for row, file in zip(rows, file_of, strict=True)]
         return torch.stack(taken)  # much faster than indexing, for rows as large as grids
+
+    def without(self, names: Collection[str]) -> "Features":
+        """Return the features of all pictures but these."""
+        if not names:
+            return self
+        kept = [place for place, name in enumerate(self.names) if name not in names]
+        return Features(self.files, [self.names[place] for place in kept], self.rows[kept])
 
     def move(self, device: torch.device) -> None:
         """Keep all features on a GPU from now on, if they take no more than half of what is free there."""
@@ -129,6 +139,36 @@ def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch:
                 yield [future.result() for future in ready]
             elif not ahead:
                 return
+
+
+def find_broken(names: Sequence[str], folders: ImageFolders) -> dict[str, str]:
+    """Return what is wrong with those of these pictures that cannot be read, after opening all of them."""
+
+    def check(name: str) -> str | None:
+        try:
+            open_picture(folders.path(name))
+        except UserError as error:
+            return str(error)
+        return None
+
+    broken = dict[str, str]()
+    with tqdm(total=len(names), desc="checking", unit="img", disable=distributed.bar_hidden()) as bar:
+        left = iter(names)
+        for batch in read_ahead(check, names, CHECKED):
+            broken |= {name: reason for name, reason in zip(islice(left, len(batch)), batch, strict=True) if reason}
+            bar.update(len(batch))
+    return broken
+
+
+def broken_error(broken: dict[str, str], count: int) -> UserError:
+    """Return the error that names the pictures that cannot be read, among `count` of them."""
+    if len(broken) == 1:
+        return UserError(f"{next(iter(broken.values()))}, or go on without it: data.broken=skip")
+    names = ", ".join(list(broken)[:SHOWN]) + (", …" if len(broken) > SHOWN else "")
+    return UserError(
+        f"{len(broken):,} of {count:,} pictures cannot be read ({names}); replace them or remove their rows, after "
+        "python -m data.annotations --check FOLDER has listed them all, or go on without them: data.broken=skip"
+    )
 
 
 def encode_files(extractor: Extractor, names: Sequence[str], folders: ImageFolders) -> Features:
@@ -217,16 +257,18 @@ class FeatureCache:
         features, missing = self.look_up(*sources)
         return None if any(missing) else features
 
-    def fill(self, *sources: Source, note: str = "") -> Features:
+    def fill(self, *sources: Source, note: str = "", skip_broken: bool = False) -> Features:
         """Return the features of all sources' pictures, after encoding what is missing; processes share the work.
 
-        Raises UserError for a picture that cannot be read or that changes meanwhile, and for a full disk.
+        Raises UserError for pictures that cannot be read, unless they are to be skipped, for one that changes
+        meanwhile, and for a full disk.
         """
         features, missing = self.look_up(*sources)
+        broken = dict[str, str]()
         if distributed.any_of(any(missing)):
             try:
                 with distributed.locked(self.place / "lock", f"another process is encoding into {self.place}/"):
-                    self.encode_missing(sources, note)
+                    broken = self.encode_missing(sources, note)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command resumes encoding where it stopped") from None
             except OSError as error:
@@ -235,10 +277,12 @@ class FeatureCache:
                     "data.cache=FOLDER"
                 ) from None
             features, missing = self.look_up(*sources)
+        if broken and not skip_broken:
+            raise broken_error(broken, len(features.names))
         for source, numbers in zip(sources, missing, strict=True):
-            if numbers:
-                raise UserError(f"{source.names[numbers[0]]} changed while it was being encoded; start again")
-        return features
+            for name in [source.names[number] for number in numbers if source.names[number] not in broken][:1]:
+                raise UserError(f"{name} changed while it was being encoded; start again")
+        return features.without(broken)
 
     def look_up(self, *sources: Source) -> tuple[Features, list[list[int]]]:
         """Return the features that are there, and the numbers of each source's pictures that are missing or changed."""
@@ -266,12 +310,17 @@ class FeatureCache:
             if rows.shape == (len(stamps), *self.extractor.encoder.feature_shape):
                 yield path, stamps, torch.from_numpy(rows)
 
-    def encode_missing(self, sources: Sequence[Source], note: str) -> None:
-        """Encode what is missing into new files, each process its share of them; only one job does so at a time."""
+    def encode_missing(self, sources: Sequence[Source], note: str) -> dict[str, str]:
+        """Encode what is missing into new files, each process its share of them; only one job does so at a time.
+
+        Returns what is wrong with each picture that cannot be encoded.
+        """
         chunks: list[tuple[Path, Source, list[int], list[Stamp]]] = []
+        all_are_new = True
         for source in sources:
             stamps = source.stamps()  # before any picture is opened: one that changes meanwhile is found out
             _, [missing] = self.look_up(source)
+            all_are_new &= len(missing) == len(source.names)
             folder = self.place / source.key
             number = max((int(path.stem) for path in folder.glob("[0-9]*.*")), default=-1)  # of rows or of a manifest
             for first in range(0, len(missing), self.rows_per_file):
@@ -279,35 +328,54 @@ class FeatureCache:
                 part = missing[first : first + self.rows_per_file]
                 chunks.append((folder / f"{number:05}.npy", source, part, [stamps[i] for i in part]))
         if not distributed.any_of(bool(chunks)):  # once all processes have looked, before any writes
-            return  # another job has encoded them meanwhile
+            return {}  # another job has encoded them meanwhile
         print(f"encoding {sum(len(part) for *_, part in chunks):,} pictures{note}, once, into {self.place}/")
         mine = distributed.share(chunks)
-        total = sum(len(part) for *_, part in mine)
+        total, broken = sum(len(part) for *_, part in mine), dict[str, str]()
         with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
             for number, chunk in enumerate(mine, start=1):
-                for rows in self.write(*chunk):
+                for rows in self.write(*chunk, broken, all_are_new and number == 1):
                     bar.update(rows)
                 if bar.disable:
                     print(f"encoded {number:,} of {len(mine):,} files")
         distributed.wait()
         distributed.on_first_rank(self.remove_superseded, sources)
+        return dict(distributed.gather(list(broken.items())))
 
-    def write(self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp]) -> Iterator[int]:
-        """Encode these pictures into a new file, whose rows count once its manifest is there; yields their numbers."""
+    def write(
+        self, path: Path, source: Source, numbers: list[int], stamps: list[Stamp], broken: dict[str, str], first: bool
+    ) -> Iterator[int]:
+        """Encode these pictures into a new file, whose rows count once its manifest is there; yields their numbers.
+
+        What is wrong with a picture that cannot be encoded is put into `broken`, and its row counts for no picture.
+        Raises UserError where that is so of the whole `first` batch of all, as it is with useless weights.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
+        nothing, written = torch.zeros(self.extractor.encoder.feature_shape, dtype=torch.float16), list[Stamp]()
         try:
             with open(path, "xb") as file:
                 shape = (len(numbers), *self.extractor.encoder.feature_shape)
                 np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
                 for batch in self.extractor.encode(source.openers(numbers), self.view):
-                    file.write(stack(batch).numpy().tobytes())
+                    for item in batch:
+                        good, place = isinstance(item, torch.Tensor), len(written)
+                        written.append(stamps[place] if good else NOBODY)
+                        if not good:
+                            broken[source.names[numbers[place]]] = str(item)
+                    if first and len(numbers) > 1 and all(stamp is NOBODY for stamp in written):
+                        stack(batch)  # which raises the first error
+                    rows = [item if isinstance(item, torch.Tensor) else nothing for item in batch]
+                    file.write(torch.stack(rows).numpy().tobytes())
                     yield len(batch)
                 file.flush()
                 os.fsync(file.fileno())  # before the manifest: a power cut must not leave it promising zeros
-        except UserError:  # of a picture that cannot be encoded
+        except UserError:
             path.unlink()
             raise
-        write_atomically(path.with_suffix(".json"), json.dumps(stamps).encode())
+        if all(stamp is NOBODY for stamp in written):
+            path.unlink()
+        else:
+            write_atomically(path.with_suffix(".json"), json.dumps(written).encode())
 
     def remove_superseded(self, sources: Sequence[Source]) -> None:
         """Delete files of which no row counts any more; a training run that has one mapped keeps it on POSIX."""

@@ -1,24 +1,40 @@
 """Where the captions and pictures of one dataset or of several lie; needs no pandas and no PyTorch."""
 
+import contextlib
 import glob
 import itertools
 import os
 import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from operator import eq
 from pathlib import Path
 
 from cli import UserError
 from config import DataConfig
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"),
+    *((".heic", ".heif") if find_spec("pillow_heif") else ()),
+)
+PHONES = (".heic", ".heif")  # pictures of iPhones, which need the package pillow-heif
+# Folders that systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
+OF_SYSTEMS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__")
+FILES_OF_SYSTEMS = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
 # Where captions and pictures lie unless a setting says otherwise: the first pattern that matches.
 CAPTION_FILES = (
-    *("captions.csv", "captions.txt", "captions.jsonl"),
+    *("captions.csv", "captions.txt", "captions.tsv", "captions.xlsx", "captions.jsonl", "captions.json"),
     *("Flickr*.token.txt", "Flickr8k_text/Flickr8k.token.txt", "results.csv", "results_20130124.token"),
     *("dataset*.json", "annotations/captions_*.json", "captions_*.json"),
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
+    *("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),  # of Hugging Face's ImageFolder
+    *("*.csv", "*.tsv", "*.xlsx", "*.jsonl"),  # any other table
 )
+LEFT_ASIDE = ("*.lemma.*", "results*.json", "predictions*.json")  # which the same folders hold
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
 
 
@@ -81,7 +97,8 @@ def find_captions(config: DataConfig) -> list[Path]:
     """Return the captions files of one dataset that exist: those `data.captions` names, here or in `data.root`."""
     root = Path(config.roots[0])
     if config.captions is None:
-        return next(filter(None, (sorted(root.glob(pattern)) for pattern in CAPTION_FILES)), [])
+        found = ([each for each in sorted(root.glob(pattern)) if not is_aside(each)] for pattern in CAPTION_FILES)
+        return next(filter(None, found), texts_beside(config))
     for place in (Path(config.captions), root / config.captions):
         paths = [place] if place.is_file() else sorted(map(Path, glob.glob(str(place))))
         if paths:
@@ -89,10 +106,27 @@ def find_captions(config: DataConfig) -> list[Path]:
     return []
 
 
+def is_aside(path: Path) -> bool:
+    return path.name.startswith(".") or any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE)
+
+
+def texts_beside(config: DataConfig) -> list[Path]:
+    """Return the folder of pictures with a .txt of the same name beside them, as image trainers keep captions."""
+    with contextlib.suppress(UserError):  # no pictures
+        folder = image_folder(config)
+        paths = set(paths_below(folder))
+        pictures = (path for path in paths if path.lower().endswith(PICTURE_SUFFIXES))
+        return [folder] if any(f"{path.rpartition('.')[0]}.txt" in paths for path in pictures) else []
+    return []
+
+
 def split_in_name(path: Path) -> str | None:
-    """Return the split in a file's name: train for captions_train2014.json."""
-    named = re.search(r"(?<![a-z])(train|val|test)", path.name.lower())
-    return named[1] if named else None
+    """Return the split in a file's name, train for captions_train2014.json, or of its folder for metadata.jsonl."""
+    name = path.parent.name if path.name.startswith("metadata.") else path.name
+    named = re.search(
+        r"(?<![a-z])(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(test)(?:ing)?)(?![a-z])", name.lower()
+    )
+    return {"dev": "val"}.get(named[0], next(filter(None, named.groups()))) if named else None
 
 
 def image_folder(config: DataConfig) -> Path:
@@ -104,26 +138,125 @@ def image_folder(config: DataConfig) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    if not config.images and any(path.lower().endswith(PICTURE_SUFFIXES) for path in paths_below(root)):
+    if not config.images and list_folder(root).pictures():
         return root
     raise UserError(f"there is no picture folder at {places[0]}; put it there or set its place: data.images=FOLDER")
 
 
-def paths_below(folder: Path) -> Iterator[str]:
-    """Yield the paths, with forward slashes, of all that lies in `folder` and three levels below."""
-    for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
-        yield from (path.replace(os.sep, "/") for path in glob.iglob(pattern, root_dir=folder))
+@dataclass
+class Listing:
+    """What lies in a folder and below: paths with forward slashes, and what was left aside."""
+
+    paths: list[str]
+    aside: list[str]  # what systems keep there: ._photo.jpg, .DS_Store, Thumbs.db, @eaDir/ …
+
+    def pictures(self) -> list[str]:
+        return [path for path in self.paths if path.lower().endswith(PICTURE_SUFFIXES)]
+
+    def notes(self) -> list[str]:
+        """Return what is to be said of the files that are not taken, if any."""
+        notes = []
+        if self.aside:
+            notes.append(
+                f"left aside: {plural(len(self.aside), 'file of the system', 'files of the system')}, "
+                f"such as {self.aside[0]}"
+            )
+        phones = [path for path in self.paths if path.lower().endswith(PHONES)]
+        if phones and PHONES[0] not in PICTURE_SUFFIXES:
+            notes.append(
+                f"left out: {plural(len(phones), 'HEIC picture', 'HEIC pictures')}, such as {phones[0]}; to read them: "
+                "pip install pillow-heif"
+            )
+        return notes
 
 
-def pictures_at(pattern: str) -> Iterator[Path]:
-    """Yield the picture files named by a path, a folder (with all below) or a glob."""
+def plural(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
+def list_folder(folder: Path) -> Listing:
+    """Return what lies in a folder and below it; of folders that are linked, each is entered once."""
+    found, known, left = Listing([], []), set[tuple[int, int]](), [""]
+    while left:
+        below = left.pop()
+        try:
+            status = os.stat(folder / below)
+            entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)
+        except OSError:  # gone meanwhile, or not to be read
+            continue
+        if (status.st_dev, status.st_ino) in known:
+            continue
+        known.add((status.st_dev, status.st_ino))
+        folders = []
+        for entry in entries:
+            path, name = f"{below}{entry.name}", entry.name.lower()
+            if name.startswith(".") or name in (*OF_SYSTEMS, *FILES_OF_SYSTEMS):
+                found.aside.append(path)
+            elif is_folder(entry):
+                folders.append(f"{path}/")
+            else:
+                found.paths.append(path)
+        left += reversed(folders)
+    return found
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def paths_below(folder: Path) -> list[str]:
+    """Return the paths, with forward slashes, of all files in `folder` and below."""
+    return list_folder(folder).paths
+
+
+def same_name(name: str) -> str:
+    """Return a name as systems compare it: macOS takes accents off their letters, and Windows is blind to case."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the path below `folder` of each picture that is there, and the names of the others.
+
+    A picture lies where its name says; else it is the only file whose path ends with its name, or the other way round,
+    however its letters are composed; else the only one that has this name and an ending. Raises UserError where there
+    are several.
+    """
+    paths = paths_below(folder)
+    exact, by_name, by_stem = set(paths), defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for path in paths:
+        by_name[same_name(path.rpartition("/")[2])].append(path)
+        if path.lower().endswith(PICTURE_SUFFIXES):
+            by_stem[same_name(path.rpartition(".")[0]).rpartition("/")[2]].append(path)
+    path_of, missing = dict[str, str](), []
+    for name in names:
+        if name in exact:
+            path_of[name] = name
+            continue
+        parts = same_name(name).split("/")[::-1]
+        near = [path for path in by_name[parts[0]] if all(map(eq, parts, same_name(path).split("/")[::-1]))]
+        near = near or [
+            path for path in by_stem[parts[0]] if all(map(eq, parts[1:], same_name(path).split("/")[-2::-1]))
+        ]
+        if len(near) > 1:
+            raise UserError(f"there are {', '.join(near)} in {folder} for {name}; name it with its folder")
+        if near:
+            path_of[name] = near[0]
+        else:
+            missing.append(name)
+    return path_of, missing
+
+
+def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
+    """Return the picture files named by a path, a folder (with all below) or a glob, and notes on those not taken."""
     path = Path(pattern)
     if path.is_dir():
-        yield from (found for found in path.rglob("*") if found.suffix.lower() in PICTURE_SUFFIXES and found.is_file())
-    else:
-        names = [pattern] if path.exists() else glob.glob(pattern, recursive=True)
-        yield from (Path(name) for name in names if Path(name).is_file())
-
-
-def has_pictures(pattern: str) -> bool:
-    return next(pictures_at(pattern), None) is not None
+        listing = list_folder(path)
+        return [path / name for name in listing.pictures()], listing.notes()
+    names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+    if not names and path.parent.is_dir():  # typed with its accents composed in another way
+        wanted = unicodedata.normalize("NFC", path.name)
+        names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
+    return [Path(name) for name in names if Path(name).is_file()], []

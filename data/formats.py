@@ -13,15 +13,20 @@ from typing import Any
 
 import pandas as pd
 
-from cli import UserError
+from cli import UserError, shorten
 from config import pick
+from data.folders import PICTURE_SUFFIXES, paths_below
+from data.tables import CAPTION, IMAGE, encoding_of, find, plain_name, read_table, read_text
 
-Row = tuple[str, str | int, str, str | None]
+Row = tuple[str, str | int, str | None, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
 WORD = re.compile(r"\w")
 HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
-SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test", None: None}
-FLICKR30K = {"image_name": "image", "comment_number": "number", "comment": "caption"}  # columns of its results.csv
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "trn", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "development"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
 # What a reader raises for a file of another form.
 UNLIKE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error)
 
@@ -32,16 +37,17 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     reader = pick(READERS, name, "data.format")
     try:
         rows = [
-            (whole_characters(image).replace("\\", "/"), whole_characters(image_id), tidy(caption), split)
+            (whole_characters(image).replace("\\", "/"), whole_characters(image_id), tidy(caption or ""), split)
             for image, image_id, caption, split in reader(path)
         ]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
     except UNLIKE as error:
         raise UserError(
             f"{path} is not as {name} files are ({error!r}); take a whole copy of it, or set data.format=NAME"
         ) from None
-    return pd.DataFrame([row for row in rows if WORD.search(row[2])], columns=["image", "image_id", "caption", "split"])
+    kept = [row for row in rows if WORD.search(row[2])]
+    if len(kept) < len(rows):
+        print(f"{path}: left out {len(rows) - len(kept):,} of {len(rows):,} captions, which have no words")
+    return pd.DataFrame(kept, columns=["image", "image_id", "caption", "split"])
 
 
 def tidy(caption: str) -> str:
@@ -56,46 +62,44 @@ def whole_characters(value: Any) -> Any:
 
 def recognise(path: Path) -> str:
     """Return the name in READERS of the file's format: `csv` when it shows the marks of no other."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        head = file.read(HEAD_SIZE).lstrip()
+    if path.is_dir():
+        return "texts"
+    with open(path, "rb") as file:
+        raw = file.read(HEAD_SIZE)
+    head = raw.decode(encoding_of(raw), errors="replace").lstrip()
     first = head.partition("\n")[0]
     if head.startswith("["):
-        return "ai_challenger"
+        return "json"
     if head.startswith("{"):
-        if re.match(r'\{.*"captions?"\s*:.*\}\s*$', first) and '"annotations"' not in first:
+        if path.suffix == ".jsonl" or is_entry(first):
             return "jsonl"
-        return "karpathy" if '"sentences"' in head else "coco"
+        return (
+            "karpathy" if '"sentences"' in head else "coco" if '"annotations"' in head or '"info"' in head else "json"
+        )
     return "token" if NUMBERED.fullmatch(first.rstrip()) else "csv"
 
 
+def is_entry(line: str) -> bool:
+    """Whether a line is a JSON object with a picture and captions."""
+    try:
+        return len(line) < HEAD_SIZE and find_keys(json.loads(line)) is not None
+    except UNLIKE:
+        return False
+
+
 def read_csv(path: Path) -> list[Row]:
-    """Read `image,caption` rows below such a header (Flickr8k, Kaggle's captions.txt), unquoted commas included.
-
-    A column `split` may say train, val (or dev) or test. Flickr30k's results.csv has bars, and lacks one in one line.
-    """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        bars = "|" in file.readline()
-        file.seek(0)
-        rows = csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE) if bars else csv.reader(file)
-        names = [name.strip().lower() for name in next(rows, [])]
-        header = [FLICKR30K.get(name, name) for name in names]
-        if "image" not in header or "caption" not in header:
-            raise UserError(f"{path} starts with {','.join(names)!r}; its first line should be: image,caption")
-        return [split_row(row, header, f"{path} line {rows.line_num}") for row in rows if row]
+    """Read a table of pictures and captions, see `data.tables`; a column `split` may say train, val or test."""
+    return [make_row(image, caption, where, split) for image, caption, split, where in read_table(path)]
 
 
-def split_row(row: list[str], header: list[str], where: str) -> Row:
-    """Return a row; a caption in the last column may hold commas without quotes."""
-    if header[-1] == "caption" and len(row) > len(header):
-        row = [*row[: len(header) - 1], ",".join(row[len(header) - 1 :])]
-    if header[1:] == ["number", "caption"] and len(row) == 2 and (parts := re.fullmatch(r"\s*(\d+)\s+(.*)", row[1])):
-        row = [row[0], *parts.groups()]
-    if len(row) != len(header):
-        raise UserError(f"{where} has {len(row)} columns, not {len(header)}; write it as: image,caption")
-    named = dict(zip(header, map(str.strip, row), strict=True))
-    if "\n" in named["caption"] or "\r" in named["caption"]:
-        raise UserError(f"{where}: the caption of {named['image']} runs over several lines; close its quotation mark")
-    return make_row(named["image"], named["caption"], where, named.get("split") or None)
+def read_texts(folder: Path) -> list[Row]:
+    """Read the .txt beside each picture of a folder, and below: each of its lines is a caption."""
+    found: list[Row] = []
+    for image in sorted(paths_below(folder)):
+        text = (folder / image).with_suffix(".txt")
+        if image.lower().endswith(PICTURE_SUFFIXES) and text.is_file():
+            found += [(image, image, line, None) for line in read_text(text).split("\n") if line.strip()]
+    return found
 
 
 def read_token(path: Path) -> list[Row]:
@@ -116,9 +120,9 @@ def read_token(path: Path) -> list[Row]:
 
 
 def make_row(image: str, caption: str, where: str, split: str | None = None) -> Row:
-    """Return the row of a line that a person wrote; raises UserError for one without picture or words."""
-    if not image or not WORD.search(caption):
-        raise UserError(f"{where} has no picture, or a caption without words; fill or remove it")
+    """Return the row of a line that a person wrote; raises UserError for one without picture."""
+    if not image:
+        raise UserError(f"{where} names no picture; fill it in, or remove the line")
     return image, image, caption, as_split(split, where)
 
 
@@ -133,15 +137,46 @@ def read_karpathy(path: Path) -> list[Row]:
 
 
 def read_coco(path: Path) -> list[Row]:
-    """Read COCO's captions_*.json: pictures and captions are two lists, joined by the picture's id."""
+    """Read COCO's captions_*.json: pictures and captions are two lists, joined by the picture's id.
+
+    Raises UserError for an id of two pictures, as merged files have, and for captions of an id that no picture has.
+    """
     content = load_json(path)
-    names = {picture["id"]: picture["file_name"] for picture in content["images"]}
-    return [(names[each["image_id"]], each["image_id"], each["caption"], None) for each in content["annotations"]]
+    pictures: dict[str, tuple[str, str | int]] = {}  # by id, which some files write as text
+    for picture in content["images"]:
+        name, number = picture["file_name"], picture["id"]
+        if pictures.setdefault(str(number), (name, number))[0] != name:
+            raise UserError(
+                f"{path} has the id {number!r} for {pictures[str(number)][0]} and for {name}; give each picture an id "
+                "of its own, or keep the merged files apart with data.root=[FOLDER, FOLDER]"
+            )
+    captions = content["annotations"]
+    lost = [each["image_id"] for each in captions if str(each["image_id"]) not in pictures]
+    if lost:
+        raise UserError(
+            f"{path} has captions of {len(set(map(str, lost))):,} ids that none of its pictures has, such as "
+            f"{lost[0]!r}; add these pictures to its list images, or remove their captions"
+        )
+    return [(*pictures[str(each["image_id"])], each["caption"], None) for each in captions]
 
 
-def read_ai_challenger(path: Path) -> list[Row]:
-    """Read caption_*_annotations_*.json of AI Challenger 2017: a list of pictures, each with a list of captions."""
-    return read_entries(path, load_json(path), "image_id")
+def read_json(path: Path) -> list[Row]:
+    """Read a list of pictures with captions, such as AI Challenger's, or a dict from each picture to its captions."""
+    content = load_json(path)
+    if isinstance(content, dict):
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) == 1 and find_keys(lists[0][0]):
+            content = lists[0]
+        else:
+            content = [
+                value | {"image": key} if isinstance(value, dict) else {"image": key, "caption": value}
+                for key, value in content.items()
+            ]
+    elif content and isinstance(content[0], list):
+        content = [{"image": image, "caption": caption} for image, caption in content]
+    return read_entries(path, content)
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -153,29 +188,50 @@ def read_jsonl(path: Path) -> list[Row]:
                 entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}); fix it") from None
-    return read_entries(path, entries, "image")
+    return read_entries(path, entries)
 
 
-def read_entries(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[Row]:
-    """Return the rows of JSON entries that name their picture under `key`, and have one caption or a list of them."""
+def read_entries(path: Path, entries: Iterable[dict[str, Any]]) -> list[Row]:
+    """Return the rows of JSON entries that name their picture, and have one caption or a list of them."""
     found: list[Row] = []
     for entry in entries:
-        captions, split = captions_of(entry, str(path))
-        found += [(entry[key], entry.get("image_id", entry[key]), caption, split) for caption in captions]
+        keys = find_keys(entry)
+        if keys is None:
+            raise UserError(
+                f"{path} has an entry with the keys {shorten(', '.join(map(str, entry)))}, which do not say where its "
+                "picture and its caption are; call them image and caption"
+            )
+        image = entry[keys[0]]
+        captions, split = captions_of(entry, str(path), keys[1])
+        found += [(image, entry.get("image_id", image), caption, split) for caption in captions]
     return found
 
 
-def captions_of(entry: dict[str, Any], where: str) -> tuple[list[str], str | None]:
+def find_keys(entry: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the keys of an entry's picture and of its captions; None where it lacks one of them."""
+    keys = [plain_name(key) for key in entry]
+    image, caption = find(keys, IMAGE), find(keys, CAPTION)
+    names = list(entry)
+    return None if image is None or caption is None else (names[image], names[caption])
+
+
+def captions_of(entry: dict[str, Any], where: str, key: str | None = None) -> tuple[list[str | None], str | None]:
     """Return the captions of a picture's JSON entry, and its split, or None where it names none."""
-    captions = entry["captions"] if "captions" in entry else entry["caption"]
-    return [captions] if isinstance(captions, str) else captions, as_split(entry.get("split"), where)
+    captions = entry[key or ("captions" if "captions" in entry else "caption")]
+    several = captions if isinstance(captions, list) else [captions]
+    texts = [each["raw"] if isinstance(each, dict) else each for each in several]
+    if not all(isinstance(each, str | None) for each in texts):
+        raise TypeError(f"caption {texts[0]!r}")
+    return texts, as_split(entry.get("split"), where)
 
 
 def as_split(name: str | None, where: str) -> str | None:
     """Return the split that a name means, None for None."""
-    if name not in SPLIT_NAMES:
+    if name is None:
+        return None
+    if not isinstance(name, str) or name.strip().lower() not in SPLIT_NAMES:
         raise UserError(f"{where} has the split {name!r}; make it train, val or test")
-    return SPLIT_NAMES[name]
+    return SPLIT_NAMES[name.strip().lower()]
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -183,16 +239,17 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     "token": read_token,
     "karpathy": read_karpathy,
     "coco": read_coco,
-    "ai_challenger": read_ai_challenger,
+    "json": read_json,
     "jsonl": read_jsonl,
+    "texts": read_texts,
     "sample": read_csv,
 }
 
 
 def load_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8-sig"))
+    return json.loads(read_text(path))
 
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file; `splitlines` would also break at U+2028 and the like inside a caption."""
-    return path.read_text(encoding="utf-8-sig").split("\n")
+    return read_text(path).split("\n")

@@ -5,6 +5,8 @@ decide; else the captions file does; else 10 % each are drawn for val and test, 
 """
 
 import json
+from collections import defaultdict
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,7 @@ def complete(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> pd.Data
     if table["split"].notna().any():
         return table
     if saved is not None:
-        split_of = {image: split for split, images in saved.items() for image in images}
+        split_of = find_again(saved, table["image"].unique().tolist())
     else:
         images = np.array(sorted(table["image"].unique()), dtype=object)
         order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
@@ -62,6 +64,35 @@ def complete(table: pd.DataFrame, saved: dict[str, list[str]] | None) -> pd.Data
         split_of = dict(zip(images[order], of_rank.tolist(), strict=True))
     table = table.assign(split=table["image"].map(split_of))
     return table[table["split"].notna()].reset_index(drop=True)  # a picture that is new since the run is left out
+
+
+def find_again(saved: dict[str, list[str]], images: list[str]) -> dict[str, str]:
+    """Return the split that a run had for each picture: by its name, or, where the dataset has moved or is nested in
+    another way, by the longest end of its path that is the same.
+
+    Raises UserError where no picture is called as it was.
+    """
+    split_of = {image: split for split, names in saved.items() for image in names}
+    new = [image for image in images if image not in split_of]
+    if not new or len(new) < len(images):
+        return split_of
+    by_name = defaultdict[str, list[str]](list)
+    for name in split_of:
+        by_name[name.rpartition("/")[2]].append(name)
+    for image in new:
+        near = by_name[image.rpartition("/")[2]]
+        if len(near) > 1:  # of several with this name, the one with most folders in common
+            ends = [zip(name.split("/")[::-1], image.split("/")[::-1], strict=False) for name in near]
+            common = [len(list(takewhile(lambda pair: pair[0] == pair[1], end))) for end in ends]
+            near = [name for name, count in zip(near, common, strict=True) if count == max(common)]
+        if len(near) == 1:
+            split_of[image] = split_of[near[0]]
+    if not any(image in split_of for image in images):
+        raise UserError(
+            f"the run's pictures have changed their names: it knows {next(iter(by_name), 'none')}, and the dataset has "
+            f"{images[0]}; name them as before, or train a new run"
+        )
+    return split_of
 
 
 def read_splits(run: Path) -> dict[str, list[str]] | None:

@@ -32,7 +32,7 @@ from data.features import Opener, Stamp
 from data.folders import PICTURE_SUFFIXES
 from data.tokens import Tokens
 from data.transforms import open_picture
-from files import write_atomically
+from utils import write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 
@@ -210,7 +210,7 @@ def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str
     try:
         entry = json.loads(sample["json"])
         found, split = formats.captions_of(entry, where)
-        captions = [text for text in map(formats.tidy, found) if formats.WORD.search(text)]
+        captions = [formats.tidy(text) for text in found if text and formats.WORD.search(text)]
     except formats.UNLIKE as error:
         form = '{"captions": ["A dog runs."], "split": "train"}'
         raise UserError(f"{where} cannot be used ({error!r}); it should read {form}") from None

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.vocab import TOKENISERS, Vocabulary
-from files import write_atomically
+from utils import write_atomically
 
 PACKAGES = {"en": "nltk", "zh": "rjieba"}  # whose version may change how captions are tokenised
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load raises for damaged files

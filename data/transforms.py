@@ -1,5 +1,6 @@
 """From a picture file to the tensor that a backbone expects; one transform for training, validation and inference."""
 
+import importlib
 import io
 import os
 import warnings
@@ -13,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
 from cli import UserError
+from data.folders import PHONES, PICTURE_SUFFIXES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
@@ -111,13 +113,19 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     An animation gives its first frame. `content` holds the file's bytes when it lies in an archive. Raises UserError
     when it cannot be decoded in full or has more pixels than Pillow's limit.
     """
+    of_phone = str(path).lower().endswith(PHONES)
+    if of_phone and PHONES[0] in PICTURE_SUFFIXES:
+        importlib.import_module("pillow_heif").register_heif_opener()
     if content is None and not os.path.isfile(path):  # nor a pipe, which would block
         raise UserError(f"there is no picture {path}; check the path")
+    formats = FORMATS if "HEIF" not in Image.OPEN else (*FORMATS, "HEIF")
     try:
-        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as file:
+        with Image.open(path if content is None else io.BytesIO(content), formats=formats) as file:
             picture = upright(file)
     except UNREADABLE as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        if of_phone and formats is FORMATS:
+            reason = "HEIC, which needs a package: pip install pillow-heif"
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None
     picture.info["path"] = str(path)  # for errors that come later
     return picture

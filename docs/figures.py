@@ -36,13 +36,13 @@ from data import annotations, sample, splits
 from data.folders import image_folders
 from data.transforms import open_picture
 from data.vocab import EOS, SOS
-from files import PRETRAINED, RUNS
 from models import search
 from models.checkpoint import load_model
 from models.model import Caption, CaptionModel
 from models.search import Beam, Finished
 from render.attention import AttentionMaps, heat_map
 from render.charts import COLOURS, LINES, TEXT
+from utils import PRETRAINED, RUNS
 from visualize_loss import save
 
 IMAGES = Path(__file__).parent / "images"

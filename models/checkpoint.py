@@ -16,14 +16,13 @@ from cli import UserError
 from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary
-from files import how_to_make
 from models import consensus
 from models.compact_consensus import CompactConsensus
 from models.confidence import INPUTS, Confidence
 from models.consensus import Consensus
 from models.encoder import EncoderCNN, tensors_sha256, without_random_weights
 from models.model import CaptionModel, decoder_class_of
-from utils import load_checkpoint
+from utils import how_to_make, load_checkpoint
 
 
 def model_state(model: CaptionModel) -> dict[str, Any]:

@@ -25,12 +25,11 @@ from config import setting_names
 from data import sample
 from data.dataset import pad
 from data.vocab import SOS
-from files import as_json, find_run, write_atomically
 from models.checkpoint import model_from_state, model_state
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 from models.search import search
-from utils import CHECKPOINT_FORMAT, load_checkpoint
+from utils import CHECKPOINT_FORMAT, as_json, find_run, load_checkpoint, write_atomically
 
 TENSORS, REST, ENCODER, STEP = "model.safetensors", "config.json", "encoder.onnx", "decoder_step.onnx"
 PICTURES, BEAM = 6, 3  # how many drawn scenes the graphs are compared on, and by which beam

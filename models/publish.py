@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from config import FREE, load_config, marked, setting_names
-from files import write_atomically
 from models.card import make_card
 from models.checkpoint import convert_floats, load_model
 from models.compact_consensus import CompactConsensus
 from models.consensus import Consensus
 from models.encoder import file_sha256
-from utils import load_checkpoint, save_checkpoint
+from utils import load_checkpoint, save_checkpoint, write_atomically
 
 
 def main() -> None:

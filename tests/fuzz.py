@@ -65,10 +65,11 @@ def draw_text(content: bytes) -> None:
     gallery.page(text, text, [gallery.row(name, [text], [text], size=size, name=name)]).encode()
 
 
+TEXTS = [name for name in formats.READERS if name not in ("sample", "texts")]  # formats of files
 READERS: dict[str, Callable[[Any], object]] = {
     "config": from_file(load_config),
     "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
-    **{name: from_file(partial(formats.read, name=name)) for name in formats.READERS if name != "sample"},
+    **{name: from_file(partial(formats.read, name=name)) for name in TEXTS},
     "recognised": from_file(formats.read),
     "checkpoint": from_file(load_checkpoint),
     "picture": from_file(read_picture),
@@ -105,7 +106,7 @@ def right_inputs(name: str) -> list[Any]:
         state, buffer = model_state(CaptionModel.build(load_config(overrides=list(SMALLEST)), vocab)), io.BytesIO()
         torch.save(state | {"backbone": None, "format": CHECKPOINT_FORMAT}, buffer)
         return [buffer.getvalue()]
-    folders = [CORPUS / kind for kind in (formats.READERS if name == "recognised" else [name])]
+    folders = [CORPUS / kind for kind in (TEXTS if name == "recognised" else [name])]
     return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*"))]
 
 
@@ -141,7 +142,7 @@ def with_other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
     right = right_inputs(name)
     strategies = [st.binary(max_size=200), *map(with_other_bytes, right)]
-    if name in ("karpathy", "coco", "ai_challenger", "jsonl"):
+    if name in ("karpathy", "coco", "json", "jsonl"):
         values = with_other_part(json.loads(right[0]))
         strategies += [values.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))] * 2
     return st.one_of(strategies)

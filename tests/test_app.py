@@ -21,8 +21,8 @@ pytest.importorskip("streamlit", reason="the demo needs requirements-extras.txt"
 from demo import APP, open_demo
 from streamlit.testing.v1 import AppTest
 
-import files
 import render.attention
+import utils
 from config import Config
 from data.transforms import open_picture
 from data.vocab import SPECIALS, Vocabulary
@@ -67,7 +67,7 @@ def checkpoints(drawn: Path, tiny_config: Callable[..., Config], tmp_path_factor
 def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
     """`demo("--checkpoint", …)` opens the demo in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(files, "LANGUAGES", {"en": Path("captioner.pth"), "zh": Path("captioner.zh.pth")})
+    monkeypatch.setattr(utils, "LANGUAGES", {"en": Path("captioner.pth"), "zh": Path("captioner.zh.pth")})
 
     def open_page(*words: object) -> AppTest:
         monkeypatch.setattr(sys, "argv", ["app.py", *map(str, words)])

@@ -17,12 +17,12 @@ SCRIPTS = {
 FLOORS = (  # of two modules the lower one never imports the other, but those of one floor may import each other
     {"cli"},
     {"config"},
-    {"files"},
-    {"utils", "distributed"},
+    {"utils"},
+    {"distributed"},
     {"data"},
     {"options"},
     {"models"},
-    {"metrics", "render", "captioning", "comparison"},
+    {"metrics", "render", "captioning"},
     {"training"},
     {*SCRIPTS, "benchmarks", "docs"},
 )

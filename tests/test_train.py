@@ -19,6 +19,7 @@ import torch
 from conftest import TINY
 from dataset_files import run as call_script
 
+import evaluate
 import train
 from captioning import Captioner
 from config import load_config
@@ -189,12 +190,29 @@ def test_settings_that_cannot_be_trained_are_refused_before_any_data_is_read(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("words", [(), ("encoder.frozen=false", "train.lr=1e-5")])
+def test_broken_pictures_may_be_skipped_and_are_counted(
+    words: tuple[str, ...], run: Run, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("03.jpg", "08.jpg"):  # one of train and one of val
+        (archive / "images" / name).write_bytes(b"\xff\xd8\xff half a picture")
+    assert run(*FAST, "data.broken=skip", *words) == 0
+    printed = capsys.readouterr().out
+    assert "left out 2 pictures (03.jpg, 08.jpg) that cannot be read" in printed
+    for split, number in (("val", 1), ("test", 2)):
+        assert call_script(evaluate.main, "--split", split, "--tokeniser", "words") == 0
+        assert f"|n:{number}|" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("break_it", "told"),
     [
-        (lambda root: (root / "images/03.jpg").write_bytes(b"\xff\xd8\xff half a picture"), ["03.jpg", "cannot read"]),
+        (
+            lambda root: (root / "images/03.jpg").write_bytes(b"\xff\xd8\xff half a picture"),
+            ["03.jpg", "cannot read", "data.broken=skip"],
+        ),
         (lambda root: (root / "images/03.jpg").unlink(), ["names 1 of 12 pictures", "03.jpg"]),
-        (lambda root: (root / "captions.csv").write_text("picture;text\n"), ["captions.csv", "image,caption"]),
+        (lambda root: (root / "captions.csv").write_text("foto;words\n"), ["captions.csv", "call", "image;caption"]),
         (lambda root: (root / "Flickr_8k.devImages.txt").unlink(), ["no val pictures"]),
     ],
 )

@@ -16,8 +16,16 @@ import torch
 
 import utils
 from cli import UserError
-from files import StopRequest, as_json, find_run, write_atomically
-from utils import load_checkpoint, pick_precision, save_checkpoint, seed_step
+from utils import (
+    StopRequest,
+    as_json,
+    find_run,
+    load_checkpoint,
+    pick_precision,
+    save_checkpoint,
+    seed_step,
+    write_atomically,
+)
 
 CHECKPOINT: dict[str, Any] = {"step": 3, "words": ["a", "dog"], "decoder": {"weight": torch.arange(50_000.0)}}
 CPU = torch.device("cpu")

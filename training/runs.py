@@ -17,10 +17,9 @@ import distributed
 from cli import UserError
 from config import Config, restore_config
 from data import splits
-from files import RUNS, find_run, write_atomically
 from models import consensus
 from options import PROJECT, choose_config
-from utils import load_checkpoint
+from utils import RUNS, find_run, load_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
 BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)

@@ -1,18 +1,19 @@
 """Sets up training: the captions, the model, and the datasets."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from captioning import encode_dataset, feature_cache
+from captioning import describe_names, encode_dataset, feature_cache
 from cli import UserError
 from config import Config, DataConfig, pick
 from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset
-from data.features import Features
+from data.features import Features, find_broken
 from data.folders import caption_files, datasets, image_folders
 from data.splits import SPLITS
 from data.tars import Tar
@@ -45,6 +46,12 @@ class Captions:
 
     def references(self, split: str) -> dict[str, list[str]]:
         return annotations.references(self.of(split)[0])
+
+    def keep(self, images: Sequence[str]) -> None:
+        """Leave out the captions of all pictures but these: of those that cannot be read."""
+        if len(images) < self.table["image"].nunique():
+            kept = self.table["image"].isin(images).to_numpy()  # (N,)
+            self.table, self.tokens = self.table[kept], self.tokens.select(kept)
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""
@@ -124,6 +131,16 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
 def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kDataset, Flickr8kDataset]:
     """Return the train and val datasets, with cached features where the encoder is frozen."""
     config, folders = model.config, image_folders(model.config.data)
+    val_features: Features | None = None
+    names = captions.table["image"].unique().tolist()
+    if config.encoder.frozen:
+        val_features = encode_dataset(model, names, folders)
+        captions.keep(val_features.names)
+    elif config.data.broken == "skip":
+        broken = find_broken(names, folders)
+        if broken:
+            print(f"left out {describe_names(list(broken))} that cannot be read")
+        captions.keep([name for name in names if name not in broken])
     (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
     if captions.shards:
         images, image_of, train_tokens = tar_captions(captions.shards)
@@ -131,9 +148,7 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
         images, image_of = index_images(train)
     views = [WHOLE, *other_views(config.train.mirror, config.train.corners)]
     train_views: dict[View, Features | None] = dict.fromkeys(views)
-    val_features: Features | None = None
     if config.encoder.frozen:
-        val_features = encode_dataset(model, captions.table["image"].unique().tolist(), folders)
         for number, view in enumerate(views, start=1):
             note = f", view {number} of {len(views)}" if number > 1 else ""
             if captions.shards:

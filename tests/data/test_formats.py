@@ -56,7 +56,7 @@ FILES = {
     "ai challenger": (
         "caption_train_annotations_20170902.json",
         json.dumps(AI_CHALLENGER, ensure_ascii=False),
-        "ai_challenger",
+        "json",
         CHINESE_ROWS,
     ),
     "jsonl": ("captions.jsonl", JSONL, "jsonl", ENGLISH_ROWS),
@@ -105,8 +105,8 @@ LINES = {
 def test_quotes_and_commas_in_captions_are_kept(root: Path) -> None:
     put(root, "captions.csv", text="\n".join(["image,caption", *LINES, ""]))
     assert load(root)["caption"].tolist() == list(LINES.values())
-    put(root, "captions.csv", text="Caption,number,Image\nA dog .,0,a.jpg\n")  # in any order, among others
-    assert rows(load(root)) == [("a.jpg", "A dog .")]
+    put(root, "captions.csv", text="Caption,number,Image\nA dog, a cat,0,a.jpg\n")  # in any order, among others
+    assert rows(load(root)) == [("a.jpg", "A dog, a cat")]
 
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "Flickr8k.token.txt"])
@@ -170,31 +170,28 @@ def test_a_csv_may_have_a_column_of_splits(root: Path, refused: Callable) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("captions.csv", "a.jpg,A dog .\n", "image,caption"),
         ("captions.csv", "", "image,caption"),
         ("captions.csv", "image,caption\n", "holds no captions"),
         ("captions.csv", "image,caption\na.jpg\n", "line 2"),
-        ("captions.csv", "caption,image\nA dog, a cat,a.jpg\n", "line 2"),
-        ("captions.csv", "image,caption\na.jpg,A dog\nb.jpg,\n", "line 3"),
-        ("captions.csv", "image,caption\na.jpg,A dog\nb.jpg,  . \n", "line 3"),
         ("captions.csv", "image,caption\n,A dog\n", "line 2"),
         ("captions.csv", 'image,caption\na.jpg,"A dog\nb.jpg,A cat\n', "a.jpg"),
-        ("captions.csv", CSV.encode("utf-16"), "UTF-8"),
-        ("captions.csv", "image,caption\na.jpg,Ein Hündchen\n".encode("latin-1"), "UTF-8"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog"}\n{"image": "b.jpg"', "line 2 is not JSON"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": "A dog", "split": "all"}', "the split 'all'"),
         ("captions.jsonl", '{"image": "\\ud83d.jpg", "caption": "A dog"}', "not in"),
-        ("captions.jsonl", '{"picture": "a.jpg", "caption": "A dog"}', "'image'"),
+        ("captions.jsonl", '{"x": "a.jpg", "caption": "A dog"}', "has an entry with the keys x, caption"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": 7}', "jsonl"),
         ("dataset.json", json.dumps(KARPATHY).replace("restval", "dev2"), "the split 'dev2'"),
         ("dataset.json", json.dumps(KARPATHY).replace('"filename"', '"name"'), "'filename'"),
-        ("captions_val2014.json", json.dumps(COCO).replace('"image_id": 57870', '"image_id": 1'), "KeyError(1)"),
+        (
+            "captions_val2014.json",
+            json.dumps(COCO).replace('"image_id": 57870', '"image_id": 1'),
+            "1 ids that none of its pictures",
+        ),
         ("captions_val2014.json", json.dumps(COCO)[:200], "JSONDecodeError"),
         ("caption_x_annotations.json", "[]", "holds no captions"),
         ("dataset.json", '{"sentences":' + "[" * 100_000, "RecursionError"),
         ("dataset.json", json.dumps(KARPATHY).replace('"imgid": 0', '"imgid": ' + "9" * 5000), "karpathy"),
         ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg A dog\n", "line 2"),
-        ("Flickr8k.token.txt", "a.jpg#0\tA dog\na.jpg#1\t .\n", "line 2"),
     ],
 )
 def test_a_fault_is_named_with_its_place(

@@ -316,7 +316,7 @@ def test_what_cannot_be_trained_on_is_refused(
 
 def test_only_what_can_be_read_again_is_written(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["a.JPG", "b.png", "c.webp", "d.gif", "e.bmp", "f.tif"]
-    for name in [*names, "g.ppm"]:
+    for name in [*names, "g.tga"]:
         Image.new("RGB", (40, 40)).save(archive / "images" / name)
     for path in archive.glob("*.txt"):
         path.unlink()
@@ -327,6 +327,6 @@ def test_only_what_can_be_read_again_is_written(archive: Path, capsys: pytest.Ca
     assert [opener().size for opener in tar.openers(range(6))] == [(40, 40)] * 6
     assert run(write_tars.main, "tars") == 2
     assert "tars has tars already; name another folder" in capsys.readouterr().err
-    put(archive, "captions.csv", text=f"{captions}g.ppm,A cat,train\n")
+    put(archive, "captions.csv", text=f"{captions}g.tga,A cat,train\n")
     assert run(write_tars.main, "others") == 2
-    assert "g.ppm ends in none of .jpg," in capsys.readouterr().err
+    assert "g.tga ends in none of .jpg," in capsys.readouterr().err

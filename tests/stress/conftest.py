@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from files import as_json, write_atomically
 from stress.runs import finish
+from utils import as_json, write_atomically
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reliability.json"
 

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from cli import UserError
-from files import RUNS, write_atomically
 from metrics import METRICS, Scores, p_values
+from utils import RUNS, write_atomically
 
 
 def find_predictions(names: Sequence[str], split: str | None) -> tuple[str | None, dict[str, Path]]:
