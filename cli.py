@@ -75,6 +75,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def note(text: str) -> None:
+    """Print what is no result: what a script does and where it has written, beside its output for other programs."""
+    print(printable(text), file=sys.stderr)
+
+
 def hide_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print no traceback for a Ctrl-C while a script still imports its libraries, before `run_script` runs."""
     if issubclass(kind, KeyboardInterrupt):

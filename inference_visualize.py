@@ -1,19 +1,21 @@
 """Caption pictures with a trained run: JPGs with their captions, a page to browse them, and predictions.json.
 
 python inference_visualize.py                              the held-out pictures of the newest run
-python inference_visualize.py --images holiday/ 'cats/*.jpg' --out holiday_captions
+python inference_visualize.py holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
 import options
-from cli import UserError, answer_early, printable, run_script
+from cli import UserError, answer_early, note, printable, run_script
 
 if __name__ == "__main__":
     answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported
 
 import argparse
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,18 @@ from tqdm import tqdm
 
 from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
 from data.features import Features, Files
-from data.folders import image_folders, pictures_at
+from data.folders import image_folders, pictures_at, plural
 from models.ensemble import refuse_homeless_ensemble
 from models.model import Caption, CaptionModel
 from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import undrawable
+from render.texts import embed, own_folder, write_sidecars, write_tables
 from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
-FEW = 10  # pictures whose captions are printed, too
 
 
 def main() -> None:
@@ -51,18 +53,41 @@ def main() -> None:
         out = Path(args.out or checkpoints[0].parent)
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {model.device.type}"
-    print(f"captioning {count(len(pictures))} with {named} ({source})")
+    note(f"captioning {plural(len(pictures), 'picture', 'pictures')} with {named} ({source})")
 
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
-    skipped = write_results(out, captioner, pictures, features, heads, args.num_captions)
+    captioned, skipped = draw_captions(out, captioner, pictures, features, heads, args.num_captions)
+    show(captioned)
+    texts = [(item.path, str(item.image_id), captions) for item, captions in captioned]
+    tables = list(write_tables(out, texts))
     for reason in skipped:
-        print(f"skipped: {reason}")
-    print(f"wrote captions of {count(len(pictures) - len(skipped))} in {time.monotonic() - began:.0f} s:")
-    print(f"    {out / PAGE} (open it in a browser), {out / 'outputs'}/*.jpg, {out / 'predictions.json'}")
+        note(f"skipped: {reason}")
+    if args.sidecars:
+        for line in write_sidecars(texts, args.existing):
+            note(line)
+    if args.embed:
+        for line in embed(texts, own_folder(out / "captioned") if args.embed == "copies" else None):
+            note(line)
+    written = [PAGE, "predictions.json", *tables]
+    note(f"wrote captions of {plural(len(captioned), 'picture', 'pictures')} in {time.monotonic() - began:.0f} s:")
+    note(f"    {out / PAGE} (open it in a browser), {', '.join(str(out / name) for name in written[1:])}")
 
 
-def count(pictures: int) -> str:
-    return f"{pictures:,} picture{'' if pictures == 1 else 's'}"
+def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
+    """Print the captions: for people in a terminal, for programs a line with tabs for each picture."""
+    for picture, captions in captioned:
+        texts = [each.text or NO_WORDS for each in captions]
+        if not sys.stdout.isatty():
+            print("\t".join(map(printable, [str(picture.image_id), *texts])))
+            continue
+        unsure = doubt(captions[0])
+        print(printable(f"    {picture.name}: {texts[0]}{f' ({unsure})' if unsure else ''}"))
+        for text in texts[1:]:
+            print(printable(f"        or: {text}"))
+    doubts = [(picture.name, doubt(best)) for picture, (best, *_) in captioned if doubt(best)]
+    if doubts and not sys.stdout.isatty():
+        name, unsure = doubts[0]
+        note(f"unsure of {len(doubts):,} of {len(captioned):,} captions, such as that of {name} ({unsure})")
 
 
 def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
@@ -101,8 +126,8 @@ def find_pictures(patterns: list[str]) -> list[Picture]:
     for pattern in patterns:
         paths, notes = pictures_at(pattern)
         found |= dict.fromkeys(paths)
-        for note in notes:
-            print(printable(note))
+        for line in notes:
+            note(line)
     return [Picture(path, path.name, path.as_posix()) for path in found]
 
 
@@ -124,13 +149,13 @@ def split_pictures(model: CaptionModel, split: str | None, run: Path) -> tuple[l
     return pictures, feature_cache(model).find(*Files.group((picture.name for picture in pictures), folders))
 
 
-def write_results(
+def draw_captions(
     out: Path, captioner: Captioner, pictures: list[Picture], known: Features | None, heads: slice | None, number: int
-) -> list[str]:
+) -> tuple[list[tuple[Picture, list[Caption]]], list[str]]:
     """Write `number` captions of each picture: outputs/*.jpg, the page and predictions.json in the folder `out`.
 
     `known` are the features of all pictures, if they are cached. With `heads`, a second JPG shows their mean attention.
-    Returns what was wrong with pictures that could not be read; raises UserError where that was all of them.
+    Returns the captions, and what was wrong with pictures that could not be read; raises UserError where that was all.
     """
     config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
     stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
@@ -145,7 +170,7 @@ def write_results(
             drawn = draw_attention(item.shown, attention)
             drawn.save(folder / f"{attention_stems[picture]}.jpg", quality=QUALITY)
         return gallery.row(
-            f"outputs/{stems[picture]}.jpg",
+            f"{folder.name}/{stems[picture]}.jpg",
             [each.text for each in captions],
             picture.references,
             size=item.shown.size,
@@ -154,37 +179,39 @@ def write_results(
             attention=attention,
         )
 
-    skipped, done, rows, predictions = list[str](), list[Picture](), list[dict](), list[dict]()
-    doubts = list[str]()
+    skipped, rows = list[str](), list[dict[str, Any]]()
+    done = list[tuple[Picture, list[Caption]]]()
     batches = captioner.caption_pictures(pictures, known, number, keep_attention=heads is not None)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for captioned, errors in batches:
-            if captioned:
-                folder.mkdir(parents=True, exist_ok=True)
-                rows += pool.map(draw, *zip(*captioned, strict=True))
-            done += [item.picture for item, _ in captioned]
-            doubts += [doubt(best) for _, (best, *_) in captioned]
-            predictions += [prediction(item.picture.image_id, each, number) for item, each in captioned]
+            if captioned and not done:
+                folder = own_folder(folder)
+            rows += pool.map(draw, *zip(*captioned, strict=True)) if captioned else []
+            done += [(item.picture, without_attention(each)) for item, each in captioned]
             skipped += map(str, errors)
             bar.update(len(captioned) + len(errors))
     if not done:
         raise UserError(f"nothing was captioned: {skipped[0]}")
-    texts = [row["caption"] for row in predictions]
+    texts = [best.text for _, (best, *_) in done]
     subtitle = f"{config.encoder.name} and {config.decoder.name}"
     subtitle += "; point at a word to see its attention" if heads else ""
-    page = gallery.page("Captions", subtitle, rows, rate(done, texts, captioner.model))
+    page = gallery.page("Captions", subtitle, rows, rate([picture for picture, _ in done], texts, captioner.model))
     write_atomically(out / PAGE, page.encode())
+    predictions = [prediction(picture.image_id, captions, number) for picture, captions in done]
     write_atomically(out / "predictions.json", as_json(predictions))
     lacking = "".join(sorted(set().union(*map(undrawable, texts))))
     if lacking:
-        print(
+        note(
             f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
             "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
         )
-    for picture, text, unsure in zip(done, texts, doubts, strict=True) if len(done) <= FEW else []:
-        print(printable(f"    {picture.name}: {text or NO_WORDS}{f' ({unsure})' if unsure else ''}"))
-    return skipped
+    return done, skipped
+
+
+def without_attention(captions: list[Caption]) -> list[Caption]:
+    """Return captions without their attention, which takes memory and has been drawn."""
+    return [replace(each, attention=None) for each in captions]
 
 
 def rate(pictures: list[Picture], captions: list[str], model: CaptionModel) -> list[float]:

@@ -1,6 +1,7 @@
 """The command line of each script, and what is wrong with it, found before PyTorch is imported: that takes seconds."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from cli import Parser, UserError
@@ -98,20 +99,27 @@ def inference_visualize() -> argparse.Namespace:
     add("--num-captions", type=positive, default=1, metavar="N", help=several)
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
+    add("--sidecars", action="store_true", help="write photo.txt beside each picture, too, as image trainers read it")
+    existing = "what --sidecars does where photo.txt is there already (default: skip)"
+    add("--existing", choices=["skip", "overwrite", "append"], default="skip", help=existing)
+    embed = "write the caption into each picture's metadata (XMP, IPTC), too: of copies, or of the originals themselves"
+    add("--embed", nargs="?", const="copies", choices=["copies", "originals"], help=embed)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with your pictures this one)")
     args = parser.parse_options(setting_names(), "pictures")
     if args.attention and args.attention != MEAN and Path(args.attention).exists():
         args.pictures, args.attention = [*args.pictures, args.attention], MEAN
     args.images = [*args.pictures, *args.images]
+    if (args.sidecars or args.embed) and not args.images:
+        raise UserError("--sidecars and --embed write beside or into pictures of your own; name them, too")
+    if args.embed and not find_spec("pyexiv2"):
+        raise UserError("--embed needs pyexiv2; install it: pip install -r requirements-extras.txt")
     if args.images and args.split:
         raise UserError(f"--split {args.split} and {args.images[0]} both say which pictures; give one of them")
     check_overrides(args.overrides)
     for pattern in args.images:
         found, notes = pictures_at(pattern)
         if not found:
-            raise UserError(
-                "; ".join([f"there is no picture at {pattern}", *notes, "check the path"][: 2 + len(notes)])
-            )
+            raise UserError("; ".join([f"there is no picture at {pattern}", *(notes or ["check the path"])]))
     check_model(args)
     if args.language and not args.images:
         raise UserError("--language takes a captioner that belongs to no run; name the pictures to caption, too")

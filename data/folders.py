@@ -21,6 +21,7 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"),
     *((".heic", ".heif") if find_spec("pillow_heif") else ()),
 )
+MADE_HERE = ".made-by-image-captioning"  # marks a folder of drawings or copies, which are not captioned again
 PHONES = (".heic", ".heif")  # pictures of iPhones, which need the package pillow-heif
 # Folders that systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
 OF_SYSTEMS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__")
@@ -149,6 +150,7 @@ class Listing:
 
     paths: list[str]
     aside: list[str]  # what systems keep there: ._photo.jpg, .DS_Store, Thumbs.db, @eaDir/ …
+    made_here: list[str]  # folders of drawings
 
     def pictures(self) -> list[str]:
         return [path for path in self.paths if path.lower().endswith(PICTURE_SUFFIXES)]
@@ -161,6 +163,7 @@ class Listing:
                 f"left aside: {plural(len(self.aside), 'file of the system', 'files of the system')}, "
                 f"such as {self.aside[0]}"
             )
+        notes += [f"left out: {folder}, which holds what this project has drawn" for folder in self.made_here]
         phones = [path for path in self.paths if path.lower().endswith(PHONES)]
         if phones and PHONES[0] not in PICTURE_SUFFIXES:
             notes.append(
@@ -176,7 +179,7 @@ def plural(count: int, one: str, several: str) -> str:
 
 def list_folder(folder: Path) -> Listing:
     """Return what lies in a folder and below it; of folders that are linked, each is entered once."""
-    found, known, left = Listing([], []), set[tuple[int, int]](), [""]
+    found, known, left = Listing([], [], []), set[tuple[int, int]](), [""]
     while left:
         below = left.pop()
         try:
@@ -187,6 +190,9 @@ def list_folder(folder: Path) -> Listing:
         if (status.st_dev, status.st_ino) in known:
             continue
         known.add((status.st_dev, status.st_ino))
+        if any(entry.name == MADE_HERE for entry in entries):
+            found.made_here.append(below or f"{folder.name}/")
+            continue
         folders = []
         for entry in entries:
             path, name = f"{below}{entry.name}", entry.name.lower()
@@ -259,4 +265,7 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
     if not names and path.parent.is_dir():  # typed with its accents composed in another way
         wanted = unicodedata.normalize("NFC", path.name)
         names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
-    return [Path(name) for name in names if Path(name).is_file()], []
+    paths = [Path(name) for name in names if Path(name).is_file()]
+    mine = [path for path in paths if not (path.parent / MADE_HERE).exists()]
+    drawn = {path.parent for path in paths if path not in mine}
+    return mine, [f"left out: {folder}/, which holds what this project has drawn" for folder in sorted(drawn)]

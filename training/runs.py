@@ -25,7 +25,7 @@ LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity"
 BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)
 WRITTEN = (
     *BY_TRAINING,
-    *("captions_result.html", "predictions.json", "loss_curve.png"),
+    *("captions_result.html", "predictions.json", "captions.csv", "captions.jsonl", "loss_curve.png"),
     *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in splits.SPLITS),
 )
 TENSORBOARD = "tensorboard"

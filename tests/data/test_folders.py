@@ -129,6 +129,6 @@ def test_a_folder_of_a_mac_is_captioned_and_what_is_left_aside_is_told(
     shutil.copytree(archive / "images", "stick/DCIM/100APPLE")
     put(Path("stick"), "DCIM/100APPLE/._00.jpg", ".DS_Store", text=b"\0\5\x16\7")
     assert run(inference_visualize.main, "stick", "--out", "out") == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "captioning 12 pictures" in printed and "skipped" not in printed
     assert "left aside: 2 files of the system" in printed
