@@ -61,12 +61,14 @@ def answer_early(read_options: Callable[[], object], loading: str = "") -> None:
 
     Until `run_script` runs, Ctrl-C ends the process at once; Python would lose it in some of these imports.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start the processes again: see distributed.processes
+        return
     status = run_script(lambda: bool(read_options()) and None)
     if status:
         raise SystemExit(status)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if loading and os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes that torchrun starts, one
+    if loading:
         print(f"loading {loading} …", file=sys.stderr)
 
 

@@ -39,8 +39,7 @@ STATISTICS = 2000  # training pictures that the mean and scale of features are e
 
 
 def main() -> int:
-    args = options.train()
-    with distributed.processes(), open_run(args) as run:  # its folder is locked until the end
+    with distributed.processes(), open_run(options.train()) as run:  # its folder is locked until the end
         # data and model: one row per caption, whatever the source; the vocabulary is built from training captions alone
         captions = Captions(run)
         model = make_model(run, captions)
@@ -86,8 +85,8 @@ def fit(
             with state.ema.swapped_in():  # validate and save the best checkpoint with the EMA weights
                 row, captions = validate(state, val_set, references)
                 state.end_epoch(row)
-                if row is progress.best and distributed.rank() == 0:
-                    save_checkpoint(run.best, model_state(state.model) | {"scores": row})
+                if row is progress.best:
+                    run.keep_best(model_state(state.model) | {"scores": row})
                 monitor.show_epoch(row, captions, references, val_set)
             monitor.save_checkpoint()  # the epoch counts as finished once this is written
             run.log(progress.history)

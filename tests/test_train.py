@@ -20,7 +20,9 @@ from conftest import TINY
 from dataset_files import run as call_script
 
 import evaluate
+import inference_visualize
 import train
+import visualize_loss
 from captioning import Captioner
 from config import load_config
 from data import sample
@@ -247,6 +249,37 @@ def test_with_no_dataset_and_nothing_asked_the_sample_is_trained_again_each_time
     assert load_checkpoint("runs/sample/last.pth")["config"]["data"]["format"] == "sample"
     words = ["run=mine", "data.root=cache/sample", "data.format=sample", *FAST, "train.epochs=1"]
     assert [run(*words) for _ in range(2)] == [0, 2]  # a run with another name is kept
+
+
+def test_the_old_sample_is_there_until_a_new_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "COUNTS", {"train": 8, "dev": 2, "test": 2})
+    words = [word for word in FAST if not word.startswith("data.")]
+    assert run(*words, "train.epochs=1") == 0
+    assert call_script(inference_visualize.main) == 0
+    assert call_script(evaluate.main, "--tokeniser", "words") == 0
+    old = {
+        path: path.read_bytes() for path in Path("runs/sample").iterdir() if path.suffix in (".json", ".html", ".txt")
+    }
+    old[Path("runs/sample/checkpoints.pth")] = Path("runs/sample/checkpoints.pth").read_bytes()
+
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.monitor.Monitor.after_step", interrupt)
+        assert run(*words, "train.epochs=1", "train.seed=5") == 130
+    assert {path: path.read_bytes() for path in old} == old
+    assert call_script(visualize_loss.main) == call_script(inference_visualize.main, "--limit", "1") == 0
+    assert run("--resume") == 0  # of which no page and no score is there yet
+    left = {path.name for path in Path("runs/sample").iterdir()}
+    assert left >= {"checkpoints.pth", "loss_log.txt"} and not left & {
+        "outputs",
+        "predictions.json",
+        "scores-test.json",
+    }
 
 
 # ---- runs that exist -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from config import Config, restore_config
 from data import splits
 from models import consensus
 from options import PROJECT, choose_config
-from utils import RUNS, find_run, load_checkpoint, write_atomically
+from utils import RUNS, find_run, load_checkpoint, save_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
 BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)
@@ -29,7 +29,7 @@ WRITTEN = (
     *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in splits.SPLITS),
 )
 TENSORBOARD = "tensorboard"
-FOLDERS = ("outputs", "export", TENSORBOARD)
+FOLDERS = ("outputs", "export")  # made of a checkpoint
 
 LOCK = ".lock"
 PATIENCE = 10  # seconds: DataLoader workers of a killed run outlive it by some 5, and keep its lock
@@ -50,19 +50,34 @@ class Run:
         return splits.read_splits(self.folder) if self.saved else None
 
     def begin(self, table: pd.DataFrame) -> None:
-        """Remove what an earlier run wrote to the folder; write the resolved config and every picture's split."""
+        """Remove what an earlier run wrote to the folder; write the resolved config and every picture's split.
+
+        The sample, which is trained again without being asked, is kept until its first new checkpoint is there.
+        """
         if distributed.rank() == 0:
-            for name in WRITTEN:
-                (self.folder / name).unlink(missing_ok=True)
-            for name in FOLDERS:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+            if self.config.data.format != "sample":
+                self.remove(WRITTEN)
+            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
             config = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
             write_atomically(self.folder / "config.yaml", config.encode())
             write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(splits.splits_of(table)).encode())
 
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in FOLDERS:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def keep_best(self, checkpoint: dict[str, Any]) -> None:
+        """Write checkpoints.pth; after the first epoch, remove what was made of an earlier one."""
+        if distributed.rank() == 0:
+            save_checkpoint(self.best, checkpoint)
+            if checkpoint["scores"]["epoch"] == 1:
+                self.remove(set(WRITTEN) - set(BY_TRAINING))
+
     def log(self, history: list[dict[str, float]]) -> None:
         """Write loss_log.txt whole: tab-separated, a header, one row per epoch."""
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and (history or not (self.folder / "loss_log.txt").is_file()):
             rows = [[str(row[column]) for column in LOG_COLUMNS] for row in history]
             text = "".join("\t".join(cells) + "\n" for cells in [LOG_COLUMNS, *rows])
             write_atomically(self.folder / "loss_log.txt", text.encode())
