@@ -32,6 +32,8 @@ STYLE = Path(__file__).with_name("render") / "app.css"
 
 
 def main() -> None:
+    if not st.runtime.exists():
+        raise SystemExit("error: this is a page for Streamlit; start it with: streamlit run app.py")
     st.set_page_config(page_title=TITLE, layout="wide")
     st.html(STYLE)  # a path to CSS becomes a style element
     st.title(TITLE)

@@ -50,6 +50,12 @@ def main() -> None:
     scores = metrics.evaluate(captions, references, tokeniser.tokenise, config.language, ["cider"])
     right = torch.from_numpy(scores.per_image["cider"] >= RIGHT)  # (N,)
 
+    if right.all() or not right.any():
+        which = "all" if right.all() else "none"
+        raise UserError(
+            f"{which} of {len(right):,} captions are right (CIDEr-D of {RIGHT:g} or more), so there is nothing to "
+            "tell apart; calibrate it on another dataset, or train it further"
+        )
     dataset_of = dict(rows[["image", "dataset"]].to_numpy().tolist())
     datasets = np.array([dataset_of[image] for image in references])  # (N,)
     chances = cross_validate(inputs, right)

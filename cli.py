@@ -4,6 +4,7 @@ It imports no torch and knows no settings: which ones there are is an argument.
 """
 
 import argparse
+import difflib
 import io
 import itertools
 import os
@@ -68,7 +69,7 @@ def answer_early(read_options: Callable[[], object], loading: str = "") -> None:
         raise SystemExit(status)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if loading:
+    if loading and "--quiet" not in sys.argv:
         print(f"loading {loading} …", file=sys.stderr)
 
 
@@ -137,7 +138,11 @@ class Parser(argparse.ArgumentParser):
         meant = [name for name in settings if key in (name, name.split(".")[-1])]
         if meant:
             return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in meant)}"
-        known = re.findall(r"--[a-z-]+", self.format_usage()) + ["and settings such as train.epochs=3"] * bool(settings)
+        known = re.findall(r"--[a-z-]+", self.format_usage())
+        near = difflib.get_close_matches(option, known, n=1)
+        if near:
+            return f"there is no {shorten(option)}; did you mean {near[0]}?"
+        known += ["and settings such as train.epochs=3"] * bool(settings)
         hint = f"there are {', '.join(known)}" if known else "see --help"
         return f"there is no {shorten(option)}; {hint}"
 

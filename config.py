@@ -101,7 +101,8 @@ class TrainConfig(Section):
     loss: str  # one of training.losses.LOSSES
     start: Place | None
     epochs: PositiveInt
-    batch_size: PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
+    accumulate: PositiveInt
     lr: PositiveFloat
     encoder_lr: PositiveFloat
     weight_decay: NonNegativeFloat
@@ -122,7 +123,9 @@ class TrainConfig(Section):
     num_workers: Annotated[NonNegativeInt, FREE]
     log_every: Annotated[PositiveInt, FREE]
     checkpoint_every: Annotated[PositiveInt, FREE]
+    keep_every: Annotated[PositiveInt | None, FREE]
     tensorboard: Annotated[bool, FREE]
+    wandb: Annotated[bool, FREE]
 
     @model_validator(mode="after")
     def check_self_critical(self) -> Self:
@@ -325,8 +328,8 @@ def parse_overrides(overrides: Sequence[str], defaults: dict[str, Any]) -> dict[
         except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         takes_text = isinstance(defaults.get(name), str) or name in ("data.captions", "data.images", "data.shards")
-        is_list = name == "data.root" and isinstance(value, list)
-        parsed[name] = text if takes_text and value is not None and not is_list else value
+        is_other = isinstance(value, {"data.root": list, "train.batch_size": int}.get(name, ()))
+        parsed[name] = text if takes_text and value is not None and not is_other else value
     return parsed
 
 
@@ -335,7 +338,7 @@ def unknown_setting(name: str, where: str, known: dict[str, Any]) -> str:
     if name in sections:
         return f"{where} sets '{name}' to a plain value, but it is a section; set '{name}.…' as in config.yaml"
     name = shorten(name)
-    near = [known_name for known_name in known if known_name.split(".")[-1] == name]
+    near = [known_name for known_name in known if known_name.split(".")[-1] == name.split(".")[-1]]
     near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else "config.yaml lists every setting"
     return f"unknown setting '{name}' in {where}; {hint}"

@@ -160,5 +160,5 @@ def any_of(flag: bool) -> bool:
 
 
 def bar_hidden() -> bool:
-    """Whether progress bars stay away: there is no terminal, or another process shows them."""
-    return rank() > 0 or not sys.stderr.isatty()
+    """Whether progress bars stay away: there is no terminal, another process shows them, or nothing is to be shown."""
+    return rank() > 0 or not sys.stderr.isatty() or getattr(sys.stdout, "name", "") == os.devnull

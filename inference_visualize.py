@@ -54,6 +54,8 @@ def main() -> None:
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {model.device.type}"
     note(f"captioning {plural(len(pictures), 'picture', 'pictures')} with {named} ({source})")
+    if args.images and not (args.checkpoint or args.run or args.language) and checkpoints != [PRETRAINED]:
+        note("this is the newest run; --language en takes the captioner in pretrained/")
 
     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
     captioned, skipped = draw_captions(out, captioner, pictures, features, heads, args.num_captions)
@@ -200,7 +202,8 @@ def draw_captions(
     write_atomically(out / PAGE, page.encode())
     predictions = [prediction(picture.image_id, captions, number) for picture, captions in done]
     write_atomically(out / "predictions.json", as_json(predictions))
-    lacking = "".join(sorted(set().union(*map(undrawable, texts))))
+    missing = set[str]().union(*map(undrawable, texts))
+    lacking = "".join(dict.fromkeys(each for each in "".join(texts) if each in missing))
     if lacking:
         note(
             f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "

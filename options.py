@@ -28,6 +28,7 @@ def train() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
     )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but what goes wrong")
     args = parser.parse_options(setting_names())
     if args.resume:
         if args.config:
@@ -197,7 +198,9 @@ def take_run(args: argparse.Namespace) -> None:
 
 def check_model(args: argparse.Namespace) -> None:
     """Raise UserError where there is no checkpoint of the name given, or of the run."""
-    for path in args.checkpoint or []:
+    for number, path in enumerate(args.checkpoint or []):
+        if (Path(path) / "checkpoints.pth").is_file():  # a run's folder
+            args.checkpoint[number] = path = f"{path}/checkpoints.pth"
         if not Path(path).is_file():
             raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     if args.run or not (args.checkpoint or getattr(args, "images", None) or getattr(args, "language", None)):

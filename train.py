@@ -22,7 +22,7 @@ from torch import nn
 import distributed
 import metrics
 from captioning import caption_dataset, encode_dataset
-from data.dataset import Flickr8kDataset, make_batches, read_shares
+from data.dataset import Flickr8kDataset, captions_per_step, make_batches, read_shares
 from models import consensus
 from models.checkpoint import model_state
 from models.model import CaptionModel
@@ -100,26 +100,29 @@ def train_one_epoch(
     """Take the remaining steps of the current epoch; returns False if interrupted first."""
     model, optimiser, progress, config = state.model, state.optimiser, state.progress, state.model.config.train
     rng = np.random.default_rng([config.seed, progress.epoch])  # for the order of the batches and each image's view
-    batches = make_batches(dataset, config.batch_size, groups_by_image(model), rng)
+    batches = make_batches(dataset, captions_per_step(config, len(dataset)), groups_by_image(model), rng)
     dataset.start_epoch(config.seed, progress.epoch, rng)
     loss_fn.train()
-    left = read_shares(dataset, batches[progress.batch :], config.num_workers)
-    for share, batch in monitor.watch(left, dataset, batches):
+    left = read_shares(dataset, batches[progress.batch :], config.num_workers, config.accumulate)
+    for parts in monitor.watch(left, dataset, batches):
         for group in optimiser.param_groups:
             rate = learning_rate(progress.step, config.epochs * len(batches), config.warmup_steps, config.lr)
             group["lr"] = group["scale"] * rate
         seed_step(config.seed, progress.step, distributed.rank())  # so dropout and samples are repeatable
 
-        with model.autocast():
-            loss, nll = loss_fn(batch.to(model.device))
         optimiser.zero_grad()
-        (loss * share.fraction * distributed.size()).backward()  # the mean over processes, weighted by words
+        nll = torch.zeros((), device=model.device)
+        for share, batch in parts:  # several, where gradients are accumulated
+            with model.autocast():
+                loss, part_nll = loss_fn(batch.to(model.device))
+            (loss * share.fraction * distributed.size()).backward()  # the mean over processes, weighted by words
+            nll += part_nll * share.fraction
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimiser.step()
 
-        state.count_step(share.batch_words, nll * share.fraction)
-        monitor.after_step(nll * share.fraction, norm)  # logs, and saves every `checkpoint_every` steps
+        state.count_step(parts[0][0].batch_words, nll)
+        monitor.after_step(nll, norm)  # logs, and saves every `checkpoint_every` steps
         if distributed.any_of(stop.requested):
             return False
     return True
@@ -134,7 +137,7 @@ def validate(
     features = val_set.features or encode_dataset(model, val_set.images, val_set.folders)  # while it is fine-tuned
     val_set = val_set.with_features(features)
     total, words = 0.0, 0
-    for share, batch in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):
+    for [(share, batch)] in read_shares(val_set, make_batches(val_set, EVAL_BATCH, groups_by_image(model), None)):
         batch = batch.to(model.device)
         with model.autocast():
             hidden, _ = model(batch.features, batch.inputs, batch.image_index)  # (N, T, H)

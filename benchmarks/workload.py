@@ -46,6 +46,8 @@ DECODERS: dict[str, Sequence[str]] = {  # as configs/ trains them
     ),
 }
 
+BATCH = 64  # captions per step
+
 
 def make_captions(number: int, rng: np.random.Generator, different: int = WORDS) -> list[str]:
     """Return so many captions, of at most `different` words."""
@@ -106,7 +108,7 @@ class Training:
         self.state, loss_fn = TrainState(self.model), CrossEntropy(self.model, self.train_set)
         self.loss_fn: nn.Module = distributed.parallel(loss_fn, self.model.precision)
         self.monitor = Monitor(Run(config), self.state)
-        self.batches = make_batches(self.train_set, config.train.batch_size, groups_by_image(self.model), rng=None)
+        self.batches = make_batches(self.train_set, BATCH, groups_by_image(self.model), rng=None)
 
     def read(self) -> list[Batch]:
         return [self.train_set[batch].to(self.device) for batch in self.batches]

@@ -76,8 +76,11 @@ def read_dataset(config: DataConfig, need_pictures: bool = True) -> tuple[pd.Dat
         table, source = tars.held_out(config), config.shards
     else:
         table, source = read_captions(config)
-    if config.language == "en" and table["caption"].str.contains("[\u4e00-\u9fff]").mean() > 0.5:
+    chinese = table["caption"].str.contains("[\u4e00-\u9fff]").mean()  # of all captions
+    if config.language == "en" and chinese > 0.5:
         raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
+    if config.language == "zh" and chinese < 0.1:
+        raise UserError(f"the captions of {source} are not Chinese; leave data.language out")
     missing: list[str] = []
     with nullcontext() if need_pictures else suppress(UserError):  # there is no folder of pictures
         path_of, missing = find_names(image_folder(config), table["image"].unique())

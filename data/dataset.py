@@ -10,11 +10,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from cli import UserError
+from config import TrainConfig
 from data.features import Features
 from data.folders import ImageFolders
 from data.tokens import Tokens
 from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
 from data.vocab import EOS, PAD, SOS, Vocabulary
+
+LEAST_BATCH, MOST_BATCH = 4, 64  # captions of a batch, by train.batch_size=auto
+STEPS = 375  # of an epoch, by that: of a set of 24,000 captions or fewer
 
 
 @dataclass
@@ -125,6 +129,13 @@ def pad(captions: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(tokens)
 
 
+def captions_per_step(config: TrainConfig, captions: int) -> int:
+    """Return how many captions a step has, of a set of so many: `auto` are 64, or fewer where that leaves few steps."""
+    if config.batch_size != "auto":
+        return config.batch_size * config.accumulate
+    return max(LEAST_BATCH, min(MOST_BATCH, captions // STEPS)) * config.accumulate
+
+
 def make_batches(
     dataset: Flickr8kDataset, batch_size: int, by_image: bool, rng: np.random.Generator | None
 ) -> list[np.ndarray]:
@@ -160,7 +171,7 @@ def repeat(groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a batch that one process computes."""
+    """The part of a batch that one process computes at once."""
 
     indices: np.ndarray  # its captions
     batch_words: int  # target words in the whole batch
@@ -182,14 +193,19 @@ def share_of(dataset: Flickr8kDataset, batch: np.ndarray, rank: int, size: int) 
     return Share(mine, words, int(dataset.lengths[mine].sum()) / words)
 
 
+Parts = list[tuple[Share, Batch]]  # of one batch, what a process computes one after the other
+
+
 def read_shares(
-    dataset: Flickr8kDataset, batches: Sequence[np.ndarray], workers: int = 0
-) -> Iterator[tuple[Share, Batch]]:
-    """Yield this process's share of each batch, read by `workers` more processes where pictures are read from disk.
+    dataset: Flickr8kDataset, batches: Sequence[np.ndarray], workers: int = 0, parts: int = 1
+) -> Iterator[Parts]:
+    """Yield this process's share of each batch, in so many parts, read by `workers` more processes where pictures are
+    read from disk.
 
     Raises UserError for a picture that cannot be read.
     """
-    shares = [share_of(dataset, batch, distributed.rank(), distributed.size()) for batch in batches]
+    first, size = distributed.rank() * parts, distributed.size() * parts
+    shares = [share_of(dataset, batch, first + part, size) for batch in batches for part in range(parts)]
     loader = DataLoader(
         ErrorsAsItems(dataset),
         batch_size=None,  # an item is a whole batch
@@ -197,10 +213,14 @@ def read_shares(
         num_workers=workers if dataset.features is None else 0,
         worker_init_fn=ignore_interrupts,
     )
+    step: Parts = []
     for share, batch in zip(shares, loader, strict=True):
         if isinstance(batch, UserError):
             raise batch
-        yield share, batch
+        step.append((share, batch))
+        if len(step) == parts:
+            yield step
+            step = []
 
 
 @dataclass

@@ -66,10 +66,13 @@ SOURCES = {  # name: where it goes by default, and what it is made of
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="DATASET", choices=SOURCES, help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("dataset", nargs="?", metavar="DATASET", choices=SOURCES, help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="where to unpack (default: archive, or coco)")
     parser.add_argument("--source", metavar="URL", help="where the files lie instead: an address or a folder")
     args = parser.parse_options()
+    if not args.dataset:
+        parser.print_help()
+        return
     folder, sources = SOURCES[args.dataset]
     fetch(sources, args.to or Path(folder), args.source)
     print(f"next: python -m data.annotations {args.to or folder}")

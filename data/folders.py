@@ -81,10 +81,14 @@ def image_folders(config: DataConfig) -> ImageFolders:
 def caption_files(config: DataConfig) -> list[Path]:
     """Return the files with captions: one, or several whose names say which split each is."""
     paths = find_captions(config)
+    if not paths and not Path(config.roots[0]).is_dir():
+        raise UserError(
+            f"there is no folder {config.roots[0]}; check the path, or fetch a dataset into it, as docs/data.md says"
+        )
     if not paths:
         wanted = f"file {config.captions}" if config.captions else "captions file"
         raise UserError(
-            f"there is no {wanted} in {config.source}/; put it there (python -m data.download tells how), "
+            f"there is no {wanted} in {config.source}/; put it there, as docs/data.md says, "
             "or set its place: data.root=FOLDER data.captions=FILE"
         )
     named = [split_in_name(path) for path in paths]

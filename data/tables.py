@@ -120,6 +120,8 @@ def check_quotes(caption: str, where: str, image: str) -> None:
 
 def not_understood(path: Path, header: Cells, separator: str) -> str:
     """Say what the first line of a table is, and what would work in its place."""
+    if header == [""]:
+        return f"{path} is empty; write a line image,caption and below it one for each caption"
     parts = f"{len(header)} columns by {SEPARATORS[separator]}" if len(header) > 1 else "no columns"
     plain = [plain_name(name) for name in header]
     changes = []

@@ -114,6 +114,8 @@ def model_from_start(config: Config) -> CaptionModel:
     Raises UserError, naming them, for settings that would give it other shapes.
     """
     path = str(config.train.start)
+    if not Path(path).is_file() and (Path(__file__).parents[1] / path).is_file():  # pretrained/captioner.pth
+        path = str(Path(__file__).parents[1] / path)
     if not Path(path).is_file():
         make = how_to_make(Path(path).parent.name)
         raise UserError(f"there is no checkpoint at train.start = {path}; make it with: {make}, or name another one")

@@ -37,7 +37,8 @@ MODULES = {
 def floor_of(module: str) -> int:
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # data.write_tars before data
-    return next(floor for name in names for floor, members in enumerate(FLOORS) if name in members)
+    found = (floor for name in names for floor, members in enumerate(FLOORS) if name in members)
+    return next(found, len(FLOORS) - 1)  # a script of one's own
 
 
 def imports_of(path: Path) -> Iterator[str]:

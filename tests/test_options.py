@@ -48,7 +48,7 @@ def runs(archive: Path) -> Path:
         ("train.py train.epochs=many", 2, "train.epochs = 'many'"),
         ("train.py --epochs 2", 2, "write train.epochs=2"),
         ("train.py --config nowhere", 2, "cannot read the config"),
-        ("train.py data.root=nowhere", 2, "there is no captions file in nowhere/"),
+        ("train.py data.root=nowhere", 2, "there is no folder nowhere"),
         ("train.py --resume --run nowhere", 2, "runs/nowhere holds no last.pth"),
         ("inference_visualize.py nowhere.jpg", 2, "there is no picture at nowhere.jpg"),
         ("inference_visualize.py --run nowhere", 2, "runs/nowhere holds no checkpoints.pth"),

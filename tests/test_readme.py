@@ -49,7 +49,8 @@ ELSEWHERE = {  # what is not run here, and where it is
     "python train.py --config configs/dinov2.yaml": "the same",
     "python -m data.write_tars": "tests/data",
     'python train.py "data.shards': "tests/data",
-    "python train.py --config configs/pretrained.yaml data.root=mine": "by hand: pretrained/ is on another encoder",
+    "python train.py --config own": "tests/test_train.py, for one epoch",
+    "python inference_visualize.py --run own": "the same",
     "python calibrate.py": "tests/test_calibrate.py, on more pictures",
     "python -c": "nowhere: it asks for a GPU",
 }

@@ -128,13 +128,57 @@ def test_training_stops_early_when_captions_get_no_better(archive: Path, run: Ru
     assert "no better CIDEr for 2 epochs: stopped early\n" in capsys.readouterr().out
 
 
-def test_the_vocabulary_knows_training_captions_only(archive: Path, run: Run, capsys: Capture) -> None:
+def test_the_vocabulary_knows_training_captions_only(archive: Path, run: Run) -> None:
     captions = archive / "captions.csv"
     captions.write_text(captions.read_text() + "08.jpg,zebra zebra zebra\n00.jpg,giraffe\n")
-    assert run(*FAST, "train.epochs=1", "train.warmup_steps=9") == 0
-    assert "warning: train.lr is never reached: train.warmup_steps=9 of 3 steps\n" in capsys.readouterr().out
+    assert run(*FAST, "train.epochs=1") == 0
     words = load_checkpoint("runs/flickr8k/last.pth")["vocabulary"]["words"]
     assert "giraffe" in words and "zebra" not in words
+
+
+def test_a_vocabulary_that_min_count_empties_is_told(archive: Path, run: Run, capsys: Capture) -> None:
+    assert run(*FAST, "train.epochs=1", "data.min_count=35") == 0
+    assert re.search(
+        r"warning: data\.min_count=35 leaves \d+ of \d+ different words, \d+% of what the captions say; "
+        r"data\.min_count=1 keeps them all",
+        capsys.readouterr().out,
+    )
+    assert run(*FAST, "train.epochs=1", "run=all", "data.min_count=1") == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_accumulated_batches_learn_as_one_large_batch_does(archive: Path, run: Run) -> None:
+    exact = ("decoder.dropout=0", "train.label_smoothing=0", *FAST[:-1])
+    assert run(*exact, "run=large", "train.batch_size=20") == 0
+    assert run(*exact, "run=parts", "train.batch_size=5", "train.accumulate=4") == 0
+    large, parts = (pd.read_csv(f"runs/{name}/loss_log.txt", sep="\t") for name in ("large", "parts"))
+    assert large["step"].tolist() == parts["step"].tolist()
+    for column in ("train_loss", "val_loss"):
+        assert parts[column].tolist() == pytest.approx(large[column].tolist(), abs=2e-3)
+
+
+def test_checkpoints_of_steps_are_kept_where_that_is_asked_for(archive: Path, run: Run) -> None:
+    assert run(*FAST, "train.keep_every=2") == 0
+    kept = sorted(Path("runs/flickr8k").glob("step-*.pth"))
+    assert [path.name for path in kept] == ["step-0000002.pth", "step-0000004.pth", "step-0000006.pth"]
+    assert call_script(inference_visualize.main, "--checkpoint", kept[0], "archive/images/00.jpg", "--out", "out") == 0
+    assert run(*FAST, "--overwrite", "train.epochs=1") == 0
+    assert not list(Path("runs/flickr8k").glob("step-*.pth"))
+
+
+def test_pictures_of_ones_own_are_learned_from_the_pretrained_captioner(archive: Path, run: Run) -> None:
+    shutil.copytree(archive, "mine", ignore=shutil.ignore_patterns("Flickr*"))
+    assert run("--config", "own", "data.root=mine", "train.epochs=1", "train.mirror=false", "train.log_every=9") == 0
+    assert call_script(inference_visualize.main, "--run", "own", "mine/images/00.jpg", "--out", "out") == 0
+    assert len(Path("out/captions.csv").read_text().splitlines()) == 2
+
+
+def test_a_quiet_run_prints_nothing_but_what_goes_wrong(archive: Path, run: Run, capsys: Capture) -> None:
+    assert run(*FAST, "--quiet", "train.epochs=1") == 0
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+    assert run(*FAST, "--quiet", "train.epochs=1") == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_trained_backbone_keeps_its_batchnorm_statistics(archive: Path, run: Run) -> None:
@@ -234,7 +278,7 @@ def test_a_dataset_asked_for_and_missing_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*words) == 2
-    assert "there is no captions file" in last_line(capsys)
+    assert "there is no folder" in last_line(capsys)
 
 
 def test_with_no_dataset_and_nothing_asked_the_sample_is_trained_again_each_time(

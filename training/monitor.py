@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +10,10 @@ from tqdm import tqdm
 import distributed
 import metrics
 from cli import UserError, printable
-from data.dataset import Batch, Flickr8kDataset, Share
-from data.transforms import open_picture
-from models.model import CaptionModel
-from training.runs import TENSORBOARD, Run
+from data.dataset import Flickr8kDataset, Parts
+from models.checkpoint import model_state
+from training.boards import Boards
+from training.runs import Run
 from training.state import TrainState
 
 NO_BAD_STEP = 2**31 - 1
@@ -29,26 +27,20 @@ class Monitor:
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state, self.config = run, state, run.config.train
         self.first_bad = torch.tensor(NO_BAD_STEP, dtype=torch.int32, device=state.model.device)
-        shown = self.config.tensorboard and distributed.rank() == 0
-        self.board = Board(run.folder / TENSORBOARD if shown else None, state.progress.step + 1)
+        self.boards = Boards(run.folder, run.config.model_dump(), self.config, state.progress.step)
 
-    def watch(
-        self, shares: Iterable[tuple[Share, Batch]], dataset: Flickr8kDataset, batches: Sequence[np.ndarray]
-    ) -> Iterator[tuple[Share, Batch]]:
-        """Yield the shares behind a progress bar; `batches` are all of the epoch, by which `check_finite` names images.
+    def watch(self, steps: Iterable[Parts], dataset: Flickr8kDataset, batches: Sequence[np.ndarray]) -> Iterator[Parts]:
+        """Yield the steps behind a progress bar; `batches` are all of the epoch, by which `check_finite` names images.
 
         Args:
-            shares: those that this process still has to read.
+            steps: what this process still has to read.
         """
         progress = self.state.progress
         self.dataset, self.batches = dataset, batches
-        steps = self.config.epochs * len(batches)
-        if progress.step == 0 and self.config.warmup_steps > steps:
-            print(f"warning: train.lr is never reached: train.warmup_steps={self.config.warmup_steps} of {steps} steps")
         done = sum(map(len, batches[: progress.batch]))
         with tqdm(total=len(dataset), initial=done, unit="caption", disable=distributed.bar_hidden()) as self.bar:
             self.bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}")
-            yield from shares
+            yield from steps
 
     def after_step(self, nll: torch.Tensor, norm: torch.Tensor) -> None:
         """Log the step just taken, and save a checkpoint where one is due.
@@ -64,7 +56,7 @@ class Monitor:
             self.check_finite()
             [loss] = distributed.total(nll.item())
             rate = self.state.optimiser.param_groups[0]["lr"]
-            self.board.scalars(progress.step, {"step/train_loss": loss, "step/lr": rate})
+            self.boards.scalars(progress.step, {"step/train_loss": loss, "step/lr": rate})
             if self.bar.disable:
                 place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.batches)}]"
                 print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)
@@ -72,12 +64,15 @@ class Monitor:
                 self.bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity(loss):.1f}")
         if progress.step % config.checkpoint_every == 0:
             self.save_checkpoint()
+        if config.keep_every and progress.step % config.keep_every == 0:
+            self.check_finite(weights=True)
+            with self.state.ema.swapped_in():
+                self.run.keep_step(progress.step, model_state(self.state.model))
 
     def save_checkpoint(self) -> None:
         """Write last.pth, unless a weight is not finite."""
         self.check_finite(weights=True)
-        if self.board.writer:
-            self.board.writer.flush()  # first, so that a resumed run has no gap in its curves
+        self.boards.flush()  # first, so that a resumed run has no gap in its curves
         self.state.save(self.run.last)
 
     def check_finite(self, weights: bool = False) -> None:
@@ -122,8 +117,8 @@ class Monitor:
         for image in shown:
             print(printable(f"    {image}: {captions[image]}"))
         scores = {f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step", "lr"}}
-        self.board.scalars(self.state.progress.step, scores)
-        self.board.captions(self.state.progress.step, self.state.model, val_set, shown)
+        self.boards.scalars(self.state.progress.step, scores)
+        self.boards.captions(self.state.progress.step, self.state.model, val_set, shown)
 
     def show_end(self) -> None:
         """Print the best epoch, what was written, and the commands to use it."""
@@ -142,38 +137,3 @@ class Monitor:
 
 def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700))
-
-
-class Board:
-    """Curves and captioned pictures for TensorBoard, in runs/<name>/tensorboard/; without a folder, nothing.
-
-    Args:
-        next_step: what the folder holds from this step on, of a run that was killed, is hidden.
-    """
-
-    def __init__(self, folder: Path | None, next_step: int) -> None:
-        self.writer: Any = None
-        if folder:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(folder, purge_step=next_step)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items() if self.writer else []:
-            self.writer.add_scalar(name, value, step)
-
-    def captions(self, step: int, model: CaptionModel, dataset: Flickr8kDataset, images: Sequence[str]) -> None:
-        """Show some pictures of a dataset with features, each with its greedy caption and attention."""
-        if not self.writer or dataset.features is None:
-            return
-        from render.attention import AttentionMaps, draw_attention
-        from render.caption import draw_caption
-
-        captions = model.generate(dataset.features.take(images), model.config.search.greedy(), keep_attention=True)
-        for image, [caption] in zip(images, captions, strict=True):
-            picture, attention = open_picture(dataset.folders.path(image)), AttentionMaps.of(caption)
-            sheets = {"captions": draw_caption(picture, caption.text)}
-            if attention:
-                sheets["attention"] = draw_attention(picture, attention)
-            for kind, sheet in sheets.items():
-                self.writer.add_image(f"{kind}/{image}", np.asarray(sheet), step, dataformats="HWC")

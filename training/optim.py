@@ -26,7 +26,11 @@ def make_optimiser(model: CaptionModel) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Return the learning rate of `step` (from 0) of `total`: linear warm-up, then cosine decay to 0."""
+    """Return the learning rate of `step` (from 0) of `total`: linear warm-up, then cosine decay to 0.
+
+    The warm-up takes a tenth of all steps at most: of a small set, most steps are to learn.
+    """
+    warmup = min(warmup, max(1, total // 10))
     # 1) linear warm-up: step `warmup - 1` is the first with the full rate
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from config import Config, restore_config
 from data import splits
 from models import consensus
 from options import PROJECT, choose_config
+from training.boards import TENSORBOARD, WANDB
 from utils import RUNS, find_run, load_checkpoint, save_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
@@ -28,7 +30,6 @@ WRITTEN = (
     *("captions_result.html", "predictions.json", "captions.csv", "captions.jsonl", "loss_curve.png"),
     *(f"{what}-{split}.json" for what in ("scores", "predictions") for split in splits.SPLITS),
 )
-TENSORBOARD = "tensorboard"
 FOLDERS = ("outputs", "export")  # made of a checkpoint
 
 LOCK = ".lock"
@@ -57,7 +58,10 @@ class Run:
         if distributed.rank() == 0:
             if self.config.data.format != "sample":
                 self.remove(WRITTEN)
-            shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+            for name in (TENSORBOARD, WANDB):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for path in self.folder.glob("step-*.pth"):
+                path.unlink()
             config = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
             write_atomically(self.folder / "config.yaml", config.encode())
             write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(splits.splits_of(table)).encode())
@@ -74,6 +78,11 @@ class Run:
             save_checkpoint(self.best, checkpoint)
             if checkpoint["scores"]["epoch"] == 1:
                 self.remove(set(WRITTEN) - set(BY_TRAINING))
+
+    def keep_step(self, step: int, checkpoint: dict[str, Any]) -> None:
+        """Keep a checkpoint of a step beside the others, for `train.keep_every`."""
+        if distributed.rank() == 0:
+            save_checkpoint(self.folder / f"step-{step:07}.pth", checkpoint)
 
     def log(self, history: list[dict[str, float]]) -> None:
         """Write loss_log.txt whole: tab-separated, a header, one row per epoch."""
@@ -96,6 +105,9 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
             args.run, args.config, args.overrides = name, None, []
     run = resume(args) if args.resume else begin(args)
     with contextlib.ExitStack() as stack:
+        if args.quiet:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
         distributed.on_first_rank(stack.enter_context, locked(run.folder))
         if not args.resume and not args.overwrite:
             distributed.on_first_rank(refuse_existing, run)
@@ -105,9 +117,9 @@ def open_run(args: argparse.Namespace) -> Iterator[Run]:
 def begin(args: argparse.Namespace) -> Run:
     """Return a new run, of the recipe asked for, and say where it goes."""
     config, note = choose_config(args)
-    if note:
+    if note and not args.quiet:
         print(note)
-    if Path.cwd() != PROJECT:
+    if Path.cwd() != PROJECT and not args.quiet:
         print(f"writing to {RUNS.resolve() / config.run}, and to the cache {Path(config.data.cache).resolve()}")
     return Run(config)
 

@@ -1,6 +1,7 @@
 """Sets up training: the captions, the model, and the datasets."""
 
 import importlib.util
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from data.splits import SPLITS
 from data.tars import Tar
 from data.tokens import Tokens, join, tokenise_once
 from data.transforms import AUGMENTATIONS, WHOLE, View, other_views
-from data.vocab import TOKENISERS, build_vocab
+from data.vocab import SPECIALS, TOKENISERS, Vocabulary, build_vocab
 from models.checkpoint import model_from_start, model_from_state
 from models.encoder import transform_for
 from models.model import CaptionModel, decoder_class_of
 from training.losses import LOSSES
 from training.runs import Run
 from utils import pick_device
+
+KNOWN = 0.75  # of the words in training captions a vocabulary should have
 
 
 class Captions:
@@ -106,11 +109,12 @@ def check_config(config: Config) -> None:
             "train.loss=self_critical improves a captioner that can write already; name it with "
             "train.start=runs/NAME/checkpoints.pth"
         )
-    if config.train.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError(
-            "train.tensorboard=true needs the package tensorboard; run: pip install -r requirements-extras.txt, "
-            "or train without it: train.tensorboard=false"
-        )
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.train, name) and not importlib.util.find_spec(name):
+            raise UserError(
+                f"train.{name}=true needs the package {name}; run: pip install -r requirements-extras.txt, "
+                f"or train without it: train.{name}=false"
+            )
 
 
 def make_model(run: Run, captions: Captions) -> CaptionModel:
@@ -123,9 +127,21 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
     else:
         shards = captions.shards
         tokens = join([tar.tokens() for tar in shards]) if shards else captions.of("train")[1]
-        vocab = build_vocab(tokens.count(), config.data.min_count, config.data.language)
+        counts = tokens.count()
+        vocab = build_vocab(counts, config.data.min_count, config.data.language)
+        warn_of_unknown(counts, vocab, config.data.min_count)
         model = CaptionModel.build(config, vocab)
     return model.to(pick_device())
+
+
+def warn_of_unknown(counts: Counter[str], vocab: Vocabulary, min_count: int) -> None:
+    """Say so where `data.min_count` leaves out much of what the captions say."""
+    known = sum(counts[word] for word in vocab.words) / max(1, counts.total())
+    if known < KNOWN and min_count > 1:
+        print(
+            f"warning: data.min_count={min_count} leaves {len(vocab) - len(SPECIALS):,} of {len(counts):,} different "
+            f"words, {known:.0%} of what the captions say; data.min_count=1 keeps them all"
+        )
 
 
 def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kDataset, Flickr8kDataset]:

@@ -55,7 +55,7 @@ def test_missing_pictures_are_counted_and_the_first_five_shown(tmp_path: Path, r
 
 
 def test_what_is_not_there_is_refused_until_its_place_is_set(tmp_path: Path, refused: Callable) -> None:
-    with refused(f"no captions file in {tmp_path}/", "data.download", "data.root="):
+    with refused(f"no captions file in {tmp_path}/", "docs/data.md", "data.root="):
         load(tmp_path)
     with refused(f"no file dogs.json in {tmp_path}/", "data.captions=FILE"):
         load(tmp_path, "data.captions=dogs.json")

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from config import load_config
 from data import dataset, formats
-from data.dataset import Batch, Flickr8kDataset, make_batches, read_shares, share_of
+from data.dataset import Batch, Flickr8kDataset, captions_per_step, make_batches, read_shares, share_of
 from data.features import Features
 from data.folders import ImageFolders
 from data.tokens import tokenise
@@ -155,7 +156,7 @@ def test_augmentations_are_drawn_from_seed_epoch_and_picture(pixels: Flickr8kDat
     assert torch.stack(changes).all()  # every picture changes each time
     assert torch.equal(plain[0], plain[1]) and not torch.equal(first[0], first[1])  # and so do two that are the same
     pixels.start_epoch(0, 0, np.random.default_rng())
-    [(_, batch)] = read_shares(pixels, [np.array([0, 5, 10])], workers=1)
+    [[(_, batch)]] = read_shares(pixels, [np.array([0, 5, 10])], workers=1)
     assert torch.equal(batch.features, first[:3])  # in another process, too
 
 
@@ -236,9 +237,26 @@ def test_processes_share_a_batch_by_pictures_and_weigh_by_words(captions: Flickr
 
 def test_batches_are_read_in_order(captions: Flickr8kDataset) -> None:
     batches = make_batches(captions, 7, False, np.random.default_rng(0))
-    for (share, read), batch in zip(read_shares(captions, batches), batches, strict=True):
+    for [(share, read)], batch in zip(read_shares(captions, batches), batches, strict=True):
         assert share.indices.tolist() == batch.tolist() and share.batch_words == captions.lengths[batch].sum()
         assert torch.equal(read.tokens, captions[batch].tokens)
+
+
+def test_a_batch_may_be_read_in_parts_that_are_together_the_whole(captions: Flickr8kDataset) -> None:
+    batches = make_batches(captions, 12, True, np.random.default_rng(0))
+    for parts, batch in zip(read_shares(captions, batches, parts=3), batches, strict=True):
+        assert len(parts) == 3 and sum(share.fraction for share, _ in parts) == pytest.approx(1)
+        used = [index for share, _ in parts if share.fraction for index in share.indices]
+        assert sorted(used) == sorted(batch)
+
+
+@pytest.mark.parametrize(
+    ("captions", "size"), [(100, 4), (1_500, 4), (3_000, 8), (24_000, 64), (30_000, 64), (1_000_000, 64)]
+)
+def test_small_sets_have_small_batches_so_that_there_are_steps_to_learn_by(captions: int, size: int) -> None:
+    assert captions_per_step(load_config().train, captions) == size
+    fixed = load_config(overrides=["train.batch_size=20", "train.accumulate=3"])
+    assert captions_per_step(fixed.train, captions) == 60
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -247,7 +265,7 @@ def test_a_missing_picture_is_one_sentence_from_whichever_process_reads_it(
 ) -> None:
     (pixels.folders.path("01.jpg")).unlink()
     batches = read_shares(pixels, [np.array([0]), np.array([7])], workers)
-    assert next(batches)[1].features.shape == (1, 3, 32, 32)
+    assert next(batches)[0][1].features.shape == (1, 3, 32, 32)
     with refused("archive/images/01.jpg", "check the path"):
         next(batches)
 

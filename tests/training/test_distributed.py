@@ -112,4 +112,4 @@ def test_two_processes_caption_as_one() -> None:
 def test_torchrun_does_not_repeat_a_mistake_of_the_user() -> None:
     done = torchrun(1, 3, Path.cwd(), str(ROOT / "train.py"), "data.root=elsewhere")
     assert done.returncode != 0
-    assert done.stderr.count("there is no captions file") == 1
+    assert done.stderr.count("there is no folder") == 1

@@ -62,6 +62,31 @@ def test_a_run_that_was_killed_shows_each_step_once(
     assert [event.step for event in shown.Images("attention/08.jpg")] == [2, 4]
 
 
+def test_weights_and_biases_gets_the_same_and_a_resumed_run_goes_on_with_it(
+    run: Run, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="train.wandb needs requirements-extras.txt")
+    sent: list[tuple[int, dict]] = []
+    from training.boards import Wandb
+
+    log = Wandb.scalars
+
+    def note_and_log(self: Wandb, step: int, values: dict) -> None:
+        sent.append((step, values))
+        log(self, step, values)
+
+    monkeypatch.setattr(Wandb, "scalars", note_and_log)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run("train.wandb=true", "decoder.name=attention") == 0
+    assert [step for step, values in sent if "step/train_loss" in values] == [1, 2, 3, 4]
+    assert [step for step, values in sent if "epoch/val_cider" in values] == [2, 4]
+    kept = Path("runs/a/wandb/id.txt").read_text()
+    assert len(list(Path("runs/a/wandb").glob("offline-run-*"))) == 1
+    assert run("train.wandb=true", "--overwrite") == 0
+    assert Path("runs/a/wandb/id.txt").read_text() != kept
+
+
 def test_a_tensorboard_that_is_missing_is_named_before_anything_is_done(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
