@@ -30,7 +30,7 @@ from models.model import Caption, CaptionModel
 from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
-from render.fonts import undrawable
+from render.fonts import advice, undrawable
 from render.texts import embed, own_folder, write_sidecars, write_tables
 from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
@@ -206,8 +206,8 @@ def draw_captions(
     lacking = "".join(dict.fromkeys(each for each in "".join(texts) if each in missing))
     if lacking:
         note(
-            f"no font here has {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
-            "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
+            f"no font here can write {lacking[:5]}{'…' if len(lacking) > 5 else ''}, left out in the JPGs; "
+            f"{advice(lacking)}"
         )
     return done, skipped
 

@@ -234,11 +234,11 @@ def pick_tokeniser(name: str, language: str) -> Tokeniser:
     `auto` is ptb for English where Java is installed, else words; for Chinese it is characters, since where a Chinese
     word ends is a matter of opinion. Raises UserError for one that is not for the language or is not installed.
     """
-    chinese = language != "en"
-    if name == ("ptb" if chinese else "characters"):
+    chinese = language.startswith("zh")
+    if (name == "ptb" and language != "en") or (name == "characters" and not chinese):
         raise UserError(f"the {name} tokeniser is not for data.language={language}; take --tokeniser auto or words")
     if name == "auto":
-        name = "characters" if chinese else "ptb" if has_java() else "words"
+        name = "characters" if chinese else "ptb" if language == "en" and has_java() else "words"
     return TOKENISERS[name](language)
 
 

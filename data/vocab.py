@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -88,10 +89,40 @@ class ChineseTokeniser(CharacterTokeniser):
         return rjieba.cut(characters)
 
 
-TOKENISERS: dict[str, Callable[[], EnglishTokeniser | CharacterTokeniser]] = {
+class UnicodeTokeniser:
+    """Any language: words as runs of letters, marks and digits, in lower case and without punctuation; where a script
+    writes no blanks between words (Thai, Lao, Khmer, Burmese, Japanese, Chinese), characters with their marks.
+    """
+
+    # Thai and Lao write some vowels before their consonant, as letters of their own.
+    UNSPACED = r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Hiragana}\p{Katakana}\p{Han}ー々]"
+    WORD = rf"(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\p{{N}}\u200c\u200d])+"
+
+    @cached_property
+    def _pieces(self) -> Any:
+        import regex  # which knows scripts; it comes with NLTK
+
+        return regex.compile(rf"{self.UNSPACED}\p{{M}}*|{self.WORD}(?:['’\-]{self.WORD})*|\p{{Emoji_Presentation}}")
+
+    @cached_property
+    def _needless(self) -> Any:
+        import regex
+
+        return regex.compile(rf"(?<={self.UNSPACED}\p{{M}}*) (?={self.UNSPACED})")
+
+    def __call__(self, text: str) -> list[str]:
+        return self._pieces.findall(unicodedata.normalize("NFC", text).lower())
+
+    def join(self, words: Iterable[str]) -> str:
+        """Return words as a sentence, without blanks between the characters of scripts that write none."""
+        return self._needless.sub("", " ".join(words))
+
+
+TOKENISERS: dict[str, Callable[[], EnglishTokeniser | CharacterTokeniser | UnicodeTokeniser]] = {
     "en": EnglishTokeniser,
     "zh": ChineseTokeniser,
     "zh-characters": CharacterTokeniser,
+    "unicode": UnicodeTokeniser,
 }
 
 

@@ -2,11 +2,12 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
-from render.fonts import choose_font, plain_text
+from render.fonts import choose_font, is_right_to_left, plain_text, undrawable
 
 MIN_SIZE, MAX_SIZE = 448, 800  # pixels of a drawn picture's longer side: large enough to read text beside it
 MIN_FRAME = 240  # a narrower picture lies on a background this wide, so that its caption has room
 NO_WORDS = "(no words)"  # shown in place of an empty caption
+NO_FONT = "(no font here can write this caption)"
 BACKGROUND = (226, 228, 231)
 PAPER = (250, 250, 249)
 INK = (31, 35, 40)
@@ -27,7 +28,11 @@ def frame_size(size: tuple[int, int]) -> tuple[int, int]:
 def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     """Return an RGB image: the picture, at its `display_size` and centred in its frame, above the caption's strip."""
     width, height = frame_size(picture.size)
-    caption, font = choose_font(plain_text(caption) or NO_WORDS, 16 + width // 100)
+    text = plain_text(caption) or NO_WORDS
+    letters = [character for character in text if character.isalnum()]
+    if sum(map(undrawable(text).__contains__, letters)) > len(letters) / 2:
+        text = NO_FONT
+    caption, font = choose_font(text, 16 + width // 100)
     margin, line_height = round(0.7 * font.size), round(1.4 * font.size)
     lines = wrap(caption, font, width - 2 * margin)
 
@@ -39,7 +44,11 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     baseline = height + margin + (line_height + 0.7 * font.size) / 2  # capitals are 0.7 of the font's size high
     for number, line in enumerate(lines):
-        draw.text((margin, round(baseline + number * line_height)), line, INK, font, anchor="ls")
+        place = round(baseline + number * line_height)
+        if is_right_to_left(caption):
+            draw.text((width - margin, place), line, INK, font, anchor="rs")
+        else:
+            draw.text((margin, place), line, INK, font, anchor="ls")
     return sheet
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import re
+import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import ImageFont
+from PIL import ImageFont, features
 
 # Tried in this order: DejaVu Sans, which comes with matplotlib, then fonts with Chinese characters where installed.
 FONTS = (
@@ -14,8 +15,14 @@ FONTS = (
     *("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf"),  # Linux
     *("PingFang.ttc", "Hiragino Sans GB.ttc"),  # macOS
     *("msyh.ttc", "simsun.ttc"),  # Windows
+    # Thai, Hindi and others: Linux, macOS, Windows
+    *("NotoSansThai-Regular.ttf", "Loma.ttf", "NotoSansDevanagari-Regular.ttf", "NotoSansBengali-Regular.ttf"),
+    *("NotoSansTamil-Regular.ttf", "NotoSansKhmer-Regular.ttf", "NotoSansMyanmar-Regular.ttf", "FreeSerif.ttf"),
+    *("Thonburi.ttc", "Kohinoor.ttc", "leelawui.ttf", "Nirmala.ttf", "Nirmala.ttc"),
 )
 ASCII = frozenset(map(chr, range(32, 127)))
+# Hebrew, Arabic and Syriac, the scripts of India, Thai to Burmese, and Khmer.
+SHAPED = re.compile("[\u0590-\u08ff\u0900-\u0dff\u0e80-\u0fff\u1000-\u109f\u1780-\u17ff\ufb1d-\ufdff\ufe70-\ufeff]")
 JOINERS = frozenset("\u200d\ufe0f")  # invisible characters that combine emoji; no loss if a font lacks them
 # Control characters, marks that change the direction of writing, and surrogates.
 UNPRINTABLE = re.compile(
@@ -36,9 +43,33 @@ def choose_font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     return "".join(character for character in text if character in characters), load_font(path, size)
 
 
+def is_right_to_left(text: str) -> bool:
+    """Whether a text begins in a script that is written from right to left."""
+    directions = (unicodedata.bidirectional(character) for character in text)
+    return next((each for each in directions if each in ("L", "R", "AL")), "L") != "L"
+
+
+def needs_shaping(text: str) -> bool:
+    """Whether letters take other forms side by side, or run from right to left, which Pillow leaves to Raqm."""
+    return bool(SHAPED.search(text))
+
+
 def undrawable(text: str) -> set[str]:
-    """Return the characters of `text` that are left out when it is drawn, because its font lacks them."""
+    """Return the characters of `text` that are left out when it is drawn, because its font lacks them, or Pillow what
+    shapes them.
+    """
+    if needs_shaping(text) and not features.check("raqm"):
+        return set(SHAPED.findall(text))
     return set(text) - best_font(text)[1] - JOINERS
+
+
+def advice(characters: str) -> str:
+    """Return what to install for characters that cannot be drawn."""
+    if needs_shaping(characters) and not features.check("raqm"):
+        return "Pillow lacks Raqm here, which shapes this script: install a Pillow from PyPI"
+    if re.search("[\u2e80-\u9fff\uac00-\ud7af]", characters):
+        return "for Chinese: apt install fonts-noto-cjk, or pip install -r requirements-extras.txt"
+    return "install a font of this script, such as those of: apt install fonts-noto-core"
 
 
 def best_font(text: str) -> tuple[str, frozenset[str]]:

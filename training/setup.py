@@ -99,6 +99,11 @@ def check_config(config: Config) -> None:
     transform_for(config.encoder)
     for name in config.train.augment:
         pick(AUGMENTATIONS, name, "train.augment")
+    if config.train.mirror and config.data.language == "unicode":
+        raise UserError(
+            "train.mirror swaps left and right in captions, which it knows in English and Chinese alone; set "
+            "train.mirror=false"
+        )
     if config.data.weights and (config.data.shards or len(config.data.weights) != len(config.data.roots)):
         raise UserError(
             f"data.weights has {len(config.data.weights)} numbers for {config.data.source}; give one for each folder "

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,28 @@ def test_a_vocabulary_remembers_how_chinese_is_split() -> None:
         again = pickle.loads(pickle.dumps(Vocabulary(built.words, built.language)))
         assert first in again.words
         assert again.decode(again.numericalize(captions[0])) == "一只狗在草地上"
+
+
+OF_LANGUAGES = {
+    "Thai": ("สุนัขสีน้ำตาลกำลังวิ่ง", ["สุ", "นั", "ข", "สี", "น้", "ำ", "ต", "า", "ล", "ก", "ำ", "ลั", "ง", "วิ่", "ง"]),
+    "Japanese": ("犬が草の上を走っています。", list("犬が草の上を走っています")),
+    "Hindi": ("एक भूरा कुत्ता घास पर दौड़ रहा है।", ["एक", "भूरा", "कुत्ता", "घास", "पर", "दौड़", "रहा", "है"]),
+    "Arabic": ("كلب بني يركض على العشب", ["كلب", "بني", "يركض", "على", "العشب"]),
+    "Hebrew": ("כלב חום רץ.", ["כלב", "חום", "רץ"]),
+    "Korean": ("갈색 개가 달린다", ["갈색", "개가", "달린다"]),
+    "Russian": ("Собака бежит по траве!", ["собака", "бежит", "по", "траве"]),
+    "German": ("Ein Hündchen läuft, sehr schnell.", ["ein", "hündchen", "läuft", "sehr", "schnell"]),
+    "French": ("L'herbe est-elle verte ?", ["l'herbe", "est-elle", "verte"]),
+    "mixed": ("Tシャツの犬 2匹", ["t", *"シャツの犬", "2", "匹"]),
+}
+
+
+@pytest.mark.parametrize("language", OF_LANGUAGES)
+def test_any_language_is_cut_into_words_or_characters_and_joined_again(language: str) -> None:
+    text, expected = OF_LANGUAGES[language]
+    tokeniser = vocab.TOKENISERS["unicode"]()
+    words = [unicodedata.normalize("NFC", word) for word in expected]
+    assert tokeniser(text) == tokeniser(unicodedata.normalize("NFD", text)) == words
+    assert tokeniser(tokeniser.join(words)) == words
+    if language in ("Thai", "Japanese"):
+        assert " " not in tokeniser.join(words)
