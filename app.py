@@ -28,6 +28,14 @@ from render.fonts import plain_text
 from utils import LANGUAGES, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
+EXAMPLES = Path(__file__).with_name("docs") / "images" / "examples"
+KNOWS = {  # of the captioners that come with the project
+    LANGUAGES[
+        "en"
+    ]: "It knows people and dogs best, has seen some hundred pictures of other things, and nothing of screens, "
+    "documents, drawings or X-rays; it captions them all the same.",
+    LANGUAGES["zh"]: "It knows people, dogs and sports, and little else; it captions everything all the same.",
+}
 STYLE = Path(__file__).with_name("render") / "app.css"
 
 
@@ -97,6 +105,8 @@ def introduce(path: Path) -> None:
     show("quiet", f"{model.config.decoder.name} on {model.config.encoder.name}, {words:,} words")
     if model.config.data.format == "sample":
         show("quiet", "It learned from drawn shapes and knows no photographs.")
+    else:
+        show("quiet", KNOWS.get(path, "It knows what it was trained on, and captions all else the same."))
 
 
 def stamp(path: Path) -> tuple[str, int]:
@@ -127,14 +137,18 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
     """Show the pictures dropped, each with its captions; return the rows of predictions.json of each model."""
     endings = [ending.removeprefix(".") for ending in sorted(PICTURE_SUFFIXES)]
     files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
+    dropped = [(file.file_id, file.name, file.getvalue()) for file in files]
+    examples = {path.stem: path for path in sorted(EXAMPLES.glob("*.jpg"))}
+    chosen = st.pills("Or try one of these photographs", examples, selection_mode="multi") if examples else []
+    dropped += [(name, f"{name}.jpg", examples[name].read_bytes()) for name in chosen]
     rows: list[list[dict]] = [[] for _ in paths]
     taken: set[str] = set()
-    for file in files:
-        name = unique_name(file.name, taken)
+    for key, own_name, content in dropped:
+        name = unique_name(own_name, taken)
         with st.container(border=True), refusals():
             for column, path, own in zip(st.columns(len(paths)), paths, rows, strict=True):
                 with column:
-                    encoded, model = encode(path, file.name, file.getvalue()), load(path).model
+                    encoded, model = encode(path, own_name, content), load(path).model
                     torch.manual_seed(model.config.train.seed)  # drawn captions are the same each time
                     usual = model.config.search  # what not every model has
                     of_model = {"consensus": usual.consensus, "classes": usual.classes}
@@ -143,7 +157,7 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
                     (captions,) = model.generate(features, own_options, num_captions, keep_attention=True)
                     own.append(prediction(name, captions, num_captions))
                     title = f"{name_of(path)}: {name}" if len(paths) > 1 else name
-                    panel(f"{file.file_id} {path}", title, encoded.shown, captions, len(paths))
+                    panel(f"{key} {path}", title, encoded.shown, captions, len(paths))
     return rows
 
 

@@ -166,5 +166,5 @@ def expand_home(word: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word
 
 
-def shorten(name: str) -> str:
-    return name if len(name) <= 60 else name[:59] + "…"
+def shorten(name: str, most: int = 60) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -13,21 +13,12 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
-from cli import UserError
+from cli import UserError, shorten
 from data.folders import PHONES, PICTURE_SUFFIXES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-# What Pillow raises for damaged files, depending on their format.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    RuntimeError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 CROP = 0.8  # of each side is left in a corner view, or at least in a random crop
 JITTER = 0.4  # the most by which brightness, contrast and saturation change
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,8 +113,10 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=formats) as file:
             picture = upright(file)
-    except UNREADABLE as error:
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
+        if isinstance(error, UnidentifiedImageError):
+            reason = "unknown format"
         if of_phone and formats is FORMATS:
             reason = "HEIC, which needs a package: pip install pillow-heif"
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None

@@ -157,6 +157,21 @@ def test_a_picture_gets_its_best_captions_searched_as_chosen(demo: Demo, checkpo
     assert drawn_words != [own[0].text] and texts(run(page), "caption") == drawn_words
 
 
+def test_example_photographs_can_be_tried(demo: Demo, checkpoints: Path) -> None:
+    page = demo("--checkpoint", checkpoints / "lstm/checkpoints.pth")
+    assert not texts(page, "caption")
+    [pills] = page.get("button_group")
+    assert sorted(pills.options) == ["astronaut", "cat", "cup"]
+    pills.set_value(["cat", "cup"])
+    run(page)
+    assert len(texts(page, "caption")) == 2
+
+
+def test_it_is_said_what_the_captioner_knows(demo: Demo, checkpoints: Path) -> None:
+    shutil.copy(checkpoints / "lstm/checkpoints.pth", "captioner.pth")
+    assert any("knows what it was trained on" in text for text in texts(demo(), "quiet"))
+
+
 def test_a_broken_file_is_told_beside_the_captions_of_the_others(demo: Demo, checkpoints: Path, drawn: Path) -> None:
     first, second = drawn / "images/00.jpg", drawn / "images/01.jpg"
     broken = [("cut.jpg", first.read_bytes()[:700]), ("text.jpg", b"no picture")]
