@@ -159,7 +159,10 @@ def ablations() -> str:
 
 def all_settings(result: Found) -> Found:
     """Return all settings of a result, also those that are younger than it."""
-    return flatten(load_config().model_dump()) | result["config"]
+    settings = flatten(load_config().model_dump()) | result["config"]
+    if settings["train.batch_size"] == 64:  # what auto is for all of these datasets
+        settings["train.batch_size"] = "auto"
+    return settings
 
 
 def speed(template: str) -> str:

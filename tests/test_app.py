@@ -168,8 +168,8 @@ def test_example_photographs_can_be_tried(demo: Demo, checkpoints: Path) -> None
 
 
 def test_it_is_said_what_the_captioner_knows(demo: Demo, checkpoints: Path) -> None:
-    shutil.copy(checkpoints / "lstm/checkpoints.pth", "captioner.pth")
-    assert any("knows what it was trained on" in text for text in texts(demo(), "quiet"))
+    page = demo("--checkpoint", checkpoints / "lstm/checkpoints.pth")
+    assert any("knows what it was trained on" in text for text in texts(page, "quiet"))
 
 
 def test_a_broken_file_is_told_beside_the_captions_of_the_others(demo: Demo, checkpoints: Path, drawn: Path) -> None:

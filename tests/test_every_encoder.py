@@ -37,7 +37,7 @@ def test_an_encoder_is_trained_on_and_its_captions_are_drawn_with_attention(
     assert list(cached.glob("*/*.npy"))
     capsys.readouterr()
     assert call(inference_visualize.main, "--attention") == 0
-    assert "cached features" in capsys.readouterr().out
+    assert "cached features" in capsys.readouterr().err
     assert len(json.loads(Path("runs/it/predictions.json").read_text())) == 2
     for row in read_rows(Path("runs/it/captions_result.html")):
         attention = row["attention"]

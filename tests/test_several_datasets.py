@@ -157,7 +157,7 @@ def test_annotations_report_each_and_the_sum(both: Path, drawn: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["data.root=[archive, nowhere]"], "there is no captions file in nowhere/"),
+        (["data.root=[archive, nowhere]"], "there is no folder nowhere"),
         (["data.root=[]"], "data.root = [] (from the command line) cannot be used"),
         ([BOTH, "data.weights=[1]"], "data.weights has 1 numbers for archive and other; give one for each folder"),
         ([BOTH, "data.weights=[1, 0]"], "data.weights[1] = 0"),

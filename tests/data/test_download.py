@@ -147,7 +147,12 @@ def test_a_mirror_or_a_folder_can_take_the_place_of_the_source(
         assert f"python -m data.annotations {tmp_path / name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("words", "hint"), [([], "DATASET"), (["cifar"], "'karpathy'")])
+def test_without_a_name_it_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(download.main) == 0
+    assert "flickr8k_cn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "hint"), [(["--to", "x", "cifar"], "'karpathy'"), (["cifar"], "'karpathy'")])
 def test_a_wrong_dataset_is_one_sentence(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(download.main, *words) == 2
     error = capsys.readouterr().err

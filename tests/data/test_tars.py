@@ -244,7 +244,7 @@ def test_the_command_that_is_advised_trains_stops_and_goes_on_digit_for_digit_wi
 
     assert run(evaluate.main, "--run", "whole", "--split", "val", "--tokeniser", "words") == 0
     assert run(inference_visualize.main, "--run", "whole", "--split", "test") == 0
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "encoding" not in said and "cached features" in said
     assert len(list(Path("runs/whole/outputs").glob("*.jpg"))) == 2
     assert run(evaluate.main, "--run", "whole", "--split", "train") == 2
