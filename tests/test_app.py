@@ -160,7 +160,7 @@ def test_a_picture_gets_its_best_captions_searched_as_chosen(demo: Demo, checkpo
 def test_example_photographs_can_be_tried(demo: Demo, checkpoints: Path) -> None:
     page = demo("--checkpoint", checkpoints / "lstm/checkpoints.pth")
     assert not texts(page, "caption")
-    [pills] = page.get("button_group")
+    [pills] = page.button_group
     assert sorted(pills.options) == ["astronaut", "cat", "cup"]
     pills.set_value(["cat", "cup"])
     run(page)
