@@ -96,8 +96,10 @@ def scores_apart() -> str:
     folder = HERE / "results" / "flickr8k_coco"
     for path in sorted([*folder.glob("*-seed*.json"), *folder.glob("ablations/*-seed*.json")]):
         result = read(path)
-        searched = all_settings(result)["search.classes"]
-        name = f"`{result['recipe']}`" + (f", `search.classes={searched:g}`" if searched else "")
+        usual = flatten(load_config(HERE.parent / "configs" / f"{result['recipe']}.yaml").model_dump())
+        own = {name: all_settings(result)[name] for name in ("train.epochs", "search.classes", "search.consensus")}
+        changes = [f"`{name}={value:g}`" for name, value in own.items() if value != usual[name]]
+        name = ", ".join([f"`{result['recipe']}`", *changes])
         by_recipe.setdefault(name, []).append(result)
     shown = [(dataset, name) for dataset in BOTH for name in ("bleu4", "meteor", "cider")]
     rows = []
