@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dataset_files import run as call_script
 from evaluation import (
     RUN_PREDICTIONS,
     SIGNED,
@@ -20,6 +21,7 @@ from evaluation import (
     write_captions,
 )
 
+import evaluate
 from data import formats
 
 VAL = {"08.jpg": "a star", "09.jpg": "a circle"}
@@ -207,3 +209,25 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(line: str, words: list[s
     before = set(Path().rglob("*"))
     refuses(line, *words)
     assert set(Path().rglob("*")) == before
+
+
+def test_cocos_val_file_alone_is_scored_whole_without_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [f"COCO_val2014_{number:012}.jpg" for number in range(30)]
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"image_id": str(number), "caption": f"a {word} number {number}"}
+            for number in range(30)
+            for word in ("dog", "cat")
+        ],
+    }
+    Path("annotations").mkdir()
+    Path("annotations/captions_val2014.json").write_text(json.dumps(content))
+    results = [{"image_id": number, "caption": f"a dog number {number}"} for number in range(30)]
+    Path("results.json").write_text(json.dumps(results))
+    words = ("--predictions", "results.json", "--split", "val", "data.root=.", "--tokeniser", "words")
+    assert call_script(evaluate.main, *words) == 0
+    assert "|split:val|n:30|" in capsys.readouterr().out
