@@ -5,7 +5,7 @@ captioner.caption(["photo.jpg", "other.jpg"], beam=3)
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -126,10 +126,24 @@ class Captioner:
             yield features if isinstance(features, UserError) else Encoded(picture, shown.pop(picture), features)
 
     def caption_pictures(
-        self, pictures: Sequence[Picture], known: Features | None, num_captions: int = 1, keep_attention: bool = False
+        self,
+        pictures: Sequence[Picture],
+        known: Features | None,
+        num_captions: int = 1,
+        keep_attention: bool = False,
+        each_read: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[list[tuple[Encoded, list[Caption]]], list[UserError]]]:
-        """Yield, in batches, pictures with their captions, the best first, and the errors of those without."""
-        for batch in batched(self.read(pictures, known)):
+        """Yield, in batches, pictures with their captions, the best first, and the errors of those without.
+
+        `each_read` is called whenever a picture has been read.
+        """
+
+        def read() -> Iterator[Encoded | UserError]:
+            for item in self.read(pictures, known):
+                each_read()
+                yield item
+
+        for batch in batched(read()):
             good = [item for item in batch if isinstance(item, Encoded)]
             captions: list[list[Caption]] = []
             if good:

@@ -80,7 +80,8 @@ def printable(text: str) -> str:
 
 def note(text: str) -> None:
     """Print what is no result: what a script does and where it has written, beside its output for other programs."""
-    print(printable(text), file=sys.stderr)
+    if "--quiet" not in sys.argv:
+        print(printable(text), file=sys.stderr)
 
 
 def hide_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -111,7 +112,8 @@ class Parser(argparse.ArgumentParser):
         Raises UserError for an unknown option, and for other words where there is no `rest`.
         """
         words, overrides = list[str](), list[str]()
-        for before, word in itertools.pairwise(["", *join_blanks(sys.argv[1:], settings)]):
+        given, _, behind = split_at("--", sys.argv[1:])  # which tells what begins with a dash from an option
+        for before, word in itertools.pairwise(["", *join_blanks(given, settings)]):
             is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
             option = self._option_string_actions.get(before)  # one that takes a value takes any
             (overrides if is_setting and not (option and option.nargs is None) else words).append(word)
@@ -127,6 +129,8 @@ class Parser(argparse.ArgumentParser):
                 f"'{shorten(unknown[0])}' is neither an option nor a setting; write settings as key.sub=value"
             )
         args.overrides = overrides
+        if rest:
+            getattr(args, rest).extend(behind)
         return args
 
     def explain_unknown(self, words: list[str], settings: Collection[str]) -> str:
@@ -139,12 +143,18 @@ class Parser(argparse.ArgumentParser):
         if meant:
             return f"there is no {option}; write {' or '.join(f'{name}={value}' for name in meant)}"
         known = re.findall(r"--[a-z-]+", self.format_usage())
-        near = difflib.get_close_matches(option, known, n=1)
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.75)
         if near:
             return f"there is no {shorten(option)}; did you mean {near[0]}?"
         known += ["and settings such as train.epochs=3"] * bool(settings)
         hint = f"there are {', '.join(known)}" if known else "see --help"
         return f"there is no {shorten(option)}; {hint}"
+
+
+def split_at(mark: str, words: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Return the words before the first `mark`, the mark, and the words behind it, as `str.partition` does."""
+    place = list(words).index(mark) if mark in words else len(words)
+    return list(words[:place]), mark, list(words[place + 1 :])
 
 
 def join_blanks(words: Sequence[str], settings: Collection[str]) -> list[str]:

@@ -31,11 +31,12 @@ from render import gallery
 from render.attention import AttentionMaps, draw_attention
 from render.caption import NO_WORDS, draw_caption
 from render.fonts import advice, undrawable
-from render.texts import embed, own_folder, write_sidecars, write_tables
+from render.texts import embed, own_file, own_folder, write_sidecars, write_tables
 from utils import LANGUAGES, PRETRAINED, as_json, find_run, knows_photographs, unique_name, write_atomically
 
 PAGE = "captions_result.html"
 QUALITY = 88  # of JPEGs
+PATIENCE = 5  # seconds without a word
 
 
 def main() -> None:
@@ -68,11 +69,11 @@ def main() -> None:
         for line in write_sidecars(texts, args.existing):
             note(line)
     if args.embed:
-        for line in embed(texts, own_folder(out / "captioned") if args.embed == "copies" else None):
+        for line in embed(texts, own_folder(out / "captioned") if args.embed == "copies" else None, args.existing):
             note(line)
     written = [PAGE, "predictions.json", *tables]
     note(f"wrote captions of {plural(len(captioned), 'picture', 'pictures')} in {time.monotonic() - began:.0f} s:")
-    note(f"    {out / PAGE} (open it in a browser), {', '.join(str(out / name) for name in written[1:])}")
+    note(f"    {out / PAGE} (open it in a browser), {', '.join(str(out / name) for name in written[1:])}, drawings")
 
 
 def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
@@ -183,8 +184,19 @@ def draw_captions(
 
     skipped, rows = list[str](), list[dict[str, Any]]()
     done = list[tuple[Picture, list[Caption]]]()
-    batches = captioner.caption_pictures(pictures, known, number, keep_attention=heads is not None)
     bar = tqdm(total=len(pictures), desc="captioning", unit="img", disable=None)
+    seen, told = 0, time.monotonic()
+
+    def count_read() -> None:
+        """Move the bar when a picture is read; without a terminal, say every few seconds how many are."""
+        nonlocal seen, told
+        seen += 1
+        bar.update()
+        if bar.disable and time.monotonic() - told > PATIENCE:
+            told = time.monotonic()
+            note(f"read {seen:,} of {plural(len(pictures), 'picture', 'pictures')}")
+
+    batches = captioner.caption_pictures(pictures, known, number, heads is not None, count_read)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for captioned, errors in batches:
             if captioned and not done:
@@ -192,16 +204,15 @@ def draw_captions(
             rows += pool.map(draw, *zip(*captioned, strict=True)) if captioned else []
             done += [(item.picture, without_attention(each)) for item, each in captioned]
             skipped += map(str, errors)
-            bar.update(len(captioned) + len(errors))
     if not done:
         raise UserError(f"nothing was captioned: {skipped[0]}")
     texts = [best.text for _, (best, *_) in done]
     subtitle = f"{config.encoder.name} and {config.decoder.name}"
     subtitle += "; point at a word to see its attention" if heads else ""
     page = gallery.page("Captions", subtitle, rows, rate([picture for picture, _ in done], texts, captioner.model))
-    write_atomically(out / PAGE, page.encode())
+    write_atomically(own_file(out / PAGE, "<title>Captions</title>"), page.encode())
     predictions = [prediction(picture.image_id, captions, number) for picture, captions in done]
-    write_atomically(out / "predictions.json", as_json(predictions))
+    write_atomically(own_file(out / "predictions.json", '"image_id":'), as_json(predictions))
     missing = set[str]().union(*map(undrawable, texts))
     lacking = "".join(dict.fromkeys(each for each in "".join(texts) if each in missing))
     if lacking:

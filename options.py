@@ -101,17 +101,21 @@ def inference_visualize() -> argparse.Namespace:
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
     add("--sidecars", action="store_true", help="write photo.txt beside each picture, too, as image trainers read it")
-    existing = "what --sidecars does where photo.txt is there already (default: skip)"
-    add("--existing", choices=["skip", "overwrite", "append"], default="skip", help=existing)
+    existing = "what --sidecars and --embed do where there is a text or description already (default: skip)"
+    add("--existing", choices=["skip", "overwrite", "append"], help=existing)
     embed = "write the caption into each picture's metadata (XMP, IPTC), too: of copies, or of the originals themselves"
     add("--embed", nargs="?", const="copies", choices=["copies", "originals"], help=embed)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with your pictures this one)")
+    add("--quiet", action="store_true", help="print captions and what goes wrong, nothing else")
     args = parser.parse_options(setting_names(), "pictures")
     if args.attention and args.attention != MEAN and Path(args.attention).exists():
         args.pictures, args.attention = [*args.pictures, args.attention], MEAN
     args.images = [*args.pictures, *args.images]
     if (args.sidecars or args.embed) and not args.images:
         raise UserError("--sidecars and --embed write beside or into pictures of your own; name them, too")
+    if args.existing and not (args.sidecars or args.embed):
+        raise UserError(f"--existing {args.existing} says what --sidecars or --embed do; give one of them, too")
+    args.existing = args.existing or "skip"
     if args.embed and not find_spec("pyexiv2"):
         raise UserError("--embed needs pyexiv2; install it: pip install -r requirements-extras.txt")
     if args.images and args.split:

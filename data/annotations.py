@@ -132,6 +132,9 @@ def report(config: DataConfig) -> Iterator[str]:
         yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(part)}"
         yield from (f"            {note}" for note in list_folder(image_folder(part)).notes())
         yield from (f"            missing: {name}" for name in missing[:5])
+        idle = len(set(list_folder(image_folder(part)).pictures()) - set(table["image"]))
+        if idle:
+            yield f"            {idle:,} other pictures there have no caption"
         yield from describe(table, part, note)
         yield ""
         tables.append(table.assign(image=prefix + table["image"]))

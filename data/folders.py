@@ -33,9 +33,10 @@ CAPTION_FILES = (
     *("dataset*.json", "annotations/captions_*.json", "captions_*.json"),
     *("caption_*annotations*.json", "*/caption_*annotations*.json", "flickr8kzhc.caption.txt"),
     *("metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv"),  # of Hugging Face's ImageFolder
-    *("*.csv", "*.tsv", "*.xlsx", "*.jsonl"),  # any other table
+    *("*.csv", "*.tsv", "*.xlsx", "*.jsonl", "*.json", "*.xls", "*.ods"),  # any other table
 )
-LEFT_ASIDE = ("*.lemma.*", "results*.json", "predictions*.json")  # which the same folders hold
+LEFT_ASIDE = ("*.lemma.*", "results*.json", "predictions*.json", "scores-*.json", "splits.json", "~$*", ".*")
+MADE_TABLE = "image,caption,log_prob"  # the first line of a captions.csv that this project has written
 IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k_images")
 
 
@@ -92,7 +93,7 @@ def caption_files(config: DataConfig) -> list[Path]:
             "or set its place: data.root=FOLDER data.captions=FILE"
         )
     named = [split_in_name(path) for path in paths]
-    if len(paths) > 1 and (None in named or len(set(named)) < len(named)):
+    if config.captions is None and len(paths) > 1 and (None in named or len(set(named)) < len(named)):
         names = ", ".join(path.name for path in paths)
         raise UserError(f"{config.source} has several captions files ({names}); choose with data.captions=FILE")
     return paths
@@ -112,7 +113,13 @@ def find_captions(config: DataConfig) -> list[Path]:
 
 
 def is_aside(path: Path) -> bool:
-    return path.name.startswith(".") or any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE)
+    """Whether a file is no table of captions by people: of another kind, or written by this project."""
+    if any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE):
+        return True
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        first = file.readline(1 << 12)
+        return first.rstrip() == MADE_TABLE.encode() or b'"log_probs": [' in first
+    return False
 
 
 def texts_beside(config: DataConfig) -> list[Path]:
@@ -203,7 +210,8 @@ def list_folder(folder: Path) -> Listing:
             if name.startswith(".") or name in (*OF_SYSTEMS, *FILES_OF_SYSTEMS):
                 found.aside.append(path)
             elif is_folder(entry):
-                folders.append(f"{path}/")
+                if not entry.is_symlink() or not folder.resolve().is_relative_to(Path(entry.path).resolve()):
+                    folders.append(f"{path}/")  # but for a link to a folder that this one is in
             else:
                 found.paths.append(path)
         left += reversed(folders)
@@ -241,6 +249,10 @@ def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list
         if path.lower().endswith(PICTURE_SUFFIXES):
             by_stem[same_name(path.rpartition(".")[0]).rpartition("/")[2]].append(path)
     path_of, missing = dict[str, str](), []
+    by_number = defaultdict[int, list[str]](list)  # of pictures such as 001.jpg, which a spreadsheet makes 1
+    for stem, found in by_stem.items():
+        if stem.isdecimal():
+            by_number[int(stem)] += found
     for name in names:
         if name in exact:
             path_of[name] = name
@@ -250,6 +262,8 @@ def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list
         near = near or [
             path for path in by_stem[parts[0]] if all(map(eq, parts[1:], same_name(path).split("/")[-2::-1]))
         ]
+        if not near and (number := re.fullmatch(r"(\d+)(?:\.0)?(?:\.[a-z]+)?", parts[0])):
+            near = by_number[int(number[1])]
         if len(near) > 1:
             raise UserError(f"there are {', '.join(near)} in {folder} for {name}; name it with its folder")
         if near:

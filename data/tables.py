@@ -4,6 +4,7 @@ import csv
 import difflib
 import functools
 import io
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ CAPTION = (
 )
 SPLIT = ("split", "set", "subset", "partition", "phase")
 NUMBERED = re.compile(rf"({'|'.join(CAPTION)})\d+")
+TITLES = 5  # lines in which a header is looked for, below a title
 MOST_LINES = 20  # of a caption in quotation marks: beyond, the second mark is missing
 FOREIGN = 0.2  # of the bytes of a text beyond ASCII: more is no European language in Windows' encoding
 
@@ -67,15 +69,13 @@ def read_table(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
     for a table without pictures or captions, and for a line that does not fit its header.
     """
     rows, separator = read_rows(path)
-    first, header = next(rows, (1, [""]))
-    header = [name.strip() for name in header]
-    columns = Columns.of(header)
+    top = [(line, [cell.strip() for cell in cells]) for line, cells in itertools.islice(rows, TITLES)]
+    _, header = top[0] if top else (1, [""])
+    headers = [number for number, (_, cells) in enumerate(top) if Columns.of(cells)]
+    columns = Columns.of(top[headers[0]][1]) if headers else without_header(header)
     if columns is None:
-        if not (len(header) > 1 and header[0].lower().endswith(PICTURE_SUFFIXES)):
-            raise UserError(not_understood(path, header, separator))
-        numbered = len(header) > 2 and header[1].isdigit()  # name, number, caption
-        columns = Columns(0, (2 if numbered else 1,), None, 3 if numbered else 2)
-        rows = iter([(first, header), *rows])
+        raise UserError(not_understood(path, header, separator))
+    rows = itertools.chain(top[headers[0] + 1 :] if headers else top, rows)
     for line, cells in rows:
         where = f"{path} line {line}"
         cells = fit(cells, columns, separator, where)
@@ -84,6 +84,18 @@ def read_table(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
             check_quotes(cells[place], where, image)
             if cells[place] or len(columns.captions) == 1:
                 yield image, cells[place], split or None, where
+
+
+def without_header(first: Cells) -> Columns | None:
+    """Return the columns of a table without header: the picture is where its first line has one, the rest the caption."""
+    places = [place for place, cell in enumerate(first) if cell.lower().endswith(PICTURE_SUFFIXES)]
+    if len(places) != 1 or len(first) < 2:
+        return None
+    if places == [0]:
+        numbered = len(first) > 2 and first[1].isdigit()  # name, number, caption
+        return Columns(0, (2 if numbered else 1,), None, 3 if numbered else 2)
+    others = [place for place in range(len(first)) if place not in places]
+    return Columns(places[0], (max(others, key=lambda place: len(first[place])),), None, len(first))
 
 
 def fit(cells: Cells, columns: Columns, separator: str, where: str) -> Cells:
@@ -122,19 +134,23 @@ def not_understood(path: Path, header: Cells, separator: str) -> str:
     """Say what the first line of a table is, and what would work in its place."""
     if header == [""]:
         return f"{path} is empty; write a line image,caption and below it one for each caption"
-    parts = f"{len(header)} columns by {SEPARATORS[separator]}" if len(header) > 1 else "no columns"
-    plain = [plain_name(name) for name in header]
-    changes = []
+    workbook = path.suffix.lower() == ".xlsx"
+    by = "" if workbook else f" by {SEPARATORS[separator]}"
+    parts = f"{len(header)} columns{by}" if len(header) > 1 else "no columns"
+    plain, better = [plain_name(name) for name in header], list(header)
     for wanted, known in (("image", IMAGE), ("caption", CAPTION)):
         if find(plain, known) is None and not (wanted == "caption" and any(map(NUMBERED.fullmatch, plain))):
-            near = [name for name in header if difflib.get_close_matches(plain_name(name), known, n=1, cutoff=0.7)]
-            changes.append(f"call {near[0]!r} {wanted}" if near else f"call the column of the {wanted}s {wanted}")
+            near = [
+                place
+                for place, name in enumerate(plain)
+                if difflib.get_close_matches(re.sub(r"(en|de|fr|es|it)$", "", name), known, n=1, cutoff=0.7)
+            ]
+            better[near[0] if near else 0] = wanted if near else ""
     line = shorten(separator.join(header))
-    example = separator.join(["image", "caption"]) if len(header) > 1 else "image,caption"
-    advice = " and ".join(changes) if len(header) > 1 else "write one line for each caption below such a line"
-    return (
-        f"{path} starts with {line!r}: {parts}, which do not say where pictures and captions are; {advice}: {example}"
-    )
+    advice = f"add a first line such as {separator.join(['image', 'caption'])}, with a name for each column"
+    if len(header) > 1 and "" not in better and better != header:
+        advice = f"name them in this line: {shorten(separator.join(better), 200)}"
+    return f"{path} starts with {line!r}: {parts}, which do not say where pictures and captions are; {advice}"
 
 
 def read_rows(path: Path) -> tuple[Iterator[tuple[int, Cells]], str]:
@@ -145,14 +161,24 @@ def read_rows(path: Path) -> tuple[Iterator[tuple[int, Cells]], str]:
         return read_workbook(path), ","
     if start.startswith(b"\xd0\xcf\x11\xe0"):
         raise UserError(f"{path} is a workbook of old Excel versions; save it as .xlsx or CSV")
-    text = read_text(path)
-    separator = choose_separator(text)
+    text, skipped = read_text(path), 0
+    if told := re.match(r"sep=(.)\r?\n", text):  # Excel's own first line
+        text, skipped = text[told.end() :], 1
+    separator = told[1] if told else choose_separator(text)
     lines = io.StringIO(text, newline="")
     if separator == "|":  # Flickr30k's captions hold single quotes
         reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(lines, delimiter=separator)
-    return ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row)), separator
+
+    def rows() -> Iterator[tuple[int, Cells]]:
+        first = 1 + skipped  # line of a row: a quotation may run over several
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield first, row
+            first = reader.line_num + 1 + skipped
+
+    return rows(), separator
 
 
 def choose_separator(text: str) -> str:

@@ -3,22 +3,24 @@
 Nothing that a person has written is written over without being asked.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, printable
-from data.folders import MADE_HERE, plural
+from cli import UserError
+from data.folders import MADE_HERE, MADE_TABLE, plural
 from utils import unique_name, write_atomically
 
 Captioned = Sequence[tuple[Path, str, Sequence[Any]]]  # file, image id, captions with their text and log_prob
+DESCRIPTION, IPTC_CAPTION = "Xmp.dc.description", "Iptc.Application2.Caption"
 EMBEDDED_IN = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff")
-HEADER = ["image", "caption", "log_prob"]
+HEADER = MADE_TABLE.split(",")
 
 
 def own_folder(place: Path) -> Path:
@@ -47,23 +49,23 @@ def write_tables(out: Path, captioned: Captioned) -> Iterator[str]:
         if best.confidence is not None:
             row |= {"confidence": round(best.confidence, 3), "perhaps": list(best.perhaps)}
         lines.append(json.dumps(row, ensure_ascii=False))
-    ours: dict[str, tuple[str, Callable[[str], bool]]] = {
-        "captions.csv": (table.getvalue(), lambda first: first == ",".join(HEADER)),
-        "captions.jsonl": ("\n".join([*lines, ""]), lambda first: '"log_probs": [' in first),
-    }
-    for name, (text, is_ours) in ours.items():
-        stem, _, ending = name.partition(".")
-        places = (out / name, *(out / f"{stem}-{number}.{ending}" for number in range(2, 1000)))
-        path = next(place for place in places if not place.exists() or is_ours(first_line(place)))
+    for name, text in (("captions.csv", table.getvalue()), ("captions.jsonl", "\n".join([*lines, ""]))):
+        path = own_file(out / name, ",".join(HEADER) if name == "captions.csv" else '"log_probs": [')
         write_atomically(path, text.encode(errors="backslashreplace"))
         yield path.name
 
 
-def first_line(path: Path) -> str:
+def own_file(place: Path, mark: str) -> Path:
+    """Return `place`, or with a number in its name where it holds a file of somebody else, whose start lacks `mark`."""
+    places = (place, *(place.with_name(f"{place.stem}-{number}{place.suffix}") for number in range(2, 1000)))
+    return next(each for each in places if not each.exists() or mark in first_characters(each))
+
+
+def first_characters(path: Path) -> str:
     if not path.is_file():
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
-        return file.readline(1 << 16).rstrip("\n")
+        return file.read(1 << 12)
 
 
 def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
@@ -72,58 +74,81 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
     Args:
         existing: what happens to a .txt that is there: skip, overwrite or append.
     """
-    written, kept = set[Path](), list[Path]()
+    written, kept, failed, shared = set[Path](), list[Path](), list[str](), list[Path]()
     for path, _, captions in captioned:
         place, text = path.with_suffix(".txt"), "".join(f"{each.text}\n" for each in captions)
-        if place in written or (place.exists() and existing == "skip"):  # of two pictures with one name, too
+        if place in written:
+            shared.append(path)
+            continue
+        if place.exists() and existing == "skip":
             kept.append(place)
             continue
-        before = ""
-        if place.exists() and existing == "append":
-            before = place.read_text(encoding="utf-8", errors="surrogateescape")
-            before += "" if before.endswith("\n") or not before else "\n"
-        write_atomically(place, (before + text).encode(errors="surrogateescape"))
-        written.add(place)
+        try:
+            before = ""
+            if place.exists() and existing == "append":
+                before = place.read_text(encoding="utf-8", errors="surrogateescape")
+                before += "" if before.endswith("\n") or not before else "\n"
+            write_atomically(place, (before + text).encode(errors="surrogateescape"))
+            written.add(place)
+        except (UserError, OSError) as error:  # such as of a folder that is only to be read
+            failed.append(str(error))
     yield f"wrote {plural(len(written), 'text', 'texts')} beside the pictures"
     if kept:
         yield (
-            f"left {plural(len(kept), 'text', 'texts')} as they were, such as {printable(str(kept[0]))}; "
+            f"left {plural(len(kept), 'text', 'texts')} as they were, such as {kept[0]}; "
             "--existing overwrite or --existing append changes them"
         )
+    if shared:
+        yield f"no text for {plural(len(shared), 'picture', 'pictures')} whose name another one has, such as {shared[0]}"
+    if failed:
+        yield f"could not write {plural(len(failed), 'text', 'texts')}: {failed[0].partition(';')[0]}"
 
 
-def embed(captioned: Captioned, folder: Path | None) -> Iterator[str]:
+def embed(captioned: Captioned, folder: Path | None, existing: str) -> Iterator[str]:
     """Write the best caption into the metadata of copies of the pictures in `folder`, or of the pictures themselves:
     XMP's description and alt text, and IPTC's caption; other metadata and the pixels stay. Yields what is to be said.
+
+    Args:
+        existing: what happens to a description that is there: skip, overwrite or append.
     """
-    try:
-        import pyexiv2
-    except ImportError:
-        raise UserError("--embed needs pyexiv2; install it: pip install -r requirements-extras.txt") from None
+    import pyexiv2
+
     pyexiv2.set_log_level(4)
-    done, left, taken = 0, list[str](), set[str]()
+    done, kept, left, taken = 0, list[str](), list[str](), set[str]()
     for path, _, (best, *_) in captioned:
         if path.suffix.lower() not in EMBEDDED_IN:
             left.append(f"{path.name}, whose kind of file has no place for it")
             continue
         name = f"{unique_name(path.stem, taken)}{path.suffix}"
-        target = path if folder is None else folder / name
+        target = path.resolve() if folder is None else folder / name  # a link stays one
         unfinished = target.with_name(f".{target.name}.unfinished{path.suffix}")
         try:
             shutil.copy2(path, unfinished)
-            text = {'lang="x-default"': best.text}
             with pyexiv2.Image(os.fsdecode(unfinished)) as picture:
-                picture.modify_xmp({"Xmp.dc.description": text, "Xmp.iptc.AltTextAccessibility": text})
-                if path.suffix.lower() != ".webp":  # which has no IPTC
-                    utf8 = {"Iptc.Envelope.CharacterSet": "\x1b%G"}
-                    picture.modify_iptc(utf8 | {"Iptc.Application2.Caption": best.text})
+                own = next(iter(picture.read_xmp().get(DESCRIPTION, {}).values()), "")
+                own = own or picture.read_iptc().get(IPTC_CAPTION, "")
+                if own and existing == "skip":
+                    kept.append(path.name)
+                else:
+                    text = f"{own} {best.text}" if own and existing == "append" else best.text
+                    worded = {'lang="x-default"': text}
+                    picture.modify_xmp({DESCRIPTION: worded, "Xmp.iptc.AltTextAccessibility": worded})
+                    if path.suffix.lower() != ".webp":  # which has no IPTC
+                        picture.modify_iptc({"Iptc.Envelope.CharacterSet": "\x1b%G", IPTC_CAPTION: text})
+                    done += 1
             os.replace(unfinished, target)
-            done += 1
-        except RuntimeError as error:  # of a file that is another one than its ending says
-            left.append(f"{path.name} ({' '.join(str(error).split())})")
+        except (OSError, RuntimeError) as error:  # of a folder to read only, of a file that is not what its ending says
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            left.append(f"{path.name} ({' '.join(str(reason).split())})")
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
     where = "the pictures themselves" if folder is None else f"copies in {folder}/"
     yield f"wrote captions into the metadata of {plural(done, 'picture', 'pictures')}: {where}"
+    if kept:
+        yield (
+            f"left the descriptions of {plural(len(kept), 'picture', 'pictures')} as they were, such as that of "
+            f"{kept[0]}; --existing overwrite or --existing append changes them"
+        )
     if left:
-        yield f"wrote no caption into {plural(len(left), 'picture', 'pictures')}, such as {printable(left[0])}"
+        yield f"wrote no caption into {plural(len(left), 'picture', 'pictures')}, such as {left[0]}"

@@ -129,6 +129,8 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
         model = model_from_state(run.saved | {"config": config.model_dump()}, str(run.last))
     elif config.train.start:
         model = model_from_start(config)
+        if not captions.shards:
+            check_words(captions.of("train")[1].count(), model.vocab, str(config.train.start))
     else:
         shards = captions.shards
         tokens = join([tar.tokens() for tar in shards]) if shards else captions.of("train")[1]
@@ -137,6 +139,18 @@ def make_model(run: Run, captions: Captions) -> CaptionModel:
         warn_of_unknown(counts, vocab, config.data.min_count)
         model = CaptionModel.build(config, vocab)
     return model.to(pick_device())
+
+
+def check_words(counts: Counter[str], vocab: Vocabulary, start: str) -> None:
+    """Raise UserError where a captioner goes on with captions that it has no words for, as in another language."""
+    known = sum(counts[word] for word in vocab.words) / max(1, counts.total())
+    if known < 0.5:
+        raise UserError(
+            f"{start} knows only {known:.0%} of the words in these captions, and learns no new ones; train from nothing: "
+            "train.start=null"
+        )
+    if known < KNOWN:
+        print(f"warning: {start} knows {known:.0%} of the words in these captions, and learns no new ones")
 
 
 def warn_of_unknown(counts: Counter[str], vocab: Vocabulary, min_count: int) -> None:
