@@ -69,10 +69,10 @@ def read_table(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
     for a table without pictures or captions, and for a line that does not fit its header.
     """
     rows, separator = read_rows(path)
-    top = [(line, [cell.strip() for cell in cells]) for line, cells in itertools.islice(rows, TITLES)]
-    _, header = top[0] if top else (1, [""])
-    headers = [number for number, (_, cells) in enumerate(top) if Columns.of(cells)]
-    columns = Columns.of(top[headers[0]][1]) if headers else without_header(header)
+    top = list(itertools.islice(rows, TITLES))
+    stripped = [[cell.strip() for cell in cells] for _, cells in top] or [[""]]
+    header, headers = stripped[0], [number for number, cells in enumerate(stripped) if Columns.of(cells)]
+    columns = Columns.of(stripped[headers[0]]) if headers else without_header(header)
     if columns is None:
         raise UserError(not_understood(path, header, separator))
     rows = itertools.chain(top[headers[0] + 1 :] if headers else top, rows)
@@ -87,7 +87,7 @@ def read_table(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
 
 
 def without_header(first: Cells) -> Columns | None:
-    """Return the columns of a table without header: the picture is where its first line has one, the rest the caption."""
+    """Return the columns of a table without header: the picture is where its first line has one, the caption beside."""
     places = [place for place, cell in enumerate(first) if cell.lower().endswith(PICTURE_SUFFIXES)]
     if len(places) != 1 or len(first) < 2:
         return None
@@ -145,6 +145,8 @@ def not_understood(path: Path, header: Cells, separator: str) -> str:
                 for place, name in enumerate(plain)
                 if difflib.get_close_matches(re.sub(r"(en|de|fr|es|it)$", "", name), known, n=1, cutoff=0.7)
             ]
+            if len(header) == 2 and not near:  # the other one
+                near = [1 - place for place in [find(plain, IMAGE), find(plain, CAPTION)] if place is not None]
             better[near[0] if near else 0] = wanted if near else ""
     line = shorten(separator.join(header))
     advice = f"add a first line such as {separator.join(['image', 'caption'])}, with a name for each column"
@@ -182,14 +184,12 @@ def read_rows(path: Path) -> tuple[Iterator[tuple[int, Cells]], str]:
 
 
 def choose_separator(text: str) -> str:
-    """Return the separator by which the first line names pictures and captions, or else begins with a picture."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    rows = {each: next(csv.reader([first], delimiter=each), []) for each in SEPARATORS}
-    named = [each for each, cells in rows.items() if Columns.of(cells)]
-    pictures = [
-        each for each, row in rows.items() if len(row) > 1 and row[0].strip().lower().endswith(PICTURE_SUFFIXES)
-    ]
-    return (*named, *pictures, max(SEPARATORS, key=lambda each: len(rows[each])))[0]
+    """Return the separator by which one of the first lines names pictures and captions, or else begins with a picture."""
+    first = list(itertools.islice((line for line in text.splitlines() if line.strip()), TITLES)) or [""]
+    rows = {each: [next(csv.reader([line], delimiter=each), []) for line in first] for each in SEPARATORS}
+    named = [each for each, lines in rows.items() if any(map(Columns.of, lines))]
+    pictures = [each for each, [line, *_] in rows.items() if without_header([cell.strip() for cell in line])]
+    return (*named, *pictures, max(SEPARATORS, key=lambda each: len(rows[each][0])))[0]
 
 
 def read_workbook(path: Path) -> Iterator[tuple[int, Cells]]:

@@ -99,7 +99,7 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
             "--existing overwrite or --existing append changes them"
         )
     if shared:
-        yield f"no text for {plural(len(shared), 'picture', 'pictures')} whose name another one has, such as {shared[0]}"
+        yield f"no text for {plural(len(shared), 'picture', 'pictures')} called as another one, such as {shared[0]}"
     if failed:
         yield f"could not write {plural(len(failed), 'text', 'texts')}: {failed[0].partition(';')[0]}"
 

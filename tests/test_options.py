@@ -89,6 +89,11 @@ def test_pictures_are_named_with_or_without_an_option(typed: Callable, runs: Pat
     assert typed(options.inference_visualize, "photo.jpg", "--attention", "2").attention == "2"
 
 
+def test_a_name_that_begins_with_a_dash_stands_behind_two(typed: Callable, runs: Path) -> None:
+    shutil.copy("archive/images/00.jpg", "-n6.jpg")
+    assert typed(options.inference_visualize, "--out", "here", "--", "-n6.jpg").images == ["-n6.jpg"]
+
+
 def test_runs_are_named_with_or_without_an_option(typed: Callable, runs: Path) -> None:
     for words in (["--run", "first", "second"], ["first", "second"], ["first", "--run", "second"]):
         assert typed(options.visualize_loss, *words).run == ["first", "second"]

@@ -173,6 +173,16 @@ def test_pictures_of_ones_own_are_learned_from_the_pretrained_captioner(archive:
     assert len(Path("out/captions.csv").read_text().splitlines()) == 2
 
 
+def test_a_captioner_does_not_go_on_in_a_language_that_it_has_no_words_for(
+    archive: Path, run: Run, capsys: Capture
+) -> None:
+    lines = "".join(f"{number:02}.jpg,Ein rotes Haus auf grünem Grund\n" for number in range(12))
+    (archive / "captions.csv").write_text(f"image,caption\n{lines}")
+    assert run("--config", "own", "data.root=archive", "train.mirror=false") == 2
+    error = last_line(capsys)
+    assert "knows only" in error and "of the words in these captions" in error and "train.start=null" in error
+
+
 def test_a_quiet_run_prints_nothing_but_what_goes_wrong(archive: Path, run: Run, capsys: Capture) -> None:
     assert run(*FAST, "--quiet", "train.epochs=1") == 0
     printed = capsys.readouterr()
@@ -258,7 +268,7 @@ def test_broken_pictures_may_be_skipped_and_are_counted(
             ["03.jpg", "cannot read", "data.broken=skip"],
         ),
         (lambda root: (root / "images/03.jpg").unlink(), ["names 1 of 12 pictures", "03.jpg"]),
-        (lambda root: (root / "captions.csv").write_text("foto;words\n"), ["captions.csv", "call", "image;caption"]),
+        (lambda root: (root / "captions.csv").write_text("foto;words\n"), ["captions.csv", "image;caption"]),
         (lambda root: (root / "Flickr_8k.devImages.txt").unlink(), ["no val pictures"]),
     ],
 )

@@ -146,8 +146,8 @@ def check_words(counts: Counter[str], vocab: Vocabulary, start: str) -> None:
     known = sum(counts[word] for word in vocab.words) / max(1, counts.total())
     if known < 0.5:
         raise UserError(
-            f"{start} knows only {known:.0%} of the words in these captions, and learns no new ones; train from nothing: "
-            "train.start=null"
+            f"{start} knows only {known:.0%} of the words in these captions, and learns no new ones; train from "
+            "nothing: train.start=null"
         )
     if known < KNOWN:
         print(f"warning: {start} knows {known:.0%} of the words in these captions, and learns no new ones")

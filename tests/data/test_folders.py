@@ -54,6 +54,13 @@ def test_a_folder_that_is_linked_is_entered_once(tmp_path: Path) -> None:
     assert sorted(path.rpartition("/")[2] for path in found) == ["a.jpg", "b.jpg"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes links")
+def test_a_link_leads_out_of_no_folder_that_was_named(tmp_path: Path) -> None:
+    put(tmp_path, "all/a.jpg", "all/some/b.jpg")
+    (tmp_path / "all/some/loop").symlink_to("..")
+    assert names(tmp_path / "all/some") == ["b.jpg"]
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_accents_and_case_do_not_matter(form: Literal["NFC", "NFD"], tmp_path: Path) -> None:
     put(tmp_path, f"images/{unicodedata.normalize(form, 'Hündchen é')}.JPG", "images/B.jpg")

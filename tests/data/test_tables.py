@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from dataset_files import load, put, rows
 
+from cli import UserError
+
 CAPTIONS = [("a.jpg", "A dog, running"), ("b.jpg", "Two cats")]
 
 
@@ -189,15 +191,14 @@ def test_the_lemmas_of_the_official_zip_are_left_aside(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (
-            "photo;words\na.jpg;A dog\n",
-            ["'photo;words': 2 columns by semicolons", "call the column of the captions caption"],
-        ),
-        ("image,captoin\na.jpg,A dog\n", ["call 'captoin' caption: image,caption"]),
-        ("a dog runs\n", ["'a dog runs': no columns", "write one line for each caption"]),
+        ("photo;words\na.jpg;A dog\n", ["'photo;words': 2 columns by semicolons", "in this line: photo;caption"]),
+        ("image,captoin\na.jpg,A dog\n", ["in this line: image,caption"]),
+        ("image,caption_en,caption_de\na.jpg,A dog,Ein Hund\n", ["in this line: image,caption,caption_de"]),
+        ("a dog runs\n", ["'a dog runs': no columns", "add a first line such as image,caption"]),
+        ("001;A dog\n002;A cat\n", ["add a first line such as image;caption"]),
         ("image;caption\na.jpg;A dog;x\ny.jpg\n", ["line 3 has 1 columns, not 2; fill in what is missing"]),
         ("image,caption1,caption2\na.jpg,A dog, a cat,x\n", ["line 2 has 4 columns, not 3", "quotation marks"]),
-        ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', ["line 3", "close its quotation mark"]),
+        ('image,caption\na.jpg,"A dog\nb.jpg,A cat\n', ["line 2", "close its quotation mark"]),
         ("image,caption\n,A dog\n", ["line 2 names no picture"]),
         (
             "图片,描述\n" + "a.jpg,一只狗在草地上奔跑，旁边还有一只猫\n" * 9,
@@ -213,9 +214,45 @@ def test_what_is_not_understood_is_answered_with_what_was_found(
         load(root)
 
 
-def test_the_advice_works(root: Path, refused: Callable) -> None:
-    put(root, "captions.csv", text="foto;words\na.jpg;A dog\n")
-    with refused("image;caption") as _:
+@pytest.mark.parametrize("first", ["photo;words", "file;captoin", "x;y;z"])
+def test_the_advice_works(first: str, root: Path) -> None:
+    lines = "".join(f"{';'.join([image, caption, 'me'][: first.count(';') + 1])}\n" for image, caption in CAPTIONS)
+    put(root, "captions.csv", text=f"{first}\n{lines}")
+    with pytest.raises(UserError) as caught:
         load(root)
-    put(root, "captions.csv", text="image;caption\na.jpg;A dog\n")
-    assert rows(load(root)) == [("a.jpg", "A dog")]
+    advice = str(caught.value)
+    if "in this line: " in advice:
+        put(root, "captions.csv", text=f"{advice.partition('in this line: ')[2]}\n{lines}")
+    else:
+        put(root, "captions.csv", text=f"image;caption;who\n{lines}")
+    assert rows(load(root)) == CAPTIONS
+
+
+def test_a_title_and_excels_own_line_above_the_header_are_skipped(root: Path) -> None:
+    for above in ("sep=;\n", "My captions\n\n", "Course project 2026;;\nGroup 3;;\n"):
+        put(root, "captions.csv", text=f"{above}image;caption\na.jpg;A dog, running\nb.jpg;Two cats\n")
+        assert rows(load(root)) == CAPTIONS
+
+
+def test_the_picture_may_stand_behind_its_caption_without_a_header(root: Path) -> None:
+    put(root, "captions.csv", text='"A dog, running",a.jpg\nTwo cats,b.jpg\n')
+    assert rows(load(root)) == CAPTIONS
+
+
+def test_numbers_that_a_spreadsheet_has_shortened_find_their_pictures(tmp_path: Path) -> None:
+    put(tmp_path, "images/001.jpg", "images/002.jpg")
+    put(tmp_path, "captions.csv", text="image,caption\n1,A dog\n2.0,Two cats\n")
+    assert load(tmp_path)["image"].tolist() == ["001.jpg", "002.jpg"]
+
+
+def test_tables_of_this_project_and_lock_files_are_no_datasets(root: Path) -> None:
+    put(root, "captions.csv", text="image,caption,log_prob\na.jpg,a dog runs,-3.1\n")
+    put(root, "~$mine.csv", ".~lock.mine.csv#", text="locked")
+    put(root, "mine.csv", text=TABLES["semicolons"])
+    assert rows(load(root)) == CAPTIONS
+
+
+def test_a_pattern_that_is_asked_for_takes_all_its_files(root: Path) -> None:
+    for number, (image, caption) in enumerate(CAPTIONS):
+        put(root, f"group{number}.csv", text=f"image;caption\n{image};{caption}\n")
+    assert rows(load(root, "data.captions=group*.csv")) == CAPTIONS

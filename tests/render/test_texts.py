@@ -91,7 +91,39 @@ def test_two_pictures_of_one_name_do_not_share_a_text(run: Run, capsys: pytest.C
     Image.open("mine/00.jpg").save("mine/00.png")
     assert run("mine", "--sidecars", "--existing", "overwrite") == 0
     assert Path("mine/00.txt").read_text() == f"{rows()[0]['captions'][0]}\n"
-    assert "left 1 text as they were" in capsys.readouterr().err
+    assert "no text for 1 picture called as another one, such as mine/00.png" in capsys.readouterr().err
+
+
+def test_a_text_that_cannot_be_written_costs_no_other(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    put(Path("mine"), "01.txt/in the way")  # where not even root can write
+    assert run("mine", "--sidecars", "--existing", "overwrite") == 0
+    assert Path("mine/02.txt").is_file()
+    printed = capsys.readouterr().err
+    assert "wrote 2 texts" in printed and "could not write 1 text: cannot write mine/01.txt" in printed
+
+
+@pytest.mark.parametrize(("existing", "text"), [((), "Grandma"), (("--existing", "append"), "Grandma {}")])
+def test_a_description_that_a_person_wrote_is_kept(
+    existing: tuple[str, ...], text: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyexiv2 = pytest.importorskip("pyexiv2", reason="--embed needs requirements-extras.txt")
+    with pyexiv2.Image("mine/00.jpg") as picture:
+        picture.modify_xmp({"Xmp.dc.description": {'lang="x-default"': "Grandma"}})
+    Path("linked.jpg").symlink_to("mine/00.jpg")
+    assert run("linked.jpg", "--embed", "originals", *existing) == 0
+    assert Path("linked.jpg").is_symlink()
+    with pyexiv2.Image("mine/00.jpg") as picture:
+        [found] = picture.read_xmp()["Xmp.dc.description"].values()
+    assert found == text.format(rows()[0]["captions"][0])
+    assert ("left the descriptions of 1 picture as they were" in capsys.readouterr().err) == (not existing)
+
+
+def test_a_page_and_predictions_of_somebody_else_are_not_written_over(run: Run) -> None:
+    put(Path("."), "predictions.json", "captions_result.html", text='{"a": 1}')
+    for _ in range(2):
+        assert run("mine") == 0
+        assert Path("predictions.json").read_text() == Path("captions_result.html").read_text() == '{"a": 1}'
+    assert len(rows_of(".", "predictions-2.json")) == 3 and not Path("predictions-3.json").exists()
 
 
 @pytest.mark.parametrize("where", ["copies", "originals"])
@@ -140,8 +172,8 @@ def test_a_folder_called_outputs_may_hold_a_persons_own_pictures(run: Run) -> No
     assert not Path("outputs-3").exists()
 
 
-def rows_of(folder: str) -> list[dict]:
-    return json.loads(Path(folder, "predictions.json").read_text())
+def rows_of(folder: str, name: str = "predictions.json") -> list[dict]:
+    return json.loads(Path(folder, name).read_text())
 
 
 def test_texts_need_pictures_of_ones_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
