@@ -184,7 +184,7 @@ def read_rows(path: Path) -> tuple[Iterator[tuple[int, Cells]], str]:
 
 
 def choose_separator(text: str) -> str:
-    """Return the separator by which one of the first lines names pictures and captions, or else begins with a picture."""
+    """Return the separator by which one of the first lines names pictures and captions, or the first has a picture."""
     first = list(itertools.islice((line for line in text.splitlines() if line.strip()), TITLES)) or [""]
     rows = {each: [next(csv.reader([line], delimiter=each), []) for line in first] for each in SEPARATORS}
     named = [each for each, lines in rows.items() if any(map(Columns.of, lines))]
