@@ -26,12 +26,18 @@ CAPTIONS = {
 
 
 @pytest.mark.parametrize("language", CAPTIONS)
-def test_a_caption_is_never_one_word(language: str, archive: Path, refused: Callable) -> None:
-    text = CAPTIONS[language]
-    rows = "".join(f"{number:02}.jpg,{text}\n" for number in range(12))
+def test_another_script_is_not_taken_for_english(language: str, archive: Path, refused: Callable) -> None:
+    rows = "".join(f"{number:02}.jpg,{CAPTIONS[language]}\n" for number in range(12))
     put(archive, "captions.csv", text=f"image,caption\n{rows}")
     with refused("are not in Latin letters", "data.language=unicode"):
         load(archive, "data.language=en")
+
+
+@pytest.mark.parametrize("language", ["Thai", "Arabic"])  # without blanks, and with
+def test_a_caption_is_never_one_word(language: str, archive: Path) -> None:
+    text = CAPTIONS[language]
+    rows = "".join(f"{number:02}.jpg,{text}\n" for number in range(12))
+    put(archive, "captions.csv", text=f"image,caption\n{rows}")
     words = (*TINY, "data.language=unicode", "train.epochs=8", "train.lr=3e-2", "decoder.dropout=0", "train.ema=0")
     assert run(train.main, *words, "run=it") == 0
     assert run(evaluate.main, "--run", "it") == 0

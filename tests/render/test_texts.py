@@ -19,11 +19,11 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(archive: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the script on pictures with the captioner in pretrained/, in a folder with three photographs."""
+def run(archive: Path, scored: Path, call: Callable[..., int]) -> Run:
+    """Run the script with a tiny captioner, in a folder with three pictures of one's own in mine/."""
     shutil.copytree("archive/images", "mine", ignore=lambda _, names: [name for name in names if name > "02.jpg"])
     shutil.rmtree("archive")
-    return partial(call, inference_visualize.main)
+    return partial(call, inference_visualize.main, "--checkpoint", scored / "runs/flickr8k/checkpoints.pth")
 
 
 def rows() -> list[dict]:
