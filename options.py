@@ -1,10 +1,12 @@
 """The command line of each script, and what is wrong with it, found before PyTorch is imported: that takes seconds."""
 
+from cli import Parser, UserError  # first, so that Ctrl-C is quiet while the others are imported
+
+# isort: split
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from cli import Parser, UserError
 from config import Config, check_overrides, load_config, setting_names
 from data.folders import caption_files, datasets, find_captions, pictures_at
 from utils import LANGUAGES, find_run

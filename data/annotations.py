@@ -29,6 +29,7 @@ from data.folders import (
     image_folder,
     image_folders,
     list_folder,
+    other_captions,
     split_in_name,
 )
 from data.splits import SPLITS
@@ -129,6 +130,7 @@ def report(config: DataConfig) -> Iterator[str]:
         table = splits.complete(table, None)
         kind = formats.recognise(caption_files(part)[0]) if part.format == "auto" else part.format
         yield f"captions:   {source} ({kind})"
+        yield from (f"            not used: {path}; choose with data.captions=FILE" for path in other_captions(part))
         yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(part)}"
         yield from (f"            {note}" for note in list_folder(image_folder(part)).notes())
         yield from (f"            missing: {name}" for name in missing[:5])

@@ -112,6 +112,13 @@ def find_captions(config: DataConfig) -> list[Path]:
     return []
 
 
+def other_captions(config: DataConfig) -> list[Path]:
+    """Return the captions files of a dataset that are there, but not read."""
+    root, used = Path(config.roots[0]), find_captions(config)
+    found = {path for pattern in CAPTION_FILES for path in root.glob(pattern) if not is_aside(path)}
+    return sorted(found - set(used))
+
+
 def is_aside(path: Path) -> bool:
     """Whether a file is no table of captions by people: of another kind, or written by this project."""
     if any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE):

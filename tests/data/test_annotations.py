@@ -93,9 +93,11 @@ def test_a_dataset_is_described_in_numbers(archive: Path, capsys: pytest.Capture
     with open("archive/captions.csv", "a") as file:
         file.write("11.jpg,A zebra .\n11.jpg,A zebra .\n")
     (archive / "images/11.jpg").unlink()
+    (archive / "captions.xlsx").touch()
     assert run(annotations.main, "archive", "data.min_count=1") == 0
     said = capsys.readouterr().out
     assert "captions:   archive/captions.csv (csv)" in said
+    assert "not used: archive/captions.xlsx; choose with data.captions=FILE" in said
     assert "pictures:   12, of which 1 are not in archive/images" in said and "missing: 11.jpg" in said
     assert "5 to 7 captions each, 62 in all, 1 of them repeated" in said
     assert all(f"{split}:" in said for split in splits.SPLITS) and "8 pictures, 40 captions" in said
