@@ -29,12 +29,10 @@ from utils import LANGUAGES, RUNS, as_json, knows_photographs, unique_name
 
 TITLE = "Image captioning"
 EXAMPLES = Path(__file__).with_name("docs") / "images" / "examples"
-KNOWS = {  # of the captioners that come with the project
-    LANGUAGES[
-        "en"
-    ]: "It knows people and dogs best, has seen some hundred pictures of other things, and nothing of screens, "
-    "documents, drawings or X-rays; it captions them all the same.",
-    LANGUAGES["zh"]: "It knows people, dogs and sports, and little else; it captions everything all the same.",
+KNOWS = {  # the captioners that come with the project
+    "en": "It knows people and dogs best, has seen 1,381 pictures of other things, and none of screens, documents, "
+    "drawings or X-rays; it captions them all the same.",
+    "zh": "It knows people, dogs and sports, and little else; it captions everything all the same.",
 }
 STYLE = Path(__file__).with_name("render") / "app.css"
 
@@ -106,7 +104,8 @@ def introduce(path: Path) -> None:
     if model.config.data.format == "sample":
         show("quiet", "It learned from drawn shapes and knows no photographs.")
     else:
-        show("quiet", KNOWS.get(path, "It knows what it was trained on, and captions all else the same."))
+        known = next((KNOWS[language] for language, given in LANGUAGES.items() if given == path), None)
+        show("quiet", known or "It knows what it was trained on, and captions all else the same.")
 
 
 def stamp(path: Path) -> tuple[str, int]:

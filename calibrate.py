@@ -46,6 +46,7 @@ def main() -> None:
         )
     print(f"captioning {len(references):,} val pictures with {path}")
     inputs, captions = caption(model, list(references))
+    references = {image: references[image] for image in captions}  # without broken pictures that are skipped
     tokeniser = metrics.pick_tokeniser("auto", config.language)
     scores = metrics.evaluate(captions, references, tokeniser.tokenise, config.language, ["cider"])
     right = torch.from_numpy(scores.per_image["cider"] >= RIGHT)  # (N,)

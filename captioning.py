@@ -27,7 +27,6 @@ from data.features import (
     Files,
     Opener,
     encode_files,
-    find_broken,
     read_ahead,
     stack,
 )
@@ -214,8 +213,7 @@ def encode_dataset(
     if model.config.encoder.frozen:
         features = feature_cache(model, view).fill(*Files.group(names, folders), note=note, skip_broken=skip)
     else:
-        broken = find_broken(names, folders) if skip else {}
-        features = encode_files(Captioner(model).extractor, [name for name in names if name not in broken], folders)
+        features = encode_files(Captioner(model).extractor, names, folders, skip)
     if len(features.names) < len(names):
         known = set(features.names)
         print(f"left out {describe_names([name for name in names if name not in known])} that cannot be read")

@@ -64,7 +64,11 @@ def answer_early(read_options: Callable[[], object], loading: str = "") -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun would start the processes again: see distributed.processes
         return
-    status = run_script(lambda: bool(read_options()) and None)
+
+    def read() -> None:
+        read_options()
+
+    status = run_script(read)
     if status:
         raise SystemExit(status)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -112,7 +116,7 @@ class Parser(argparse.ArgumentParser):
         Raises UserError for an unknown option, and for other words where there is no `rest`.
         """
         words, overrides = list[str](), list[str]()
-        given, _, behind = split_at("--", sys.argv[1:])  # which tells what begins with a dash from an option
+        given, behind = split_at("--", sys.argv[1:])  # which tells what begins with a dash from an option
         for before, word in itertools.pairwise(["", *join_blanks(given, settings)]):
             is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
             option = self._option_string_actions.get(before)  # one that takes a value takes any
@@ -151,10 +155,10 @@ class Parser(argparse.ArgumentParser):
         return f"there is no {shorten(option)}; {hint}"
 
 
-def split_at(mark: str, words: Sequence[str]) -> tuple[list[str], str, list[str]]:
-    """Return the words before the first `mark`, the mark, and the words behind it, as `str.partition` does."""
-    place = list(words).index(mark) if mark in words else len(words)
-    return list(words[:place]), mark, list(words[place + 1 :])
+def split_at(mark: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words before the first `mark`, and those behind it."""
+    place = words.index(mark) if mark in words else len(words)
+    return words[:place], words[place + 1 :]
 
 
 def join_blanks(words: Sequence[str], settings: Collection[str]) -> list[str]:

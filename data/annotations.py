@@ -106,7 +106,7 @@ def read_captions(config: DataConfig) -> tuple[pd.DataFrame, str]:
         table, split = formats.read(path, config.format), split_in_name(path)
         if split and (len(paths) > 1 or split != "train"):  # a train file alone is split further
             table["split"] = table["split"].fillna(split)
-        if path.name.startswith("metadata.") and path.parent != root:  # it names pictures of its own folder
+        if path.name.startswith("metadata.") and root in path.parent.parents:  # it names pictures of its own folder
             table["image"] = f"{path.parent.relative_to(root).as_posix()}/" + table["image"]
         tables.append(table)
     table, source = pd.concat(tables, ignore_index=True), " and ".join(map(str, paths))

@@ -171,10 +171,25 @@ def broken_error(broken: dict[str, str], count: int) -> UserError:
     )
 
 
-def encode_files(extractor: Extractor, names: Sequence[str], folders: ImageFolders) -> Features:
-    """Encode pictures into memory, as for a backbone that is being trained; raises UserError for a broken one."""
-    batches = extractor.encode(partial(open_picture, folders.path(name)) for name in names)
-    return Features([torch.cat([stack(batch) for batch in batches])], names)
+def encode_files(
+    extractor: Extractor, names: Sequence[str], folders: ImageFolders, skip_broken: bool = False
+) -> Features:
+    """Encode pictures into memory, as for a backbone that is being trained; raises UserError for a broken one, unless
+    such are to be skipped.
+    """
+    rows, kept, left = list[torch.Tensor](), list[str](), iter(names)
+    for batch in extractor.encode(partial(open_picture, folders.path(name)) for name in names):
+        good = [(name, item) for name, item in zip(islice(left, len(batch)), batch, strict=True) if is_good(item)]
+        if good or not skip_broken:
+            rows.append(stack([item for _, item in good] if skip_broken else batch))
+        kept += [name for name, _ in good]
+    if not kept:
+        raise UserError(f"none of {len(names):,} pictures can be read, the first of them {names[0]}; replace them")
+    return Features([torch.cat(rows)], kept)
+
+
+def is_good(item: torch.Tensor | UserError) -> bool:
+    return isinstance(item, torch.Tensor)
 
 
 def stack(items: list[torch.Tensor | UserError]) -> torch.Tensor:

@@ -121,7 +121,7 @@ def other_captions(config: DataConfig) -> list[Path]:
 
 def is_aside(path: Path) -> bool:
     """Whether a file is no table of captions by people: of another kind, or written by this project."""
-    if any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE):
+    if not path.is_file() or any(fnmatch(path.name, pattern) for pattern in LEFT_ASIDE):
         return True
     with contextlib.suppress(OSError), open(path, "rb") as file:
         first = file.readline(1 << 12)
@@ -269,7 +269,7 @@ def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list
         near = near or [
             path for path in by_stem[parts[0]] if all(map(eq, parts[1:], same_name(path).split("/")[-2::-1]))
         ]
-        if not near and (number := re.fullmatch(r"(\d+)(?:\.0)?(?:\.[a-z]+)?", parts[0])):
+        if not near and (number := re.fullmatch(r"(\d{1,18})(?:\.0)?", parts[0])):
             near = by_number[int(number[1])]
         if len(near) > 1:
             raise UserError(f"there are {', '.join(near)} in {folder} for {name}; name it with its folder")

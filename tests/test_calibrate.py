@@ -42,6 +42,11 @@ def test_a_calibrated_run_says_how_sure_it_is(
     [shown] = json.loads(Path("own/reliability.json").read_text())["datasets"].values()
     assert shown["captions"] == calibrate.LEAST and 0 <= shown["auc"] <= 1
 
+    Path("many/images/03.jpg").write_bytes(b"broken")
+    broken = ("data.root=many", "data.broken=skip")
+    assert call(calibrate.main, "--checkpoint", "own/checkpoints.pth", *broken) == 0
+    assert f"of {calibrate.LEAST - 1} are right" in capsys.readouterr().out
+
     words = ("--checkpoint", "own/checkpoints.pth")
     assert call(inference_visualize.main, *words, "--images", "archive/images", "--out", "out") == 0
     assert all(0 <= row["confidence"] <= 1 for row in json.loads(Path("out/predictions.json").read_text()))

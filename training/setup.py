@@ -99,6 +99,11 @@ def check_config(config: Config) -> None:
     transform_for(config.encoder)
     for name in config.train.augment:
         pick(AUGMENTATIONS, name, "train.augment")
+    if config.data.shards and config.data.broken == "skip":
+        raise UserError(
+            "data.broken=skip is for pictures in folders, and data.shards are tars; write these anew without broken "
+            "pictures, and leave data.broken out"
+        )
     if config.train.mirror and config.data.language == "unicode":
         raise UserError(
             "train.mirror swaps left and right in captions, which it knows in English and Chinese alone; set "

@@ -1,6 +1,7 @@
 """Captions as spreadsheets, scripts and image trainers write them are read; what is not understood is said plainly."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,27 @@ def test_an_image_folder_of_hugging_face_has_its_splits_in_folders(tmp_path: Pat
         ("train/a.jpg", "train", "In train"),
         ("validation/a.jpg", "val", "In validation"),
     ]
+
+
+def test_metadata_from_elsewhere_names_pictures_as_they_are(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    put(elsewhere, "metadata.jsonl", text=JSONS["metadata.jsonl"])
+    assert rows(load(root, f"data.captions={elsewhere}/metadata.jsonl")) == CAPTIONS
+
+
+def test_a_pipe_or_a_folder_is_no_table_and_a_long_number_no_picture(root: Path, refused: Callable) -> None:
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(root / "captions.tsv")  # which nobody writes to: reading it would wait for ever
+    (root / "captions.txt").mkdir()
+    put(root, "captions.csv", text=f"image,caption\n{'9' * 5000},A dog\n")
+    with refused("names 1 of 1 pictures that are not in"):
+        load(root)
+    put(root, "captions.csv", text="image,caption\n2.jpg,A dog\n")
+    put(root, "images/002.jpg")
+    with refused("(2.jpg)"):  # with its ending, it is another picture
+        load(root)
 
 
 def coco(*pictures: tuple[object, str], captions: list[tuple[object, str | None]]) -> str:

@@ -330,3 +330,8 @@ def test_only_what_can_be_read_again_is_written(archive: Path, capsys: pytest.Ca
     put(archive, "captions.csv", text=f"{captions}g.tga,A cat,train\n")
     assert run(write_tars.main, "others") == 2
     assert "g.tga ends in none of .jpg," in capsys.readouterr().err
+
+
+def test_broken_pictures_in_tars_are_not_skipped_unsaid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(train.main, "data.shards=a.tar", "data.broken=skip", "data.root=.") == 2
+    assert "data.broken=skip is for pictures in folders" in capsys.readouterr().err
