@@ -5,7 +5,7 @@ python calibrate.py --checkpoint pretrained/captioner.pth "data.root=[archive, c
 """
 
 import options
-from cli import UserError, answer_early, run_script
+from cli import UserError, answer_early, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.calibrate, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -44,7 +44,7 @@ def main() -> None:
             f"{config.source} has {len(references)} val pictures, too few to tell how sure a captioner is; "
             f"calibrate it on a dataset with {LEAST} at least, with data.root=FOLDER"
         )
-    print(f"captioning {len(references):,} val pictures with {path}")
+    say(f"captioning {len(references):,} val pictures with {path}")
     inputs, captions = caption(model, list(references))
     references = {image: references[image] for image in captions}  # without broken pictures that are skipped
     tokeniser = metrics.pick_tokeniser("auto", config.language)
@@ -61,16 +61,16 @@ def main() -> None:
     datasets = np.array([dataset_of[image] for image in references])  # (N,)
     chances = cross_validate(inputs, right)
     about = {name: judge(chances[datasets == name], right.numpy()[datasets == name]) for name in sorted(set(datasets))}
-    print(f"a caption counts as right where its CIDEr-D is at least {RIGHT:g}; AUC is the area under the ROC curve")
+    say(f"a caption counts as right where its CIDEr-D is at least {RIGHT:g}; AUC is the area under the ROC curve")
     for name, each in about.items():
         halves = f"of the half it is surest of {each['surest_half']:.0%}, of the others {each['other_half']:.0%}"
-        print(f"{name}: {each['right']:.0%} of {each['captions']:,} are right, {halves}; AUC {each['auc']:.2f}")
+        say(f"{name}: {each['right']:.0%} of {each['captions']:,} are right, {halves}; AUC {each['auc']:.2f}")
     confidence = Confidence.fit(inputs, right)
     save_checkpoint(path, load_checkpoint(path) | {"confidence": confidence.state()})
     out = Path(args.out or path.parent)
     write_atomically(out / "reliability.json", as_json({"right": RIGHT, "datasets": about}))
     write_atomically(out / "reliability.png", draw_reliability(about))
-    print(f"wrote {path}, which says how sure it is from now on, and {out}/reliability.png and .json")
+    say(f"wrote {path}, which says how sure it is from now on, and {out}/reliability.png and .json")
 
 
 def caption(model: CaptionModel, images: list[str]) -> tuple[torch.Tensor, dict[str, str]]:

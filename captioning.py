@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import distributed
-from cli import UserError, printable
+from cli import UserError, say
 from config import SearchConfig, change_search
 from data.features import (
     SHOWN,
@@ -216,13 +216,13 @@ def encode_dataset(
         features = encode_files(Captioner(model).extractor, names, folders, skip)
     if len(features.names) < len(names):
         known = set(features.names)
-        print(f"left out {describe_names([name for name in names if name not in known])} that cannot be read")
+        say(f"left out {describe_names([name for name in names if name not in known])} that cannot be read")
     return features
 
 
 def describe_names(names: Sequence[str]) -> str:
     """Return how many pictures these are, and what the first of them are called."""
-    shown = printable(", ".join(names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     return f"{plural(len(names), 'picture', 'pictures')} ({shown})"
 
 

@@ -51,7 +51,7 @@ def run_script(main: Callable[[], int | None]) -> int:
             raise
         message = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
     except KeyboardInterrupt as stop:
-        print("; ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+        print(printable("; ".join(["interrupted", *map(str, stop.args)])), file=sys.stderr)
         return 130
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
@@ -78,8 +78,13 @@ def answer_early(read_options: Callable[[], object], loading: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, so that text from outside is safe to print."""
+    """Escape control characters, so that text from outside is safe to print: file names, captions, messages."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def say(*fields: str) -> None:
+    """Print a line of a script's output, of one text or several with tabs between; nothing else here prints to it."""
+    print("\t".join(map(printable, fields)))
 
 
 def note(text: str) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError
+from cli import UserError, say
 
 PATIENCE = timedelta(days=1)  # the first process may score or encode for long; of dead ones torchrun knows at once
 
@@ -131,7 +131,7 @@ def locked(path: Path, waiting_for: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"{waiting_for}: waiting for its end", flush=True)
+            say(f"{waiting_for}: waiting for its end")
             lock.acquire()
     wait()
     try:

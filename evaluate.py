@@ -6,7 +6,7 @@ python evaluate.py --compare flickr8k attention       one table of runs that wer
 """
 
 import options
-from cli import UserError, answer_early, run_script
+from cli import UserError, answer_early, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.evaluate, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -94,7 +94,7 @@ def score_run(args: argparse.Namespace) -> None:
     table = annotations.load(config.data, splits.read_splits(paths[0].parent))
     references = choose_references(table, config, args.split, args.tokeniser)
     images = list(references.captions)
-    print(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
+    say(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
     features = encode_dataset(model, images, image_folders(config.data))
     if len(features.names) < len(images):  # some cannot be read, and data.broken=skip
         images = list(features.names)
@@ -109,7 +109,7 @@ def score_run(args: argparse.Namespace) -> None:
     predictions = out / f"predictions-{references.split}.json"
     rows = [{"image_id": image_id, "caption": captions[image]} for image, image_id in references.image_ids.items()]
     write_atomically(predictions, as_json(rows))
-    print(f"wrote {predictions} ({rate:,.0f} pictures captioned a second)")
+    say(f"wrote {predictions} ({rate:,.0f} pictures captioned a second)")
     search = describe_search(config) + (f"|ensemble:{len(paths)}" if len(paths) > 1 else "")
     checkpoint = ", ".join(path.name for path in paths)
     score(captions, references, search, out, images_per_second=round(rate, 1), checkpoint=checkpoint)
@@ -138,7 +138,7 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     """Print the scores of captions and write them, and `about` them, to scores-<split>.json, signed with `search`."""
     empty = sum(not caption.strip() for caption in captions.values())
     if empty:
-        print(f"warning: {empty:,} of {len(captions):,} captions have no words")
+        say(f"warning: {empty:,} of {len(captions):,} captions have no words")
     found, apart = references.score(captions), references.score_apart(captions)
     corpus, intervals = found.corpus, metrics.intervals(found.per_image)
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
@@ -148,19 +148,19 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     path = out / f"scores-{references.split}.json"
     write_atomically(path, as_json(scores | about))
     for note in found.notes:
-        print(note)
-    print(show(corpus))
+        say(note)
+    say(show(corpus))
     for name, each in apart.items():
-        print(f"of these {name} alone: {show(each.corpus)}")
+        say(f"of these {name} alone: {show(each.corpus)}")
     bounds = ", ".join(f"{METRICS[name].title} {low:.1f} to {high:.1f}" for name, (low, high) in intervals.items())
-    print(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
-    print(
+    say(f"{metrics.LEVEL} % intervals by bootstrap: {bounds}")
+    say(
         f"captions: {texts['length']:.1f} words on average, {texts['vocabulary']:,} different words, "
         f"{texts['distinct_captions']:.0%} distinct, {texts['novelty']:.0%} not among the training captions, "
         f"{texts['bad_endings']:.1%} with a bad ending, {texts['repetition']:.1%} with repetitions"
     )
-    print(scores["signature"])
-    print(f"wrote {path}")
+    say(scores["signature"])
+    say(f"wrote {path}")
 
 
 def show(scores: dict[str, float]) -> str:
@@ -221,7 +221,7 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
             f"({', '.join(missing[:SHOWN])} …); caption them, or take another --split or dataset"
         )
     if len(captions) > len(ids):
-        print(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
+        say(f"not scored: {len(captions) - len(ids):,} captions of pictures that are not in {references.split}")
     return {image: captions[name] for image, name in ids.items()}
 
 
@@ -232,10 +232,11 @@ def compare(args: argparse.Namespace) -> None:
     systems = {name: references.score(read_predictions(path, references)) for name, path in runs.items()}
     searches = {name: comparison.search_of(path, references.split) for name, path in runs.items()}
     path = Path(args.out or RUNS) / f"comparison-{references.split}"
-    print(comparison.write_table(path, systems, searches, references.signature))
+    for line in comparison.write_table(path, systems, searches, references.signature).split("\n"):
+        say(line)
     for note in next(iter(systems.values())).notes:
-        print(note)
-    print(f"wrote {path}.md and {path}.csv")
+        say(note)
+    say(f"wrote {path}.md and {path}.csv")
 
 
 if __name__ == "__main__":

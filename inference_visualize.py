@@ -5,7 +5,7 @@ python inference_visualize.py holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
 import options
-from cli import UserError, answer_early, note, printable, run_script
+from cli import UserError, answer_early, note, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -81,12 +81,12 @@ def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
     for picture, captions in captioned:
         texts = [each.text or NO_WORDS for each in captions]
         if not sys.stdout.isatty():
-            print("\t".join(map(printable, [str(picture.image_id), *texts])))
+            say(*[str(picture.image_id), *texts])
             continue
         unsure = doubt(captions[0])
-        print(printable(f"    {picture.name}: {texts[0]}{f' ({unsure})' if unsure else ''}"))
+        say(f"    {picture.name}: {texts[0]}{f' ({unsure})' if unsure else ''}")
         for text in texts[1:]:
-            print(printable(f"        or: {text}"))
+            say(f"        or: {text}")
     doubts = [(picture.name, doubt(best)) for picture, (best, *_) in captioned if doubt(best)]
     if doubts and not sys.stdout.isatty():
         name, unsure = doubts[0]

@@ -7,7 +7,7 @@ torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
 import options
-from cli import UserError, answer_early, run_script
+from cli import UserError, answer_early, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.train, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -57,7 +57,7 @@ def main() -> int:
             run.begin(captions.table)  # removes what an earlier run of this name wrote
 
         if not fit(run, state, loss_fn, train_set, val_set, captions.references("val")):
-            print(f"\ninterrupted; resume with: python train.py --resume --run {run.name}")
+            say(f"interrupted; resume with: python train.py --resume --run {run.name}")
             return 130
         if run.config.search.consensus:
             write_consensus(run, model, train_set)
@@ -182,7 +182,7 @@ def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -
     images = train_set.sample_images(consensus.MAX_IMAGES)
     found = consensus.Consensus.fit(lambda part: features_of(model, train_set, list(part)), train_set, images)
     distributed.on_first_rank(found.save, path)
-    print(f"wrote {path}: a beam's captions are re-ranked by the human captions of {len(images):,} training pictures")
+    say(f"wrote {path}: a beam's captions are re-ranked by the human captions of {len(images):,} training pictures")
 
 
 if __name__ == "__main__":

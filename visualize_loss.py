@@ -4,7 +4,7 @@ Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
 import options
-from cli import UserError, answer_early, run_script
+from cli import UserError, answer_early, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.visualize_loss)
@@ -39,12 +39,12 @@ def main() -> None:
     args = options.visualize_loss()
     if not args.run:
         args.run = [find_run(options.LOSS_LOG).name]
-        print(f"newest run: {args.run[0]}")
+        say(f"newest run: {args.run[0]}")
     folders = {name: find_run(options.LOSS_LOG, name) for name in args.run}
     runs = {name: read_log(folder / options.LOSS_LOG) for name, folder in folders.items()}
     out = args.out or Path(folders[args.run[0]] if len(runs) == 1 else "", "loss_curve.png")
     save(draw(runs), out)
-    print(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def read_log(path: Path) -> Curves:

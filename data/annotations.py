@@ -7,7 +7,7 @@ it and `image_id` begin with the dataset's name. `split` is train, val or test. 
 format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
-from cli import Parser, UserError, printable, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import json
@@ -178,7 +178,7 @@ def main() -> None:
     root = args.folders[0] if len(args.folders) == 1 else json.dumps(args.folders)  # a list of YAML, too
     config = load_config(overrides=[f"data.root={root}", *args.overrides]).data
     for line in report(config):
-        print(printable(line))
+        say(line)
     if args.check:
         check_pictures(config)
 
@@ -190,13 +190,13 @@ def check_pictures(config: DataConfig) -> None:
     images = load(config)["image"].unique().tolist()
     broken = find_broken(images, image_folders(config))
     for name, reason in broken.items():
-        print(printable(f"{name}: {reason}"))
+        say(f"{name}: {reason}")
     if broken:
         raise UserError(
             f"{len(broken):,} of {len(images):,} pictures cannot be read; replace them, remove their rows, or train "
             "without them: data.broken=skip"
         )
-    print(f"all {len(images):,} pictures can be read")
+    say(f"all {len(images):,} pictures can be read")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ unpacked. `--source` takes the files from a mirror, or from a folder, instead of
 an account or a request are in docs/data.md.
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
         return
     folder, sources = SOURCES[args.dataset]
     fetch(sources, args.to or Path(folder), args.source)
-    print(f"next: python -m data.annotations {args.to or folder}")
+    say(f"next: python -m data.annotations {args.to or folder}")
 
 
 def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> None:
@@ -87,7 +87,7 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
     check_disk(left, folder)
     for source in sources:
         if source not in left:
-            print(f"{source.name} is unpacked in {folder}/ already")
+            say(f"{source.name} is unpacked in {folder}/ already")
             continue
         part = folder / f"{source.name}.part"
         download(source, part, mirror)

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import distributed
-from cli import UserError
+from cli import UserError, say
 from data.folders import ImageFolders
 from data.transforms import WHOLE, Transform, View, open_picture
 from utils import write_atomically
@@ -344,7 +344,7 @@ class FeatureCache:
                 chunks.append((folder / f"{number:05}.npy", source, part, [stamps[i] for i in part]))
         if not distributed.any_of(bool(chunks)):  # once all processes have looked, before any writes
             return {}  # another job has encoded them meanwhile
-        print(f"encoding {sum(len(part) for *_, part in chunks):,} pictures{note}, once, into {self.place}/")
+        say(f"encoding {sum(len(part) for *_, part in chunks):,} pictures{note}, once, into {self.place}/")
         mine = distributed.share(chunks)
         total, broken = sum(len(part) for *_, part in mine), dict[str, str]()
         with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:
@@ -352,7 +352,7 @@ class FeatureCache:
                 for rows in self.write(*chunk, broken, all_are_new and number == 1):
                     bar.update(rows)
                 if bar.disable:
-                    print(f"encoded {number:,} of {len(mine):,} files")
+                    say(f"encoded {number:,} of {len(mine):,} files")
         distributed.wait()
         distributed.on_first_rank(self.remove_superseded, sources)
         return dict(distributed.gather(list(broken.items())))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from cli import UserError, shorten
+from cli import UserError, say, shorten
 from config import pick
 from data.folders import PICTURE_SUFFIXES, paths_below
 from data.tables import CAPTION, IMAGE, encoding_of, find, plain_name, read_table, read_text
@@ -46,7 +46,7 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
         ) from None
     kept = [row for row in rows if WORD.search(row[2])]
     if len(kept) < len(rows):
-        print(f"{path}: left out {len(rows) - len(kept):,} of {len(rows):,} captions, which have no words")
+        say(f"{path}: left out {len(rows) - len(kept):,} of {len(rows):,} captions, which have no words")
     return pd.DataFrame(kept, columns=["image", "image_id", "caption", "split"])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, shorten
+from cli import UserError, say, shorten
 from data.folders import PICTURE_SUFFIXES
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -224,7 +224,7 @@ def read_text(path: Path) -> str:
         foreign = sum(byte > 127 for byte in raw) / len(raw)
     if encoding != "utf-8-sig" or foreign > FOREIGN:
         raise UserError(f"{path} is text in an encoding that is not known here; save it as UTF-8")
-    print(f"{path} is not in UTF-8: read as Windows-1252, the encoding of Excel in Europe and America")
+    say(f"{path} is not in UTF-8: read as Windows-1252, the encoding of Excel in Europe and America")
     return raw.decode("cp1252", errors="replace")
 
 

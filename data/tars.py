@@ -25,7 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import distributed
-from cli import UserError
+from cli import UserError, say
 from config import DataConfig
 from data import formats, tokens
 from data.features import Opener, Stamp
@@ -80,7 +80,7 @@ def find(config: DataConfig) -> list[Tar]:
     new = [path for path, tar in tars.items() if tar is None]
     distributed.wait()  # until all processes have seen the same ones, before any is read
     if new:
-        print(f"reading the captions of {len(new):,} of {len(paths):,} tars, once, into {config.cache}/tars/")
+        say(f"reading the captions of {len(new):,} of {len(paths):,} tars, once, into {config.cache}/tars/")
     for path in tqdm(distributed.share(new), unit="tar", disable=distributed.bar_hidden() or not new):
         read(path, config)
     distributed.wait()

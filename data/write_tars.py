@@ -1,6 +1,6 @@
 """Write any dataset as WebDataset tar shards: python -m data.write_tars tars data.root=archive"""
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import json
@@ -24,7 +24,7 @@ def main() -> None:
     tars.expand("")  # says what to install, before any work
     written = write(config, args.out, max(1, args.pictures))
     pattern = f"{args.out.as_posix()}/{{00000..{written - 1:05}}}.tar"
-    print(f'wrote {written:,} tars; train on them with: python train.py "data.shards={pattern}"')
+    say(f'wrote {written:,} tars; train on them with: python train.py "data.shards={pattern}"')
 
 
 def write(config: DataConfig, folder: Path, pictures: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cli import UserError
+from cli import UserError, say
 from config import SHAPES, Config, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary
@@ -62,7 +62,7 @@ def load_model(path: str | Path, overrides: list[str] | None = None) -> CaptionM
     elif weight and any(word.startswith("search.consensus=") for word in overrides or []):
         raise consensus.missing_error(weight)
     elif weight:
-        print(f"searching without consensus: there is no {beside}, which training writes at its end")
+        say(f"searching without consensus: there is no {beside}, which training writes at its end")
         search = model.config.search.model_copy(update={"consensus": 0.0})
         model.config = model.config.model_copy(update={"search": search})
     return model

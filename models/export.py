@@ -4,7 +4,7 @@
 says what they hold.
 """
 
-from cli import Parser, UserError, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import argparse
@@ -45,18 +45,18 @@ def main() -> None:
             raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
     saved = load_checkpoint(path)
     model = model_from_state(saved, str(path), args.overrides).eval()
-    print(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
+    say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 
     kept = {name: saved[name] for name in (*model_state(model), "scores") if name in saved}
     files = separate(kept | {"config": model.config.model_dump()})
     graphs = trace(model)
     difference = compare(model, OnnxDecoder(*graphs))
-    print(f"ONNX against PyTorch in fp32: logits differ by {difference:.1e} at most, and no caption of {PICTURES} does")
+    say(f"ONNX against PyTorch in fp32: logits differ by {difference:.1e} at most, and no caption of {PICTURES} does")
     files |= dict(zip((ENCODER, STEP), graphs, strict=True))
     for name, content in files.items():
         write_atomically(out / name, content)
-        print(f"wrote {out / name} ({len(content) / 1e6:.2f} MB)")
-    print(f"next: python docs/caption_with_onnx.py {out} photo.jpg")
+        say(f"wrote {out / name} ({len(content) / 1e6:.2f} MB)")
+    say(f"next: python docs/caption_with_onnx.py {out} photo.jpg")
 
 
 def parse_args() -> argparse.Namespace:

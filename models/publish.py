@@ -7,7 +7,7 @@ consensus.pth, which holds captions, it has only what models.compact_consensus m
 beside it, as captioner.md, unless there is one already.
 """
 
-from cli import Parser, run_script  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
 
 # isort: split
 import argparse
@@ -38,12 +38,12 @@ def main() -> None:
         checkpoint["consensus"] = CompactConsensus.fit(model.consensus).state
     save_checkpoint(args.out, publishable(checkpoint))
     sha256, card = file_sha256(args.out), args.out.with_suffix(".md")
-    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {sha256}")
+    say(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB, sha256 {sha256}")
     if card.exists():
-        print(f"left {card} as it is; remove it to have a new model card")
+        say(f"left {card} as it is; remove it to have a new model card")
     else:
         write_atomically(card, make_card(checkpoint, args.checkpoint.parent, args.out, sha256).encode())
-        print(f"wrote {card}, a model card; say there what only you know")
+        say(f"wrote {card}, a model card; say there what only you know")
 
 
 def publishable(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -83,3 +83,9 @@ def test_a_reader_finds_the_training_loop_on_a_few_screens() -> None:
     if tracked.returncode:
         pytest.skip("counts what git keeps")
     assert len({line.split("/")[0] for line in tracked.stdout.splitlines()}) <= 32
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.split(".")[0] not in ("cli", "benchmarks", "docs")])
+def test_what_is_printed_goes_through_the_one_function_that_escapes_it(name: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"), name

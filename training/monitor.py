@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import distributed
 import metrics
-from cli import UserError, printable
+from cli import UserError, say
 from data.dataset import Flickr8kDataset, Parts
 from models.checkpoint import model_state
 from training.boards import Boards
@@ -59,7 +59,7 @@ class Monitor:
             self.boards.scalars(progress.step, {"step/train_loss": loss, "step/lr": rate})
             if self.bar.disable:
                 place = f"Epoch [{progress.epoch + 1}/{config.epochs}] Step [{progress.batch}/{len(self.batches)}]"
-                print(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}", flush=True)
+                say(f"{place} Loss {loss:.4f} Perplexity {perplexity(loss):.1f}")
             else:
                 self.bar.set_postfix(loss=f"{loss:.3f}", perplexity=f"{perplexity(loss):.1f}")
         if progress.step % config.checkpoint_every == 0:
@@ -104,7 +104,7 @@ class Monitor:
     ) -> None:
         """Show a row of loss_log.txt, the CIDEr-D of each of several datasets, and some captions."""
         shown = list(captions)[:: max(1, len(captions) // SHOWN_CAPTIONS)][:SHOWN_CAPTIONS]
-        print(
+        say(
             f"Epoch [{row['epoch']}/{self.config.epochs}] train loss {row['train_loss']:.3f} | "
             f"teacher-forced val: loss {row['val_loss']:.3f}, perplexity {row['val_perplexity']:.1f} | "
             f"greedy val captions: BLEU-4 {row['val_bleu4']:.1f}, CIDEr {row['val_cider']:.1f}"
@@ -113,9 +113,9 @@ class Monitor:
         for prefix, _, images in datasets if len(val_set.folders.folders) > 1 else []:
             some, tokenise = {image: captions[image] for image in images}, metrics.batched(model.vocab.tokenise)
             scores = metrics.evaluate(some, references, tokenise, model.vocab.language, ["cider"]).corpus
-            print(f"    {prefix.removesuffix('/')}: CIDEr {scores['cider']:.1f}")
+            say(f"    {prefix.removesuffix('/')}: CIDEr {scores['cider']:.1f}")
         for image in shown:
-            print(printable(f"    {image}: {captions[image]}"))
+            say(f"    {image}: {captions[image]}")
         scores = {f"epoch/{name}": row[name] for name in row.keys() - {"epoch", "step", "lr"}}
         self.boards.scalars(self.state.progress.step, scores)
         self.boards.captions(self.state.progress.step, self.state.model, val_set, shown)
@@ -124,15 +124,13 @@ class Monitor:
         """Print the best epoch, what was written, and the commands to use it."""
         progress, name = self.state.progress, self.run.name
         if progress.epoch < self.config.epochs:
-            print(f"no better CIDEr for {self.config.patience} epochs: stopped early")
+            say(f"no better CIDEr for {self.config.patience} epochs: stopped early")
         best = progress.best
-        print(
-            f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)"
-        )
+        say(f"best epoch {best['epoch']}: CIDEr {best['val_cider']:.1f}, BLEU-4 {best['val_bleu4']:.1f} (greedy, val)")
         files = "checkpoints.pth (the best epoch), last.pth (to resume), loss_log.txt, config.yaml"
-        print(f"wrote {self.run.folder}/: {files}")
+        say(f"wrote {self.run.folder}/: {files}")
         scripts = ("inference_visualize.py", "evaluate.py --split val", "visualize_loss.py")
-        print(f"next: {', '.join(f'python {script} --run {name}' for script in scripts)}")
+        say(f"next: {', '.join(f'python {script} --run {name}' for script in scripts)}")
 
 
 def perplexity(loss: float) -> float:

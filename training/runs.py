@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 import distributed
-from cli import UserError
+from cli import UserError, say
 from config import Config, restore_config
 from data import splits
 from models import consensus
@@ -118,9 +118,9 @@ def begin(args: argparse.Namespace) -> Run:
     """Return a new run, of the recipe asked for, and say where it goes."""
     config, note = choose_config(args)
     if note and not args.quiet:
-        print(note)
+        say(note)
     if Path.cwd() != PROJECT and not args.quiet:
-        print(f"writing to {RUNS.resolve() / config.run}, and to the cache {Path(config.data.cache).resolve()}")
+        say(f"writing to {RUNS.resolve() / config.run}, and to the cache {Path(config.data.cache).resolve()}")
     return Run(config)
 
 
@@ -167,7 +167,7 @@ def refuse_existing(run: Run) -> None:
     if all(path.name in before_training for path in run.folder.iterdir()):
         return
     if run.name == "sample" and run.config.data.format == "sample":
-        print(f"{run.folder} is started again (name another run with run=NAME to keep it)")
+        say(f"{run.folder} is started again (name another run with run=NAME to keep it)")
         return
     raise UserError(
         f"{run.folder} already exists; resume it: --resume --run {run.name}, start another: run=NAME, or replace it: "

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from captioning import describe_names, encode_dataset, feature_cache
-from cli import UserError
+from cli import UserError, say
 from config import Config, DataConfig, pick
 from data import annotations, formats, tars
 from data.dataset import Flickr8kDataset
@@ -63,7 +63,7 @@ class Captions:
             for prefix, part in parts:
                 files = " and ".join(map(str, caption_files(part)))
                 rows = self.table[self.table["image"].str.startswith(prefix)]
-                print(f"data: {files}: {describe(count(rows))}")
+                say(f"data: {files}: {describe(count(rows))}")
         counts = count(self.table)
         if self.shards:
             counts["train"] = sum(len(tar.names) for tar in self.shards), sum(tar.captions for tar in self.shards)
@@ -74,10 +74,10 @@ class Captions:
                     remedy = f"name {split} in the JSON of some pictures"
                 raise UserError(f"{self.config.source} has no {split} pictures; {remedy}")
         if len(parts) > 1:
-            print(f"data: together: {describe(counts)}")
+            say(f"data: together: {describe(counts)}")
         else:
             source = self.config.shards or " and ".join(map(str, caption_files(self.config)))
-            print(f"data: {source}: {describe(counts)}")
+            say(f"data: {source}: {describe(counts)}")
 
 
 def count(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
@@ -155,14 +155,14 @@ def check_words(counts: Counter[str], vocab: Vocabulary, start: str) -> None:
             "nothing: train.start=null"
         )
     if known < KNOWN:
-        print(f"warning: {start} knows {known:.0%} of the words in these captions, and learns no new ones")
+        say(f"warning: {start} knows {known:.0%} of the words in these captions, and learns no new ones")
 
 
 def warn_of_unknown(counts: Counter[str], vocab: Vocabulary, min_count: int) -> None:
     """Say so where `data.min_count` leaves out much of what the captions say."""
     known = sum(counts[word] for word in vocab.words) / max(1, counts.total())
     if known < KNOWN and min_count > 1:
-        print(
+        say(
             f"warning: data.min_count={min_count} leaves {len(vocab) - len(SPECIALS):,} of {len(counts):,} different "
             f"words, {known:.0%} of what the captions say; data.min_count=1 keeps them all"
         )
@@ -179,7 +179,7 @@ def make_datasets(model: CaptionModel, captions: Captions) -> tuple[Flickr8kData
     elif config.data.broken == "skip":
         broken = find_broken(names, folders)
         if broken:
-            print(f"left out {describe_names(list(broken))} that cannot be read")
+            say(f"left out {describe_names(list(broken))} that cannot be read")
         captions.keep([name for name in names if name not in broken])
     (train, train_tokens), (val, val_tokens) = captions.of("train"), captions.of("val")
     if captions.shards:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import distributed
-from cli import UserError
+from cli import UserError, say
 from config import TrainConfig
 from models.checkpoint import model_state
 from models.model import CaptionModel
@@ -96,6 +96,6 @@ class TrainState:
             again = (
                 f"python train.py --config {path.parent}/config.yaml run=NAME train.start={path.parent}/checkpoints.pth"
             )
-            print(f"{path.parent} is finished; to train on: {again}")
+            say(f"{path.parent} is finished; to train on: {again}")
         else:
-            print(f"resuming {path.parent} from step {self.saved_step}")
+            say(f"resuming {path.parent} from step {self.saved_step}")
