@@ -26,7 +26,8 @@ from models.encoder import EncoderCNN, file_sha256, find_weights, without_random
 from models.model import CaptionModel, decoder_class_of
 from utils import how_to_make, load_checkpoint
 
-Mean, Deviation = Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=1e-3, le=100)]  # of colours 0 to 1
+Mean = Annotated[float, Field(ge=0, le=1)]  # of colours from 0 to 1
+Deviation = Annotated[float, Field(ge=1e-3, le=100)]
 
 
 class SavedVocabulary(Section):

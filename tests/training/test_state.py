@@ -11,7 +11,7 @@ from models.checkpoint import model_from_state
 from models.model import CaptionModel
 from training.runs import LOG_COLUMNS
 from training.state import TrainState
-from utils import load_checkpoint, save_checkpoint
+from utils import load_checkpoint
 
 ROW = dict.fromkeys(LOG_COLUMNS, 1.0) | {"epoch": 1, "step": 3}
 
