@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cli import UserError
+from data.folders import read_file
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
@@ -27,7 +28,7 @@ def official_splits(folder: Path) -> dict[str, str] | None:
     split_of: dict[str, str] = {}
     for split, path in paths:
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_file(path).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
         for name in filter(None, map(str.strip, lines)):
@@ -101,7 +102,7 @@ def read_splits(run: Path) -> dict[str, list[str]] | None:
     if not path.is_file():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
+        splits = json.loads(read_file(path))
         return {split: list(map(str, splits[split])) for split in SPLITS}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError
-from data.folders import MADE_HERE, MADE_TABLE, plural
+from data.folders import MADE_HERE, MADE_TABLE, plural, read_file
 from utils import unique_name, write_atomically
 
 Captioned = Sequence[tuple[Path, str, Sequence[Any]]]  # file, image id, captions with their text and log_prob
@@ -86,7 +86,7 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
         try:
             before = ""
             if place.exists() and existing == "append":
-                before = place.read_text(encoding="utf-8", errors="surrogateescape")
+                before = read_file(place).decode(errors="surrogateescape")
                 before += "" if before.endswith("\n") or not before else "\n"
             write_atomically(place, (before + text).encode(errors="surrogateescape"))
             written.add(place)
