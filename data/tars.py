@@ -262,6 +262,8 @@ def samples(path: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
                     )
                 yield key, pictures[0], sample
                 last = key
+            if not keys:
+                raise UserError(f"{path} holds no pictures; take another one, or leave it out")
         except DAMAGED as error:
             reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
             raise UserError(f"{path} is damaged after {last} ({reason}); take a whole copy of it") from None
@@ -286,11 +288,20 @@ def members(file: io.BufferedReader) -> Iterator[tuple[str, str, bytes]]:
             if not stem or member.isdir() or NO_SAMPLE.match(member.name):
                 continue
             if not member.isreg():
-                raise tarfile.ReadError(f"{shorten(member.name)} is a link or a device, and no file")
+                raise UserError(
+                    f"{member.name} in {file.name} is a link or a device; pack the file itself, such as by: "
+                    "tar --dereference --hard-dereference"
+                )
             if ending == "json" and member.size > MOST_JSON:
-                raise tarfile.ReadError(f"{shorten(member.name)} has {member.size:,} bytes, too many for captions")
+                raise UserError(
+                    f"{member.name} in {file.name} has {member.size:,} bytes, too many for captions; leave other "
+                    "things out of it"
+                )
             content = tar.extractfile(member) if ending == "json" or f".{ending}" in PICTURE_SUFFIXES else None
             yield f"{folder}/{stem}" if folder else stem, ending, content.read() if content else b""
+        padding = tar.fileobj.read(MOST_NAME) if tar.fileobj else b""
+        if padding.strip(b"\0") or len(padding) == MOST_NAME:
+            raise tarfile.ReadError("it goes on behind its end")
 
 
 def read_sample(key: str, sample: dict[str, bytes], path: Path) -> tuple[list[str], str, str | int]:
