@@ -187,8 +187,8 @@ def download(url: str, source: Source, part: Path) -> None:
             return
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:  # urllib's are OSErrors
             if attempt == ATTEMPTS - 1 or not isinstance(error, OSError | http.client.HTTPException):
-                words = str(error).partition(". ")[0].split()
-                reason = shorten(" ".join(words) or type(error).__name__, 200)
+                words = " ".join(str(error).split()).partition(". ")[0]
+                reason = shorten(words or type(error).__name__, 200)
                 raise UserError(
                     f"cannot download {url} ({reason}); the same command resumes, or name another place: --source"
                 ) from None
