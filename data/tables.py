@@ -30,7 +30,7 @@ NUMBERED = re.compile(rf"({'|'.join(CAPTION)})\d+")
 TITLES = 5  # lines in which a header is looked for, below a title
 MOST_LINES = 20  # of a caption in quotation marks: beyond, the second mark is missing
 MOST_OF_WORKBOOK = 1 << 28  # bytes, unpacked
-MOST_ROWS, MOST_COLUMNS = 1 << 20, 256  # of a workbook; Excel has no more rows
+MOST_ROWS, MOST_COLUMNS = 1 << 20, 100  # of a workbook; Excel has no more rows
 FOREIGN = 0.2  # of the bytes of a text beyond ASCII: more is no European language in Windows' encoding
 
 Cells = list[str]
