@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -306,7 +306,9 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
     if path.is_dir():
         listing = list_folder(path)
         return [path / name for name in listing.pictures()], listing.notes()
-    names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+    if "**" in path.parts and not path.exists():
+        return pictures_below(path.parts)
+    names = [pattern] if path.exists() else sorted(glob.glob(pattern))
     if not names and path.parent.is_dir():  # typed with its accents composed in another way
         wanted = unicodedata.normalize("NFC", path.name)
         names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
@@ -314,3 +316,21 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
     mine = [path for path in paths if not (path.parent / MADE_HERE).exists()]
     drawn = {path.parent for path in paths if path not in mine}
     return mine, [f"left out: {folder}/, which holds what this project has drawn" for folder in sorted(drawn)]
+
+
+def pictures_below(parts: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """Return the pictures that a glob with ** names, and notes on those not taken; folders are entered once each, where
+    Python's own globs follow links that lead back for ever.
+    """
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    folder, wanted = Path(*fixed), parts[len(fixed) :]
+
+    def fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+        if not names or not patterns:
+            return not names and all(pattern == "**" for pattern in patterns)
+        if patterns[0] == "**":
+            return fits(names, patterns[1:]) or fits(names[1:], patterns)
+        return fnmatch(names[0], patterns[0]) and fits(names[1:], patterns[1:])
+
+    listing = list_folder(folder)
+    return [folder / path for path in listing.pictures() if fits(path.split("/"), wanted)], listing.notes()

@@ -42,7 +42,7 @@ from data.features import Opener, Stamp
 from data.folders import PICTURE_SUFFIXES, open_file
 from data.tokens import Tokens
 from data.transforms import open_picture
-from utils import write_atomically
+from utils import cut_name, write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 MOST_TARS = 100_000  # that a pattern stands for
@@ -128,7 +128,7 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
 
 def place_of(path: Path, config: DataConfig) -> Path:
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
-    return Path(config.cache) / "tars" / f"{path.stem}-{key}"
+    return Path(config.cache) / "tars" / f"{cut_name(path.stem, 200)}-{key}"
 
 
 def held_out(config: DataConfig) -> pd.DataFrame:
