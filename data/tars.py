@@ -247,6 +247,7 @@ def samples(path: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
                 if key in keys:
                     raise UserError(f"{key} in {path} comes twice; keep one, or give each sample a name of its own")
                 keys.add(key)
+                last = key
                 sample, pictures = dict[str, bytes](), list[str]()
                 for _, ending, content in files:
                     if ending in sample:
@@ -261,7 +262,6 @@ def samples(path: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
                         f"{key} in {path} has {found}; it should be one picture, such as a .jpg, and one .json"
                     )
                 yield key, pictures[0], sample
-                last = key
             if not keys:
                 raise UserError(f"{path} holds no pictures; take another one, or leave it out")
         except DAMAGED as error:

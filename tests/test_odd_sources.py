@@ -1,4 +1,4 @@
-"""Whatever lies where captions, lists, tars or predictions are looked for: nothing waits for it or fills memory with it.
+"""Whatever lies where captions, lists, tars or predictions are looked for, nothing waits for it or fills memory.
 
 A pipe would block, a device would never end, a file can claim a terabyte, and JSON can be deeper than Python reads.
 """
@@ -30,7 +30,7 @@ def predictions(path: Path) -> object:
 
 
 def beside(path: Path) -> object:
-    *_, said = write_sidecars([(path.with_suffix(".jpg"), "a", [Caption("A dog", -1.0, -1.0)])], "append")
+    *_, said = write_sidecars([(path.with_suffix(".jpg"), "a", [Caption("A dog", ("A", "dog"), -1.0, -1.0)])], "append")
     raise UserError(said)  # where a text cannot be written, a run goes on
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_file_is_refused_at_once(
 ) -> None:
     name, read = READERS[reader]
     fine = {("auto", "folder"), ("dataset", "folder"), ("tar's stamp", "terabyte")}
-    if (reader, odd) in fine or reader == "text beside a picture" and odd.startswith("link"):
+    if (reader, odd) in fine or (reader == "text beside a picture" and odd.startswith("link")):
         pytest.skip("can be read, or written over")
     monkeypatch.chdir(tmp_path)
     ODD[odd](tmp_path / name)
