@@ -4,9 +4,11 @@ Hypothesis builds inputs that are nearly right. One that takes 20 seconds or let
 """
 
 import io
+import itertools
 import json
 import os
 import resource
+import tarfile
 import tempfile
 import time
 import warnings
@@ -25,7 +27,7 @@ from stress.runs import SMALLEST
 from captioning import shrink
 from cli import UserError
 from config import CONFIG_YAML, load_config
-from data import formats
+from data import formats, tars
 from data.sample import describe
 from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
@@ -66,11 +68,30 @@ def draw_text(content: bytes) -> None:
 
 
 TEXTS = [name for name in formats.READERS if name not in ("sample", "texts")]  # formats of files
+
+
+def read_tar(path: Path) -> None:
+    for key, _, sample in tars.samples(path):
+        tars.read_sample(key, sample, path)
+
+
+def small_tar(mode: str, name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+        for number in range(2):
+            for ending, content in (("jpg", b"a picture"), ("json", b'{"captions": ["A dog."], "split": "val"}')):
+                member = tarfile.TarInfo(f"{name}{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 READERS: dict[str, Callable[[Any], object]] = {
     "config": from_file(load_config),
     "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
     **{name: from_file(partial(formats.read, name=name)) for name in TEXTS},
     "recognised": from_file(formats.read),
+    "tar": from_file(read_tar),
     "checkpoint": from_file(load_checkpoint),
     "picture": from_file(read_picture),
     "drawer": draw_text,
@@ -101,6 +122,9 @@ def right_inputs(name: str) -> list[Any]:
     """Return inputs without a mistake, to be changed: those in corpus/, or what this project writes itself."""
     if name == "config":
         return [path.read_bytes() for path in [CONFIG_YAML, *ROOT.glob("configs/*.yaml")]]
+    if name == "tar":
+        kinds = itertools.product(("w", "w:gz", "w:bz2", "w:xz"), ("", "folder/", "é" * 200))
+        return [small_tar(mode, name) for mode, name in kinds]
     if name == "checkpoint":
         vocab = build_vocab([caption for scene in SCENES for caption in describe(scene)], 1)
         state, buffer = model_state(CaptionModel.build(load_config(overrides=list(SMALLEST)), vocab)), io.BytesIO()
@@ -142,6 +166,8 @@ def with_other_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
     right = right_inputs(name)
     strategies = [st.binary(max_size=200), *map(with_other_bytes, right)]
+    if name == "tar":
+        strategies += [st.integers(0, len(each)).map(lambda size, each=each: each[:size]) for each in right]
     if name in ("karpathy", "coco", "json", "jsonl"):
         values = with_other_part(json.loads(right[0]))
         strategies += [values.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))] * 2

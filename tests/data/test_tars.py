@@ -311,7 +311,7 @@ def test_a_tar_that_is_cut_anywhere_is_refused_or_whole(form: str, tmp_path: Pat
     with tarfile.open(tmp_path / "0.tar", mode, format=format_) as tar:  # type: ignore[call-overload]
         for number in range(3):
             for name, content in (
-                (f"{number}.jpg", bytes(700) + picture()[:50]),
+                (f"{number}.jpg", picture()[:500] + bytes(524)),
                 (f"{number}.json", b'{"caption": "a"}'),
             ):
                 member = tarfile.TarInfo(prefix + name)
