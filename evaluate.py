@@ -142,7 +142,7 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     found, apart = references.score(captions), references.score_apart(captions)
     corpus, intervals = found.corpus, metrics.intervals(found.per_image)
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
-    scores = dict.fromkeys(METRICS) | round_all(corpus)
+    scores: dict[str, Any] = dict.fromkeys(METRICS) | round_all(corpus)
     scores |= {"split": references.split, "signature": f"{references.signature}|{search}", "intervals": intervals}
     scores |= {"captions": texts, "datasets": {name: about_dataset(each) for name, each in apart.items()}}
     path = out / f"scores-{references.split}.json"

@@ -100,16 +100,16 @@ def main() -> None:
 
 def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> None:
     """Download, check and unpack `sources` into `folder`, except those that are there already."""
-    places = [find_place(source, mirror) for source in sources]
     folder.mkdir(parents=True, exist_ok=True)
     marks = folder / FINISHED
     finished = read_file(marks, 1 << 20).decode(errors="replace").splitlines() if marks.exists() else []
-    check_disk([source for source in sources if source.name not in finished], folder)
-    for source, place in zip(sources, places, strict=True):
-        if source.name in finished:
+    places = {source: find_place(source, mirror) for source in sources if source.name not in finished}
+    check_disk(list(places), folder)
+    for source in sources:
+        if source not in places:
             say(f"{source.name} is unpacked in {folder}/ already")
             continue
-        part = folder / f"{source.name}.part"
+        part, place = folder / f"{source.name}.part", places[source]
         if isinstance(place, Path):
             with open_file(place) as original, open(part, "wb") as file:
                 shutil.copyfileobj(original, file)

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def beside(path: Path) -> object:
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {  # the name of a file, and what reads it
-    **{name: ("captions.txt", lambda path, name=name: formats.read(path, name)) for name in formats.READERS},
+    **{name: ("captions.txt", partial(formats.read, name=name)) for name in formats.READERS},
     "auto": ("captions.txt", formats.read),
     "dataset": ("captions.csv", lambda path: load(path.parent, f"data.captions={path}")),
     "list": ("Flickr_8k.trainImages.txt", lambda path: splits.official_splits(path.parent)),
