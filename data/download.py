@@ -41,7 +41,6 @@ from utils import DAMAGED
 TIMEOUT = 60  # seconds without an answer, or without SLOWEST bytes in each
 SLOWEST = 100
 ATTEMPTS = 5
-TIMES, LEAST = 2, 1 << 20  # what comes may have so many times the size that is known, and so many bytes more
 FINISHED = ".downloaded"  # lists the files that were unpacked, one a line
 
 
@@ -56,6 +55,11 @@ class Source:
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
+
+    @property
+    def most(self) -> int:
+        """Return how many bytes may come, of a size that is known roughly."""
+        return 2 * self.size + (1 << 20)
 
 
 FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
@@ -110,7 +114,11 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
             say(f"{source.name} is unpacked in {folder}/ already")
             continue
         part, place = folder / f"{source.name}.part", places[source]
+        if part.exists() and not part.is_file():
+            raise UserError(f"{part} is no file; move it away, since the download goes there")
         if isinstance(place, Path):
+            if place.stat().st_size > source.most:
+                raise UserError(f"{place} has more than {source.most:,} bytes, so it is another file; check --source")
             with open_file(place) as original, open(part, "wb") as file:
                 shutil.copyfileobj(original, file)
         else:
@@ -179,8 +187,6 @@ def check_disk(sources: list[Source], folder: Path) -> None:
 
 def download(url: str, source: Source, part: Path) -> None:
     """Bring the file `part` to its end, from where it stops; raises UserError after several attempts."""
-    if part.exists() and not part.is_file():
-        raise UserError(f"{part} is no file; move it away, since the download goes there")
     for attempt in range(ATTEMPTS):
         try:
             receive(url, source, part)
@@ -199,8 +205,8 @@ def receive(url: str, source: Source, part: Path) -> None:
 
     Raises UserError where more comes than the file can have.
     """
-    begun, most = part.stat().st_size if part.is_file() else 0, TIMES * source.size + LEAST
-    if begun > most:
+    begun = part.stat().st_size if part.is_file() else 0
+    if begun > source.most:
         begun = 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={begun}-"} if begun else {})
     try:
@@ -227,17 +233,17 @@ def receive(url: str, source: Source, part: Path) -> None:
             while piece := answer.read1(1 << 16):
                 bar.update(file.write(piece))
                 size, arrived = size + len(piece), arrived + len(piece)
-                if size > most:
+                if size > source.most:
                     break
                 if time.monotonic() - since > TIMEOUT:
                     if arrived < TIMEOUT * SLOWEST:
                         raise TimeoutError(f"it sends fewer than {SLOWEST:,} bytes a second")
                     since, arrived = time.monotonic(), 0
-        if size > most:
+        if size > source.most:
             part.unlink()
             raise UserError(
-                f"{url} sends more than {most:,} bytes, so it is not {source.name}, and was deleted; name another "
-                "place: --source"
+                f"{url} sends more than {source.most:,} bytes, so it is not {source.name}, and was deleted; name "
+                "another place: --source"
             )
         if answer.length:  # bytes that were announced and did not come
             raise ConnectionError("the connection was cut off")

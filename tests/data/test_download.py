@@ -284,6 +284,11 @@ def test_what_lies_where_a_download_goes_does_not_block_it(server: Server, tmp_p
     with open(tmp_path / "pictures.zip.part", "wb") as file:
         file.truncate(1 << 40)  # more than it can have
     put(tmp_path, ".downloaded", text=b"\xff\xfe\n")
+    (tmp_path / "elsewhere").mkdir()
+    os.truncate((tmp_path / "pictures.zip.part").rename(tmp_path / "elsewhere/pictures.zip"), 1 << 40)
+    with refused("elsewhere/pictures.zip has more than", "--source"):
+        fetch([source], tmp_path, str(tmp_path / "elsewhere"))
+    os.rename(tmp_path / "elsewhere/pictures.zip", tmp_path / "pictures.zip.part")
     fetch([source], tmp_path)
     assert (tmp_path / "a").stat().st_size == 256 * 40 and server.asked == [None]
 
