@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import resource
+import tarfile
 import tempfile
 import time
 import warnings
@@ -30,7 +31,7 @@ from stress.runs import SMALLEST
 from captioning import shrink
 from cli import UserError
 from config import CONFIG_YAML, load_config
-from data import formats
+from data import formats, tars
 from data.sample import describe
 from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
@@ -84,11 +85,30 @@ def draw_text(content: bytes) -> None:
 
 
 TEXTS = [name for name in formats.READERS if name not in ("sample", "texts")]  # formats of files
+
+
+def read_tar(path: Path) -> None:
+    for key, _, sample in tars.samples(path):
+        tars.read_sample(key, sample, path)
+
+
+def small_tar(mode: str, name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+        for number in range(2):
+            for ending, content in (("jpg", b"a picture"), ("json", b'{"captions": ["A dog."], "split": "val"}')):
+                member = tarfile.TarInfo(f"{name}{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 READERS: dict[str, Callable[[Any], object]] = {
     "config": from_file(load_config),
     "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
     **{name: from_file(partial(formats.read, name=name)) for name in TEXTS},
     "recognised": from_file(formats.read),
+    "tar": from_file(read_tar),
     "checkpoint": from_file(read_checkpoint),
     "last": from_file(read_checkpoint),
     "picture": from_file(read_picture),
@@ -202,6 +222,9 @@ def right_inputs(name: str) -> list[Any]:
         return [path.read_bytes() for path in [CONFIG_YAML, *ROOT.glob("configs/*.yaml")]]
     if name in ("checkpoint", "last"):
         return [saved(training_state() if name == "last" else model_state(tiny_captioner()))]
+    if name == "tar":
+        kinds = itertools.product(("w", "w:gz", "w:bz2", "w:xz"), ("", "folder/", "é" * 200))
+        return [small_tar(mode, name) for mode, name in kinds]
     folders = [CORPUS / kind for kind in (TEXTS if name == "recognised" else [name])]
     return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*"))]
 
@@ -246,6 +269,10 @@ def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
     if name in ("checkpoint", "last"):
         state = training_state() if name == "last" else model_state(tiny_captioner())
         strategies += [with_flipped_bytes(right[0]), with_other_part(state).map(saved_if_it_can_be)]
+    if name == "tar":
+        strategies.append(
+            st.tuples(st.sampled_from(right), st.integers(0, len(right[-1]))).map(lambda cut: cut[0][: cut[1]])
+        )
     if name in ("karpathy", "coco", "json", "jsonl"):
         values = with_other_part(json.loads(right[0]))
         strategies += [values.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))] * 2

@@ -93,7 +93,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "a number of many digits": lambda: 10**400,
     "a name of many letters": lambda: {"x" * 5000: 1},
     "a name that is none": lambda: {(1, 2): 3},
-    "a sparse tensor": lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6)),
+    "a sparse tensor": lambda: torch.eye(2).to_sparse(),
     "a tensor without values": lambda: torch.zeros(10**6, 10**6, device="meta"),
     "a quantised tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "an expanded tensor": lambda: torch.ones(1).expand(10**9),
