@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from tqdm import tqdm
 
 import distributed
@@ -42,7 +41,7 @@ from data.features import Opener, Stamp
 from data.folders import PICTURE_SUFFIXES, open_file
 from data.tokens import Tokens
 from data.transforms import open_picture
-from utils import cut_name, write_atomically
+from utils import cut_name, hold, write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
 MOST_TARS = 100_000  # that a pattern stands for
@@ -179,7 +178,7 @@ def read(path: Path, config: DataConfig) -> None:
     """Write the tokens of a tar's training captions, and the pictures of val and test, into its place."""
     stamp, place = stamp_of(path), place_of(path, config)
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / "lock"):
+    with hold(place / "lock", f"reading {path}"):
         if look_up(path, config):
             return
         names, captions_per_image, captions, held_out = [], [], list[str](), []

@@ -40,7 +40,7 @@ def saved(content: Any, path: Path, **options: Any) -> Path:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
 def test_what_was_saved_comes_back(zipped: bool, tmp_path: Path) -> None:
     shared = torch.arange(8.0)
-    content = GOOD | {
+    content: dict[str, Any] = GOOD | {
         "state": torch.nn.BatchNorm1d(3).state_dict(),
         "parts": [shared[:4], shared[4:], shared[::2]],
         "parameter": torch.nn.Parameter(torch.ones(2)),
@@ -77,6 +77,12 @@ def endless() -> list:
     return value
 
 
+def endless_dict() -> dict:
+    value: dict = {}
+    value["a"] = [value]
+    return value
+
+
 def laughs(levels: int) -> list:
     value: list = ["ha"]
     for _ in range(levels):
@@ -86,7 +92,7 @@ def laughs(levels: int) -> list:
 
 VALUES: dict[str, Callable[[], Any]] = {
     "a list in itself": endless,
-    "a dict in itself": lambda: (value := {}, value.update(a=[value]))[0],
+    "a dict in itself": endless_dict,
     "lists in lists": lambda: deep(100),
     "a value shared without end": lambda: laughs(12),
     "a tensor with thousands of names": lambda: dict.fromkeys(range(3000), torch.zeros(100_000)),
