@@ -9,6 +9,7 @@ PyTorch is imported by the functions that need it, so that scripts can answer a 
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,7 +112,10 @@ def download(name: str, token: str | None = None) -> Path:
     """
     check_name(name)
     from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     repository, revision = split_name(name)
     with explained(name):
         found: dict[str, int] | None = None

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on this machine, for the real huggingface_hub client: what it keeps, it forgets at the end."""
+"""A small Hugging Face Hub on this machine, for the real huggingface_hub client; it forgets all at the end."""
 
 import base64
 import hashlib
@@ -68,7 +68,7 @@ def serve_hub() -> Iterator[Hub]:
         server.server_close()
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     def __init__(self, status: int, code: str = "") -> None:
         self.status, self.code = status, code
 
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
@@ -91,9 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             if self.hub.broken:
-                raise Refused(self.hub.broken)
+                raise RefusalError(self.hub.broken)
             self.route(path, body)
-        except Refused as refusal:
+        except RefusalError as refusal:
             self.send(b"{}", refusal.status, {"X-Error-Code": refusal.code} if refusal.code else {})
 
     def route(self, path: str, body: bytes) -> None:
@@ -105,15 +105,17 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.large[found[1]] = body
             return self.send(b"")
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            return self.send_json({"transfer": "basic", "objects": [self.upload(o) for o in json.loads(body)["objects"]]})
+            return self.send_json(
+                {"transfer": "basic", "objects": [self.upload(o) for o in json.loads(body)["objects"]]}
+            )
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             repository = self.find(found[1])
             if repository.gated and self.token() is None:
-                raise Refused(403, "GatedRepo")
+                raise RefusalError(403, "GatedRepo")
             return self.resolve(repository, found[2], found[3])
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/(.+))?", path):
             return self.api(found[1], found[2] or "revision", found[3] or "main", body)
-        raise Refused(404)
+        raise RefusalError(404)
 
     def api(self, name: str, what: str, revision: str, body: bytes) -> None:
         repository = self.find(name)
@@ -121,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self.check_writer()
         if what == "branch":
             if revision in repository.branches:
-                raise Refused(409)
+                raise RefusalError(409)
             repository.branches[revision] = repository.branches["main"]
             return self.send_json({})
         sha, files = self.commit_of(repository, revision)
@@ -160,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: Repository, revision: str, path: str) -> None:
         sha, files = self.commit_of(repository, revision)
         if path not in files:
-            raise Refused(404, "EntryNotFound")
+            raise RefusalError(404, "EntryNotFound")
         headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"'}
         self.send(files[path], headers=headers)
 
@@ -170,17 +172,17 @@ class Handler(BaseHTTPRequestHandler):
     def find(self, name: str) -> Repository:
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self.token() not in (WRITER, READER)):
-            raise Refused(404 if self.token() else 401, "RepoNotFound")
+            raise RefusalError(404 if self.token() else 401, "RepoNotFound")
         return repository
 
     def check_writer(self) -> None:
         if self.token() != WRITER:
-            raise Refused(403 if self.token() else 401)
+            raise RefusalError(403 if self.token() else 401)
 
     def commit_of(self, repository: Repository, revision: str) -> tuple[str, Files]:
         sha = repository.branches.get(revision, revision)
         if sha not in repository.commits:
-            raise Refused(404, "RevisionNotFound")
+            raise RefusalError(404, "RevisionNotFound")
         return sha, repository.commits[sha]
 
     def send_json(self, content: object, status: int = 200) -> None:
