@@ -199,6 +199,30 @@ def calibrate() -> argparse.Namespace:
     return args
 
 
+def serve() -> argparse.Namespace:
+    parser = Parser(
+        description="Caption pictures over HTTP: POST /caption.",
+        epilog="Example: python -m serve --checkpoint hf://user/name --port 9000. Its search may be another: search.beam=3",
+    )
+    which = parser.add_mutually_exclusive_group()
+    checkpoint = "a checkpoints.pth, or hf://user/name (default: the newest run's that learned from photographs, or "
+    checkpoint += "pretrained/captioner.pth); repeat it and several models write together"
+    which.add_argument("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
+    which.add_argument("--language", choices=LANGUAGES, help="take the captioner in pretrained/ for this language")
+    host = "the address to listen at (default: 127.0.0.1, which only this machine reaches)"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0 takes any that is free")
+    parser.set_defaults(images=True)  # pictures of one's own: which captioner they get by default
+    args = parser.parse_options(setting_names())
+    check_overrides(args.overrides)
+    check_model(args)
+    for package in ("fastapi", "fastapi_offline", "uvicorn", "python_multipart"):
+        if not find_spec(package):
+            raise UserError(f"serving needs {package}; install it: pip install -r requirements-extras.txt")
+    return args
+
+
 def take_run(args: argparse.Namespace) -> None:
     """Take a run or a checkpoint that is named without an option for one with it: `evaluate.py runs/x`."""
     for name in args.runs:
@@ -222,6 +246,13 @@ def check_model(args: argparse.Namespace) -> None:
             raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     if args.run or not (args.checkpoint or getattr(args, "images", None) or getattr(args, "language", None)):
         find_run("checkpoints.pth", args.run)
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 65536:
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
+    return number
 
 
 def positive(text: str) -> int:
