@@ -202,7 +202,7 @@ def calibrate() -> argparse.Namespace:
 def serve() -> argparse.Namespace:
     parser = Parser(
         description="Caption pictures over HTTP: POST /caption.",
-        epilog="Example: python -m serve --checkpoint hf://user/name --port 9000. Its search may be another: search.beam=3",
+        epilog="Example: python -m serve --checkpoint hf://user/name --port 9000 search.beam=3",
     )
     which = parser.add_mutually_exclusive_group()
     checkpoint = "a checkpoints.pth, or hf://user/name (default: the newest run's that learned from photographs, or "

@@ -216,10 +216,8 @@ async def pictures_in(request: Request) -> list[tuple[str, bytes]]:
         except HTTPException as error:
             if error.status_code != 400:
                 raise
-            reason = f"the form is not read ({error.detail.rstrip('.')})"
-            raise HTTPException(
-                400, f"{reason}; send from 1 to {PICTURES} pictures as files, and little else"
-            ) from None
+            advice = f"send up to {PICTURES} pictures as files, and little else"
+            raise HTTPException(400, f"the form is not read ({error.detail.rstrip('.')}); {advice}") from None
         if not found:
             raise HTTPException(400, "the form holds no files; send pictures as files: curl -F pictures=@photo.jpg")
         return found
@@ -240,9 +238,8 @@ def make_app(captioner: Captioner, worker: Worker, model: str, hosts: Sequence[s
     @app.exception_handler(RequestValidationError)
     async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
         wrong = error.errors()[0]
-        return JSONResponse(
-            {"detail": f"{wrong['loc'][-1]} cannot be used: {wrong['msg']}; /docs says what it means"}, 422
-        )
+        reason = f"{wrong['loc'][-1]} cannot be used ({wrong['msg']}); /docs says what it means"
+        return JSONResponse({"detail": reason}, 422)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
