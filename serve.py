@@ -24,12 +24,13 @@ from typing import Annotated, Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline  # FastAPI, with the scripts of its pages from here and not from a CDN
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
@@ -49,7 +50,7 @@ HYPOTHESES = 5 * SEARCH_BATCH  # searched at once: a wide beam takes fewer pictu
 READING = 60  # seconds that a request may take to arrive
 RETRY_AFTER = 5  # seconds until somebody who found the queue full should come again
 FINISHING = 60  # seconds in which, at the end, what is queued is finished
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")  # as addresses, and as clients name them
 
 
 class Text(BaseModel):
@@ -318,9 +319,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UserError(
-            f"cannot listen at {host}:{port} ({error.strerror or error}); choose another with --host and --port"
-        ) from None
+        reason = str(error.strerror).partition(" (")[0]  # Python adds what it attempted
+        raise UserError(f"cannot listen at {host}:{port} ({reason}); choose another with --host and --port") from None
 
 
 def main() -> int:

@@ -49,8 +49,8 @@ class Hub:
         self.broken = 0
         self.endpoint = ""
 
-    def add(self, name: str, files: Files, **about: bool) -> Repository:
-        self.repositories[name] = Repository(**about)
+    def add(self, name: str, files: Files, private: bool = False, gated: bool = False) -> Repository:
+        self.repositories[name] = Repository(private, gated)
         self.repositories[name].commit("main", files)
         return self.repositories[name]
 
