@@ -151,7 +151,9 @@ class Worker(threading.Thread):
             job.entry.set_result(prediction(job.name, captions, job.num_captions))
 
     def stop(self) -> None:
-        """Finish what waits, and end."""
+        """End after the batch at hand. What still waits then is of nobody: the server has answered all, or gave up."""
+        while not self.jobs.empty():
+            self.jobs.get()
         self.jobs.put(None)
         self.join()
 

@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import inference_visualize
+from benchmarks.recipes import environment
 from benchmarks.speed import OUT, TURNS, seconds
 from captioning import Captioner
 from data.folders import pictures_at
@@ -46,7 +47,7 @@ def main() -> None:
     figures = measure(pictures)
     for name, value in figures.items():
         print(f"{name:36} {value}")
-    result = json.loads(args.out.read_text()) | figures
+    result = json.loads(args.out.read_text()) | figures if args.out.is_file() else figures
     write_atomically(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"wrote {args.out}")
 
@@ -71,6 +72,7 @@ def measure(pictures: Sequence[Path]) -> dict[str, Any]:
                 served, scripted, waits = [*served, took], [*scripted, alone], [*waits, *found]
     rates = [len(pictures) / statistics.median(times) for times in (served, scripted)]
     return {
+        "serve_environment": environment() | {"load": round(os.getloadavg()[0], 1)},
         "serve_clients": CLIENTS,
         "serve_pictures": len(pictures),
         "serve_images_per_second": round(rates[0], 1),
