@@ -375,7 +375,8 @@ HOSTILE_TENSORS: dict[str, dict[str, torch.Tensor | None]] = {
     "one_more": {"decoder.evil": torch.zeros(1)},
     "no_name": {"decoder.": torch.zeros(1)},
     "consensus_of_one_number": {"consensus.weights": torch.tensor(1.0)},
-    "consensus_of_another_type": {"consensus.codes": torch.zeros(3)},
+    "consensus_of_another_size": {"consensus.codes": torch.zeros(3)},
+    "consensus_of_another_type": {"consensus.projection": torch.zeros(256, 256, dtype=torch.float64)},
     "consensus_in_part": {"consensus.codes": None},
 }
 
