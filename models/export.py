@@ -10,7 +10,6 @@ from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is q
 import argparse
 import importlib.util
 import itertools
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -27,24 +26,28 @@ from data.dataset import pad
 from data.vocab import SOS
 from models.checkpoint import model_from_state, model_state
 from models.decoder import Decoder, Memory, State
+from models.hub import check_name, is_on_hub, read_checkpoint, separate
 from models.model import CaptionModel
 from models.search import search
-from utils import CHECKPOINT_FORMAT, as_json, find_run, load_checkpoint, write_atomically
+from utils import find_run, write_atomically
 
-TENSORS, REST, ENCODER, STEP = "model.safetensors", "config.json", "encoder.onnx", "decoder_step.onnx"
+ENCODER, STEP = "encoder.onnx", "decoder_step.onnx"
 PICTURES, BEAM = 6, 3  # how many drawn scenes the graphs are compared on, and by which beam
 TOLERANCE = 1e-4  # of the largest logit, by which logits may differ: fp32 has seven digits, of which some get lost
 
 
 def main() -> None:
     args = parse_args()
-    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
-    out = Path(args.out) if args.out else path.parent / "export"
+    path = args.checkpoint or str(find_run("checkpoints.pth", args.run) / "checkpoints.pth")
+    if is_on_hub(path) and not args.out:
+        check_name(path)
+        raise UserError(f"what is made of {path} belongs to no run; add --out FOLDER")
+    out = Path(args.out) if args.out else Path(path).parent / "export"
     for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(package):
             raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
-    saved = load_checkpoint(path)
-    model = model_from_state(saved, str(path), args.overrides).eval()
+    saved = read_checkpoint(path)
+    model = model_from_state(saved, path, args.overrides).eval()
     say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 
     kept = {name: saved[name] for name in (*model_state(model), "scores") if name in saved}
@@ -67,38 +70,9 @@ def parse_args() -> argparse.Namespace:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
-    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
+    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth, or hf://user/name")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
     return parser.parse_options(setting_names())
-
-
-def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:
-    """Return the files that hold a checkpoint's tensors, named `decoder.output.weight` and so on, and all else."""
-    import safetensors.torch
-
-    tensors, rest = {}, {"format": CHECKPOINT_FORMAT}
-    for part, content in checkpoint.items():
-        if isinstance(content, torch.Tensor):
-            tensors[part] = content
-        elif part in ("decoder", "backbone"):
-            tensors |= {f"{part}.{name}": tensor for name, tensor in (content or {}).items()}
-        else:
-            rest[part] = content
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return {TENSORS: safetensors.torch.save(whole), REST: as_json(rest)}
-
-
-def load(folder: str | Path) -> dict[str, Any]:
-    """Return the checkpoint in a folder's model.safetensors and config.json, for `model_from_state`."""
-    import safetensors.torch
-
-    folder = Path(folder)
-    checkpoint = json.loads((folder / REST).read_text(encoding="utf-8")) | {"decoder": {}, "backbone": {}}
-    checkpoint["transform"] |= {name: tuple(checkpoint["transform"][name]) for name in ("mean", "std")}
-    for name, tensor in safetensors.torch.load_file(folder / TENSORS).items():
-        part, _, inner = name.partition(".")
-        (checkpoint[part] if inner else checkpoint)[inner or part] = tensor
-    return checkpoint | {"backbone": checkpoint["backbone"] or None}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import cli
 
 ROOT = Path(cli.__file__).parent
 SCRIPTS = {
-    *("train", "evaluate", "calibrate", "inference_visualize", "visualize_loss", "app"),
+    *("train", "evaluate", "calibrate", "inference_visualize", "visualize_loss", "app", "serve"),
     *("models.export", "models.publish", "data.write_tars", "data.download"),
 }
 FLOORS = (  # of two modules the lower one never imports the other, but those of one floor may import each other
@@ -20,6 +20,7 @@ FLOORS = (  # of two modules the lower one never imports the other, but those of
     {"utils"},
     {"distributed"},
     {"data"},
+    {"models.hub"},
     {"options"},
     {"models"},
     {"metrics", "render", "captioning"},

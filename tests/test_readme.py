@@ -52,6 +52,15 @@ ELSEWHERE = {  # what is not run here, and where it is
     "python train.py --config own": "tests/test_train.py, for one epoch",
     "python inference_visualize.py --run own": "the same",
     "python calibrate.py": "tests/test_calibrate.py, on more pictures",
+    **dict.fromkeys(
+        (
+            "python inference_visualize.py photo.jpg --checkpoint hf://",
+            "python evaluate.py --checkpoint hf://",
+            "python train.py train.start=hf://",
+        ),
+        "tests/models/test_hub.py",
+    ),
+    **dict.fromkeys(("python -m serve", "curl"), "tests/test_serve.py"),
     "python -c": "nowhere: it asks for a GPU",
 }
 
