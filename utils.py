@@ -9,17 +9,15 @@ import io
 import itertools
 import json
 import os
-import pickle
 import secrets
 import signal
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import UserError
 from config import flatten, read_yaml
+from safe_load import DAMAGED, safe_load
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +26,6 @@ RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
 LANGUAGES = {"en": PRETRAINED, "zh": PRETRAINED.with_name("captioner.zh.pth")}  # of the captioners there
 CHECKPOINT_FORMAT = "image-captioning/2"
-# What torch and zipfile raise for damaged files.
-DAMAGED = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
-)
-
 # oneDNN keeps the kernels of the last 1,024 shapes, a gigabyte: batches differ in shape, but hardly in more than these.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "400")
 
@@ -141,34 +133,22 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file written by `save_checkpoint`, tensors on the CPU; nothing in it is executed (`weights_only`).
+    """Read a file written by `save_checkpoint`, tensors on the CPU; nothing in it is executed.
 
     Raises UserError for a file that is missing, cut short, of an older version, or something else.
     """
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     checkpoint = None
     with contextlib.suppress(*DAMAGED):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if is_whole(path) else None
+        checkpoint = safe_load(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of this project ({CHECKPOINT_FORMAT}), or was cut short; take another one, or "
             "train again"
         )
     return checkpoint
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file is a zip that holds what it says, uncompressed as torch writes it: no bomb that swells."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as content:
-        members = content.infolist()
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    return stored and sum(member.file_size for member in members) <= path.stat().st_size
 
 
 def pick_device() -> "torch.device":

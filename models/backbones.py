@@ -20,7 +20,7 @@ from torch import nn
 from cli import UserError
 from config import pick
 from data.transforms import Transform
-from utils import DAMAGED
+from safe_load import DAMAGED
 
 PRETRAINED = "pretrained"  # as encoder.weights: those that a family gives to whoever names none
 State = dict[str, torch.Tensor]  # a network's tensors by name

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cli import UserError
-from utils import DAMAGED
+from safe_load import DAMAGED, safe_load
 
 # What training scripts call the part of a checkpoint that is the network; averaged weights are the better ones.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -52,9 +52,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_pickle(path: Path) -> Any:
     try:
-        allowed = torch.serialization.safe_globals([argparse.Namespace])  # the options that many keep beside weights
-        with allowed, open(path, "rb") as file:  # of which torch does not see the name, which may be false
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return safe_load(path, [argparse.Namespace])  # the options that many keep beside weights
     except DAMAGED as error:
         other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and other:

@@ -16,7 +16,7 @@ SCRIPTS = {
 }
 FLOORS = (  # of two modules the lower one never imports the other, but those of one floor may import each other
     {"cli"},
-    {"config"},
+    {"config", "safe_load"},
     {"utils"},
     {"distributed"},
     {"data"},

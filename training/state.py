@@ -11,8 +11,9 @@ from cli import UserError, say
 from config import TrainConfig
 from models.checkpoint import model_state
 from models.model import CaptionModel
+from safe_load import DAMAGED
 from training.optim import WeightAverage, make_optimiser
-from utils import DAMAGED, save_checkpoint
+from utils import save_checkpoint
 
 
 @dataclass
