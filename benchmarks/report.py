@@ -187,9 +187,12 @@ def scaling() -> str:
 
 
 def reliability() -> str:
-    rows = read(HERE / "results" / "reliability.json")
-    cells = [[r["check"], f"{r['tried']:,}", r["lost"], r["figures"], f"`{r['command']}`"] for r in rows]
-    return table(["check", "tried", "lost", "figures", "command"], cells)
+    """Return what each stress test tried and lost, and the fault of the program by which it was seen to fail."""
+    cells = []
+    for row in read(HERE / "results" / "reliability.json"):
+        fault = row["mutation"] if row["caught"] else "–"
+        cells.append([row["check"], f"{row['tried']:,}", row["lost"], row["figures"], fault, f"`{row['command']}`"])
+    return table(["check", "tried", "lost", "figures", "fails when", "command"], cells)
 
 
 def as_bytes(number: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import TINY
+from torchvision.models import resnet18
 
 import train
 from benchmarks import memory
@@ -26,6 +27,7 @@ SMALLEST = (
     *TINY,
     *("data.shard_rows=4", "train.epochs=4", "train.warmup_steps=2", "train.log_every=1", "train.checkpoint_every=1"),
 )
+BACKBONE = "encoder.weights=backbone.pth"  # see save_backbone
 Script = Callable[[], int | None]
 
 
@@ -35,6 +37,11 @@ def start(run: str) -> list[str]:
 
 def start_or_resume(run: str, *words: str) -> list[str]:
     return ["--resume", "--run", run] if Path("runs", run, "last.pth").is_file() else [*start(run), *words]
+
+
+def save_backbone() -> None:
+    """Write a backbone to the file that BACKBONE names, so that checkpoints do not hold it, and are small."""
+    torch.save(resnet18().state_dict(), "backbone.pth")
 
 
 def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> ForkProcess:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torchvision.models import resnet18
 
 import train
 from cli import UserError
@@ -25,12 +23,20 @@ pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace
 
 def test_power_cuts(tally: Tally, archive: Path) -> None:
     """a power cut after each call on files, by a model of the disk, then --resume"""
-    torch.save(resnet18().state_dict(), "backbone.pth")  # so that checkpoints, which strace lists, are small
-    words, log = ["encoder.weights=backbone.pth"], Path("power.log").resolve()
+    runs.save_backbone()  # strace lists all that is written
+    log = Path("power.log").resolve()
     Path("calls").mkdir()
-    with open(log, "w") as said:
-        command = [*STRACE, "-o", "calls/of", sys.executable, str(ROOT / "train.py"), *runs.start("power"), *words]
-        subprocess.run(command, check=True, stdout=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with open(log, "w") as output:
+        command = [
+            *STRACE,
+            "-o",
+            "calls/of",
+            sys.executable,
+            str(ROOT / "train.py"),
+            *runs.start("power"),
+            runs.BACKBONE,
+        ]
+        subprocess.run(command, check=True, stdout=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     disk, text = Disk(Path.cwd()), b""
     found: dict[frozenset, tuple[str, State, int]] = {}
@@ -57,8 +63,8 @@ def test_power_cuts(tally: Tally, archive: Path) -> None:
         for path, content in state.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        runs.finish("power", *words)
-        tally(not runs.differs("power", "undisturbed"), f"resumed from {what}")
+        code, said = runs.run(train.main, *runs.start_or_resume("power", runs.BACKBONE))
+        tally(code == 0 and not runs.differs("power", "undisturbed"), f"resumed from {what}", said)
     tally.figures = f"{len(states)} states of the disk, {len(resumed)} resumed and compared bit for bit"
 
 
