@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -123,7 +122,7 @@ class Parser(argparse.ArgumentParser):
         words, overrides = list[str](), list[str]()
         given, behind = split_at("--", sys.argv[1:])  # which tells what begins with a dash from an option
         for before, word in itertools.pairwise(["", *join_blanks(given, settings)]):
-            is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not Path(word).exists()
+            is_setting = settings and re.match(r"[A-Za-z_]+(\.\w+)*=", word) and not os.path.exists(word)
             option = self._option_string_actions.get(before)  # one that takes a value takes any
             (overrides if is_setting and not (option and option.nargs is None) else words).append(word)
         if settings:

@@ -8,10 +8,11 @@ import difflib
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,14 +26,16 @@ FREE = "may change after training: where things lie, and what does not touch the
 SHAPES = "the model's tensors depend on it: a run that starts from another one must have the same value"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file or folder; ~ is the home folder
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
 
+MOST_DIGITS = 30  # of a whole number
+MOST_BYTES = 1 << 20  # of a file of settings
 MEMBERS = 100  # of a table, that are listed at most: timm has thousands of networks
 
 # Kinds of mistakes for which pydantic's own words would puzzle a reader.
@@ -120,7 +123,7 @@ class TrainConfig(Section):
     patience: PositiveInt | None
     seed: NonNegativeInt
     precision: Literal["auto", "fp32", "bf16"]
-    num_workers: Annotated[NonNegativeInt, FREE]
+    num_workers: Annotated[int, Field(ge=0, le=256), FREE]
     log_every: Annotated[PositiveInt, FREE]
     checkpoint_every: Annotated[PositiveInt, FREE]
     keep_every: Annotated[PositiveInt | None, FREE]
@@ -148,7 +151,16 @@ class SearchConfig(Section):
     classes: Annotated[float, Field(ge=0, le=1000)]
     temperature: Annotated[float, Field(ge=0, le=100)]
     top_k: NonNegativeInt
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_p: Annotated[float, Field(ge=0.001, le=1)]
+
+    @model_validator(mode="after")
+    def check_temperature(self) -> Self:
+        if 0 < self.temperature < 0.01:
+            raise ValueError(
+                f"search.temperature = {self.temperature} is too small to compute with; take 0.01 at least, or 0 to "
+                "search without drawing"
+            )
+        return self
 
     def by_consensus(self, num_captions: int = 1) -> bool:
         """Whether a beam gives several captions, and consensus is to rank them."""
@@ -214,14 +226,49 @@ def pick(table: Mapping[str, Member], name: str, setting: str) -> Member:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a number (YAML 1.2), where PyYAML reads a string."""
+    """A loader of YAML 1.2, where PyYAML's own reads 1.1: `1e-3` is a number, and `on`, `no`, 1:30 and 2024-01-01 are
+    text. It refuses a name that stands twice, of which PyYAML drops the first, and aliases, which can be endless.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if names[place] in names[:place]:
+                raise Twice(None, None, str(key.value), key.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int | str:
+        """Return the number, or its digits where they are too many for any setting."""
+        base = {"0x": 16, "0o": 8}.get(node.value[:2], 10)
+        return node.value if len(node.value) > MOST_DIGITS else int(node.value.removeprefix("0o"), base)
+
+    def construct_fraction(self, node: yaml.ScalarNode) -> float:
+        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+class Twice(yaml.constructor.ConstructorError):
+    """A name that stands twice in one place."""
+
+
+for _kind, _pattern, _construct in (
+    ("null", r"null|Null|NULL|~|", yaml.SafeLoader.construct_yaml_null),
+    ("bool", r"true|True|TRUE|false|False|FALSE", yaml.SafeLoader.construct_yaml_bool),
+    ("int", r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+", _Loader.construct_integer),
+    (
+        "float",
+        r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        _Loader.construct_fraction,
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), None)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)
 
 
 def load_config(
@@ -291,14 +338,21 @@ def lay_over(values: dict[str, Any], layer: dict[str, Any], where: str) -> dict[
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise UserError(f"{path} is no file of settings; check the path after --config")
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        near = difflib.get_close_matches(
+            path.name, {other.name for other in path.parent.glob("*.yaml")} - {path.name}, n=1
+        )
         hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path after --config"
         raise UserError(f"cannot read the config {path}: {error.strerror}; {hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
+        if isinstance(error, Twice):
+            raise UserError(f"{path}{line} has {shorten(error.problem)} twice in one place; keep one of them") from None
         raise UserError(f"{path}{line} is not valid YAML; compare it with config.yaml") from None
     if not isinstance(loaded or {}, dict):
         raise UserError(f"{path} does not hold settings such as 'train:'; compare it with config.yaml")
@@ -320,7 +374,7 @@ def parse_overrides(overrides: Sequence[str], defaults: dict[str, Any]) -> dict[
     for word in overrides:
         name, equals, text = word.partition("=")
         if not equals:
-            raise UserError(f"'{word}' is neither an option nor a setting; write settings as key.sub=value")
+            raise UserError(f"'{shorten(word)}' is neither an option nor a setting; write settings as key.sub=value")
         if name == "data.shards" and name in parsed:
             raise UserError("data.shards is given several times, as a shell makes of braces; write it in quotes")
         try:

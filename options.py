@@ -30,6 +30,8 @@ def train() -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing run of this name; what it wrote is deleted"
     )
+    changed = "with --resume: go on although captions or splits have changed since the run began"
+    parser.add_argument("--changed-data", action="store_true", help=changed)
     parser.add_argument("--quiet", action="store_true", help="print nothing but what goes wrong")
     args = parser.parse_options(setting_names())
     if args.resume:
@@ -43,6 +45,8 @@ def train() -> argparse.Namespace:
         return args
     if args.run:
         raise UserError(f"--run goes with --resume; name a new run with run={args.run}")
+    if args.changed_data:
+        raise UserError("--changed-data goes with --resume; a new run takes the data as it is")
     refuse_root()
     choose_config(args)
     return args

@@ -140,7 +140,7 @@ class Stand(pickle.Unpickler):
     def load_plain(self) -> Any:
         # Without this pass, one short opcode makes the unpickler reserve gigabytes for its memo.
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.pickled)):
-            if "PUT" in opcode.name and argument > count:
+            if "PUT" in opcode.name and int(argument or 0) > count:
                 raise pickle.UnpicklingError("a memo that is not filled in order")
         return self.load()
 

@@ -4,10 +4,12 @@ Splits are by picture, so that no caption of a held-out picture is trained on. O
 decide; else the captions file does; else 10 % each are drawn for val and test, and saved with the run.
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
 SPLIT_LISTS = {"train": "*[tT]rain[iI]mages.txt", "val": "*[dD]ev[iI]mages.txt", "test": "*[tT]est[iI]mages.txt"}
 SAVED_SPLITS = "splits.json"
+DIGESTS = "digests"  # there: a hash of the captions of each split
 SPLIT_SEED = 0  # the same pictures are held out whatever train.seed says, so that runs can be compared
 
 
@@ -97,19 +100,59 @@ def find_again(saved: dict[str, list[str]], images: list[str]) -> dict[str, str]
 
 def read_splits(run: Path) -> dict[str, list[str]] | None:
     """Return the splits saved in a run's folder, None where there are none."""
+    content = read_saved(run)
+    return content and {split: list(map(str, content[split])) for split in SPLITS}
+
+
+def read_digests(run: Path) -> dict[str, str] | None:
+    """Return the hashes of captions saved in a run's folder; None where there are none, as in older runs."""
+    return (read_saved(run) or {}).get(DIGESTS)
+
+
+def read_saved(run: Path) -> dict[str, Any] | None:
     path = run / SAVED_SPLITS
     if not path.is_file():
         return None
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-        return {split: list(map(str, splits[split])) for split in SPLITS}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(content[split], list) for split in SPLITS):
+            return content
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run") from None
+        pass
+    raise UserError(f"{path} is damaged, so nobody knows what was trained on; train a new run")
 
 
 def splits_of(table: pd.DataFrame) -> dict[str, list[str]]:
     """Return the picture names of each split, to be saved with a run."""
     return {split: table.loc[table["split"] == split, "image"].drop_duplicates().tolist() for split in SPLITS}
+
+
+def digests_of(table: pd.DataFrame) -> dict[str, str]:
+    """Return a hash of the captions of each split, in order, with the names of their pictures without folders."""
+    names = table["image"].str.rpartition("/")[2]
+    found = {}
+    for split in SPLITS:
+        rows = (table["split"] == split).to_numpy()
+        lines = json.dumps([names[rows].tolist(), table.loc[rows, "caption"].tolist()])
+        found[split] = hashlib.sha256(lines.encode()).hexdigest()
+    return found
+
+
+def what_changed(saved: dict[str, list[str]], table: pd.DataFrame) -> str:
+    """Return in words how the pictures of the splits `saved` with a run differ from those of the table now; where they
+    do not, captions do.
+    """
+    before = {name.rpartition("/")[2]: split for split, names in saved.items() for name in names}
+    now = dict(zip(table["image"].str.rpartition("/")[2], table["split"], strict=True))
+    moved = [name for name in now.keys() & before.keys() if now[name] != before[name]]
+    cases = [
+        ([name for name in moved if now[name] == "train"], "held-out pictures are for training now"),
+        ([name for name in moved if now[name] != "train"], "other pictures are held out now"),
+        (now.keys() - before.keys(), "pictures are new"),
+        (before.keys() - now.keys(), "pictures are gone"),
+    ]
+    parts = [f"{what} ({len(names):,}, such as {min(names)})" for names, what in cases if names]
+    return " and ".join(parts) or "captions of the same pictures differ"
 
 
 def choose_split(table: pd.DataFrame, split: str | None, source: str) -> tuple[str, pd.DataFrame]:

@@ -1,5 +1,6 @@
 """From a picture file to the tensor that a backbone expects; one transform for training, validation and inference."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -19,6 +20,9 @@ from data.folders import PHONES, PICTURE_SUFFIXES
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of tags that nobody asked for
+LONGEST = 65_535  # pixels of a side, as in a JPEG
+WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras, whose 12 bits lie in files of 16
 CROP = 0.8  # of each side is left in a corner view, or at least in a random crop
 JITTER = 0.4  # the most by which brightness, contrast and saturation change
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -125,12 +129,18 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Return an open picture as `open_picture` would read its file."""
-    picture = ImageOps.exif_transpose(picture)
+    """Return an open picture as `open_picture` would read its file; raises ValueError for one that is too long."""
+    if max(picture.size) > LONGEST:  # resizing takes memory by the side, too
+        raise ValueError(f"{picture.width:,} x {picture.height:,} pixels, and {LONGEST:,} are the most in a row")
+    picture.load()
+    with contextlib.suppress(Exception):  # of damaged EXIF, in which nobody can tell what is meant
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":  # PIL's own conversion would clip them
-        values = np.asarray(picture, dtype=np.float32)
-        white = 65535 if values.max() > 255 else 1 if picture.mode == "F" and values.max() <= 1 else 255
-        picture = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.array(picture, dtype=np.float32), copy=False, nan=0, posinf=0, neginf=0)
+        highest = float(values.max())
+        white = 1 if picture.mode == "F" and highest <= 1 else next((w for w in WHITES if highest <= w), highest)
+        values *= 255 / white
+        picture = Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

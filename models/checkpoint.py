@@ -8,21 +8,61 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from torch import nn
 
 from cli import UserError, say
-from config import SHAPES, Config, flatten, marked, restore_config
+from config import SHAPES, Config, Section, flatten, marked, restore_config
 from data.transforms import Transform
 from data.vocab import Vocabulary
 from models import consensus
 from models.compact_consensus import CompactConsensus
 from models.confidence import INPUTS, Confidence
 from models.consensus import Consensus
-from models.encoder import EncoderCNN, tensors_sha256, without_random_weights
+from models.encoder import EncoderCNN, file_sha256, find_weights, without_random_weights
 from models.model import CaptionModel, decoder_class_of
 from utils import how_to_make, load_checkpoint
+
+Mean = Annotated[float, Field(ge=0, le=1)]  # of colours from 0 to 1
+Deviation = Annotated[float, Field(ge=1e-3, le=100)]
+
+
+class SavedVocabulary(Section):
+    words: list[str]
+    language: str
+
+
+class SavedTransform(Section):
+    image_size: Annotated[int, Field(ge=1, le=1024)]
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Deviation, Deviation, Deviation]
+    interpolation: Literal["bilinear", "bicubic"]
+
+
+class SavedEncoder(Section):
+    """Which weights the backbone has."""
+
+    name: str
+    source: str | None  # a file
+    sha256: str
+    stride_in_1x1: bool
+
+
+class SavedModel(Section):
+    """What a file says of its model, as plain values; what they mean is checked where they are used."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    config: dict[str, dict[str, Any] | str]
+    vocabulary: SavedVocabulary
+    transform: SavedTransform
+    encoder: SavedEncoder
+    backbone: dict[str, torch.Tensor] | None
+    feature_mean: torch.Tensor
+    feature_scale: torch.Tensor
+    decoder: dict[str, torch.Tensor]
 
 
 def model_state(model: CaptionModel) -> dict[str, Any]:
@@ -73,17 +113,24 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
     check_parts(saved, where)
     saved = convert_floats(saved, torch.float16, torch.float32)
     config = restore_config(saved["config"], overrides, where)
-    vocab = Vocabulary(**saved["vocabulary"])
-    decoder_class = decoder_class_of(config)
-    encoder = restore_encoder(config, saved, decoder_class.spatial, where)
+    vocab, decoder_class = Vocabulary(**saved["vocabulary"]), decoder_class_of(config)
+
+    # the decoder, before anything as large as a backbone is built
+    mean, scale = saved["feature_mean"], saved["feature_scale"]  # (D,), (1,)
+    statistics = {"feature_mean": torch.zeros(mean.numel()), "feature_scale": torch.ones(1)}
+    check_tensors(statistics, {"feature_mean": mean, "feature_scale": scale}, where)
+    if not scale > 0:
+        raise UserError(f"{where} holds a feature_scale that is not positive; take another checkpoint")
     with torch.device("meta"), without_random_weights():
-        decoder = decoder_class(config.decoder, encoder.feature_shape[-1], len(vocab))
+        decoder = decoder_class(config.decoder, len(mean), len(vocab))
     check_tensors(decoder.state_dict(), saved["decoder"], where)
     decoder.load_state_dict(saved["decoder"], assign=True)
+
+    encoder = restore_encoder(config, saved, decoder_class.spatial, where)
+    if encoder.feature_shape[-1] != len(mean):
+        raise UserError(f"the tensor feature_mean in {where} does not fit its config; take another checkpoint")
     model = CaptionModel(config, vocab, Transform(**saved["transform"]), encoder, decoder)
-    statistics = {name: saved[name] for name in ("feature_mean", "feature_scale")}
-    check_tensors({name: getattr(model, name) for name in statistics}, statistics, where)
-    model.feature_mean, model.feature_scale = statistics.values()
+    model.feature_mean, model.feature_scale = mean, scale
     return model
 
 
@@ -136,21 +183,27 @@ def restore_encoder(config: Config, saved: dict[str, Any], spatial: bool, where:
     """Return the encoder of a checkpoint: its own backbone where it holds one, else the one with its sha256."""
     identity = saved["encoder"]
     if saved["backbone"] is not None:
-        encoder = EncoderCNN(config.encoder, spatial, load=False)
-        check_tensors(encoder.backbone.state_dict(), saved["backbone"], where)
-        encoder.backbone.load_state_dict(saved["backbone"])
-        encoder.identity = identity | {"source": None, "sha256": tensors_sha256(encoder.backbone)}  # as fine-tuned
+
+        def fill(backbone: nn.Module) -> None:
+            check_tensors(backbone.state_dict(), saved["backbone"], where)
+            backbone.load_state_dict(saved["backbone"])
+
+        encoder = EncoderCNN(config.encoder, spatial, fill=fill)
+        encoder.identity = identity | {"source": None, "sha256": encoder.identity["sha256"]}  # as fine-tuned
         return encoder
     weights, source = config.encoder.weights, identity["source"]
     if source and weights == saved["config"]["encoder"].get("weights") and Path(source).is_file():
         weights = source
-    encoder = EncoderCNN(config.encoder.model_copy(update={"weights": weights}), spatial)
-    if encoder.identity["sha256"] != identity["sha256"]:
+    if not source or not weights:
+        raise UserError(f"{where} neither holds its backbone nor says which file it is from; take another checkpoint")
+    own = config.encoder.model_copy(update={"weights": weights})
+    file = find_weights(own)
+    if file_sha256(file) != identity["sha256"]:  # before a network is built, which may be huge
         raise UserError(
-            f"{where} was trained on other backbone weights than {encoder.identity['source']} (another sha256); "
-            f"give the file that was {identity['source']} with encoder.weights=FILE"
+            f"{where} was trained on other backbone weights than {file} (another sha256); "
+            f"give the file that was {source} with encoder.weights=FILE"
         )
-    return encoder
+    return EncoderCNN(own, spatial)
 
 
 def convert_floats(values: Any, before: torch.dtype, after: torch.dtype) -> Any:
@@ -161,15 +214,23 @@ def convert_floats(values: Any, before: torch.dtype, after: torch.dtype) -> Any:
 
 
 def check_parts(saved: dict[str, Any], where: str) -> None:
-    """Raise UserError for a file of this project that holds no model, such as consensus.pth."""
-    parts = ("config", "vocabulary", "transform", "encoder", "backbone", "feature_mean", "feature_scale", "decoder")
-    for missing in (part for part in parts if part not in saved):
+    """Raise UserError for a file of this project that holds no model, such as consensus.pth, and for parts that are not
+    what they should be.
+    """
+    for missing in (part for part in SavedModel.model_fields if part not in saved):
         raise UserError(f"{where} lacks its {missing}, so it is not a trained model; take another one")
+    try:
+        SavedModel.model_validate({part: saved[part] for part in SavedModel.model_fields})
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"the value of {place:.60} in {where} is none that training writes; take another checkpoint"
+        ) from None
 
 
 def check_tensors(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise UserError unless the tensors `found` in the file `where` are finite and `own`'s by name and shape."""
-    for name in sorted(own.keys() | found.keys()):
+    for name in sorted(own.keys() | found.keys(), key=str):
         kinds = [(part[name].shape, part[name].dtype) if name in part else None for part in (own, found)]
         if kinds[0] != kinds[1]:
             raise UserError(f"the tensor {name:.60} in {where} does not fit its config; take another checkpoint")

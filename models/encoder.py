@@ -27,24 +27,34 @@ from models.weights import load_weights, read_weights
 class EncoderCNN(nn.Module):
     """A backbone without its classifier. It stays in eval mode, whatever `.train()` is called on the model.
 
-    `spatial` gives one feature per region (B, L, D), else their mean (B, D); `load=False` leaves the weights random for
-    a caller that has them. `feature_shape` is (L, D) or (D,), and `identity` names the weights in plain values.
+    `feature_shape` is (L, D) or (D,), and `identity` names the weights in plain values.
+
+    Args:
+        spatial: one feature per region (B, L, D), else their mean (B, D).
+        load: False leaves the weights random.
+        fill: puts weights into the backbone, such as fine-tuned ones, in the place of those in a file.
 
     Raises UserError when the weights cannot be found or do not fit, and for a picture size or stage that does not suit
     the backbone.
     """
 
-    def __init__(self, config: EncoderConfig, spatial: bool = False, load: bool = True) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        spatial: bool = False,
+        load: bool = True,
+        fill: Callable[[nn.Module], object] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.spatial = config, spatial
         self.family, size = family_of(config.name), transform_for(config).image_size
 
         # the whole classifier with random weights, and of it only what comes before its head
-        with without_random_weights() if config.weights or not load else nullcontext():  # others take their place
+        source = find_weights(config) if load and not fill and config.weights else None
+        with without_random_weights() if source or fill or not load else nullcontext():  # others take their place
             network = self.family.build(config.name, size)
         if config.stride_in_1x1:
             move_stride(network, config.name)
-        source = find_weights(config) if load and config.weights else None
         state = self.family.adapt(network, read_weights(source)) if source else {}
         whole = network.state_dict(keep_vars=True)
         self.backbone = self.family.cut(network, config.name).eval()
@@ -54,10 +64,12 @@ class EncoderCNN(nn.Module):
         self.classifier: nn.Module | None = None
         if source and load_weights(state, whole, self.backbone, source, config.name) and head:
             self.classifier = head.eval().requires_grad_(False)
+        if fill:
+            fill(self.backbone)
         self.identity = {
             "name": config.name,
             "source": str(source) if source else None,
-            "sha256": file_sha256(source) if source else tensors_sha256(self.backbone) if load else "",
+            "sha256": file_sha256(source) if source else tensors_sha256(self.backbone) if load or fill else "",
             "stride_in_1x1": config.stride_in_1x1,
         }
 

@@ -1,5 +1,6 @@
 """Settings: every mistake is explained with its dotted name, and nothing is silently taken for something else."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,12 @@ def test_a_setting_that_is_text_keeps_what_is_written(name: str, text: str, valu
         *((word, "the command line") for word in ("encoder.stages=[layer3,null]", "search.forbidden=[1]")),
         *(("data.root=null", "the command line"), (f"train.lr={'x' * 100_000}", "...")),
         *(("train.epochs=0", "greater than 0"), ("train.mirror=ja", "true or false")),
+        # numbers that are none of a setting, or too small to compute with
+        *((f"train.epochs={number}", "the command line") for number in ("0x" + "f" * 5000, "9" * 401, "9" * 5000)),
+        *((f"train.lr={number}", "the command line") for number in ("9" * 401, "0x" + "1" * 5000, "1e999")),
+        *(("train.seed=18446744073709551616", "1000000000"), ("data.min_count=2000000000", "1000000000")),
+        *(("search.temperature=1e-50", "0.01"), ("search.top_p=1e-50", "0.001"), ("search.top_k=1e3", "integer")),
+        *((f"encoder.frozen={word}", "true or false") for word in ("on", "no", "yes", "OFF", "y")),
         ("run=../elsewhere", "start with a letter, a digit or _"),
         ("train.self_critical_consensus=2 encoder.frozen=false", "encoder.frozen"),
         ("train.self_critical_beam=true train.self_critical_samples=1", "samples=1"),
@@ -92,6 +99,9 @@ ALIASES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1
         *((content, "") for content in (b"train: [1", b"train:\n\tlr: 1", b"\xff\xfe\x00", b"- train", b"just words")),
         *((content, "") for content in (b"1: 2\n", b"train:\n  1: 2\n", b"x: " + b"[" * 1000)),
         (b"decoder:\n  hiden_size: 3\n", "did you mean 'decoder.hidden_size'?"),
+        (b"train:\n  lr: 1\ndata:\n  min_count: 1\ntrain:\n  epochs: 2\n", "(line 5) has train twice in one place"),
+        (b"train:\n  lr: 1\n  lr: 2\n", "(line 3) has lr twice in one place; keep one of them"),
+        (b"train: {lr: 1, 'lr': 2}", "(line 1) has lr twice"),
         # what unfolds without end
         *((content, "") for content in (b"a: &a [*a]", b"train: &t {lr: *t}", b"train: &t {b: &b [*t, *b]}")),
         *((content, "") for content in (ALIASES.encode(), b"x" * 100_000 + b": 1")),
@@ -102,6 +112,25 @@ def test_a_file_with_a_mistake_is_refused_by_name(content: bytes, told: str, tmp
     (tmp_path / "mine.yaml").write_bytes(content)
     with refused("mine.yaml", told):
         load_config(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("words", [["on", "no"], ["yes", "NO", "off"], ["y", "1:30", "2024-01-01", "010x", "1_000"]])
+def test_words_are_words(words: list[str]) -> None:
+    """PyYAML reads YAML 1.1, where these are truth values, minutes, dates and numbers."""
+    assert load_config(overrides=[f"search.forbidden=[{', '.join(words)}]"]).search.forbidden == words
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_pipes_devices_and_endless_files_are_no_settings(tmp_path: Path, refused: Callable) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with open(tmp_path / "huge.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero"), tmp_path / "huge.yaml"):
+        with refused(f"{path} is no file of settings; check the path after --config"):
+            load_config(path)
+    with refused("loop.yaml: Too many levels of symbolic links"):
+        load_config(tmp_path / "loop.yaml")
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])

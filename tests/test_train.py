@@ -380,6 +380,66 @@ def test_a_run_that_cannot_be_resumed_says_why(first: Path, run: Run, capsys: Ca
     assert "no run under runs/ holds a last.pth" in last_line(capsys)
 
 
+def add_captions() -> None:
+    with open("archive/captions.csv", "a") as file:
+        file.write("00.jpg,a caption more\n")
+
+
+def remove_picture() -> None:
+    table = Path("archive/captions.csv")
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if not line.startswith("03.jpg")))
+
+
+def swap_lists() -> None:
+    train_list, dev_list = Path("archive/Flickr_8k.trainImages.txt"), Path("archive/Flickr_8k.devImages.txt")
+    train_list.write_text(train_list.read_text().replace("00.jpg", "08.jpg"))
+    dev_list.write_text(dev_list.read_text().replace("08.jpg", "00.jpg"))
+
+
+def change_caption() -> None:
+    table = Path("archive/captions.csv")
+    table.write_text(table.read_text().replace("a ", "the ", 1))
+
+
+def swap_captions() -> None:
+    table = Path("archive/captions.csv")
+    header, first, second, *others = table.read_text().splitlines(True)
+    table.write_text("".join([header, second, first, *others]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (add_captions, "captions of the same pictures differ"),
+        (change_caption, "captions of the same pictures differ"),
+        (swap_captions, "captions of the same pictures differ"),
+        (remove_picture, "pictures are gone (1, such as 03.jpg)"),
+        (
+            swap_lists,
+            "held-out pictures are for training now (1, such as 08.jpg) and other pictures are held out now (1, ",
+        ),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_data_unless_told_so(
+    change: Callable[[], None], told: str, first: Path, run: Run, capsys: Capture
+) -> None:
+    change()
+    assert run("--resume", "--run", "first") == 2
+    error = last_line(capsys)
+    assert told in error
+    assert run(*error.partition("python train.py ")[2].split()) == 0
+    assert told in capsys.readouterr().out
+    assert run("--resume", "--run", "first") == 0  # it is the run's data from now on
+
+
+def test_a_run_is_resumed_where_its_dataset_has_moved_or_its_pictures_were_only_touched(first: Path, run: Run) -> None:
+    for picture in Path("archive/images").iterdir():
+        picture.touch()
+    Path("archive").rename("elsewhere")
+    assert run("--resume", "--run", "first", "data.root=elsewhere") == 0
+    assert run("--changed-data") == 2
+
+
 def test_a_job_that_torchrun_starts_again_goes_on_with_its_run(
     first: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -42,6 +42,7 @@ class Run:
 
     config: Config
     saved: dict[str, Any] | None = None
+    accept_changes: bool = False  # of captions and splits since the run began
 
     def __post_init__(self) -> None:
         self.name, self.folder = self.config.run, RUNS / self.config.run
@@ -50,7 +51,7 @@ class Run:
     def saved_splits(self) -> dict[str, list[str]] | None:
         return splits.read_splits(self.folder) if self.saved else None
 
-    def begin(self, table: pd.DataFrame) -> None:
+    def begin(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
         """Remove what an earlier run wrote to the folder; write the resolved config and every picture's split.
 
         The sample, which is trained again without being asked, is kept until its first new checkpoint is there.
@@ -64,7 +65,27 @@ class Run:
                 path.unlink()
             config = yaml.safe_dump(self.config.model_dump(), sort_keys=False)
             write_atomically(self.folder / "config.yaml", config.encode())
-            write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(splits.splits_of(table)).encode())
+            self.write_splits(table, digests)
+
+    def write_splits(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
+        content = {**splits.splits_of(table), splits.DIGESTS: digests}
+        write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(content).encode())
+
+    def check_data(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
+        """Raise UserError where a resumed run has other captions or splits than it began with, unless told to go on
+        with them: what it chooses by could be what it has learned.
+        """
+        before = splits.read_digests(self.folder)
+        if before and before != digests:
+            said = splits.what_changed(splits.read_splits(self.folder) or {}, table)
+            if not self.accept_changes:
+                raise UserError(
+                    f"the data of {self.folder} has changed since it began: {said}; put it back, start another run, "
+                    f"or go on with it as it is: python train.py --resume --run {self.name} --changed-data"
+                )
+            say(f"going on with other data than {self.folder} began with: {said}")
+            if distributed.rank() == 0:
+                self.write_splits(table, digests)
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -130,7 +151,8 @@ def resume(args: argparse.Namespace) -> Run:
     if folder.resolve().parent != RUNS.resolve():
         raise UserError(f"{folder} is not below {RUNS}/; move it there to resume it")
     saved = load_checkpoint(folder / "last.pth")
-    return Run(restore_config(saved.get("config", {}) | {"run": folder.name}, args.overrides), saved)
+    config = restore_config(saved.get("config", {}) | {"run": folder.name}, args.overrides)
+    return Run(config, saved, args.changed_data)
 
 
 @contextlib.contextmanager

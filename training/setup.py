@@ -1,6 +1,8 @@
 """Sets up training: the captions, the model, and the datasets."""
 
+import hashlib
 import importlib.util
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from captioning import describe_names, encode_dataset, feature_cache
 from cli import UserError, say
 from config import Config, DataConfig, pick
-from data import annotations, formats, tars
+from data import annotations, formats, splits, tars
 from data.dataset import Flickr8kDataset
 from data.features import Features, find_broken
 from data.folders import caption_files, datasets, image_folders
@@ -55,6 +57,19 @@ class Captions:
         if len(images) < self.table["image"].nunique():
             kept = self.table["image"].isin(images).to_numpy()  # (N,)
             self.table, self.tokens = self.table[kept], self.tokens.select(kept)
+
+    def digests(self) -> dict[str, str]:
+        """Return a hash of the captions of each split and of the names of their pictures."""
+        found = splits.digests_of(self.table)
+        if self.shards:
+            digest = hashlib.sha256()
+            for tar in self.shards:
+                tokens = tar.tokens()
+                names = [name.partition("/")[2] for name in tar.names]
+                digest.update(json.dumps([names, tar.captions_per_image.tolist(), tokens.types]).encode())
+                digest.update(tokens.ids.tobytes() + tokens.offsets.tobytes())
+            found["train"] = digest.hexdigest()
+        return found
 
     def report(self) -> None:
         """Print how much there is of each split; raises UserError where there is nothing to train or to validate on."""

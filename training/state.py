@@ -1,19 +1,24 @@
 """The state of a training run: all that last.pth holds, so that a resumed run ends with the same bits."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, ValidationError
 
 import distributed
 from cli import UserError, say
-from config import TrainConfig
+from config import Section, TrainConfig
 from models.checkpoint import model_state
 from models.model import CaptionModel
 from safe_load import DAMAGED
 from training.optim import WeightAverage, make_optimiser
+from training.runs import LOG_COLUMNS
 from utils import save_checkpoint
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass
@@ -35,6 +40,16 @@ class Progress:
         """Whether all epochs are over, or the last `train.patience` ones brought no better captions."""
         stalled = config.patience and self.history and self.epoch - self.best["epoch"] >= config.patience
         return self.epoch >= config.epochs or bool(stalled)
+
+
+class SavedProgress(Section):
+    """What `Progress` may be in a file."""
+
+    step: Count
+    epoch: Count
+    batch: Count
+    words: Count
+    history: list[dict[str, float]]
 
 
 class TrainState:
@@ -81,17 +96,31 @@ class TrainState:
         self.saved_step = self.progress.step
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
-        """Resume from what `save` wrote to `path`; the model is built from it by `models.checkpoint`."""
+        """Resume from what `save` wrote to `path`; the model is built from it by `models.checkpoint`.
+
+        Raises UserError for anything that this model and its optimiser would not have written.
+        """
         try:
-            self.optimiser.load_state_dict(saved["optimiser"])
+            SavedProgress.model_validate(saved["progress"])
             self.progress = Progress(**saved["progress"])
-            self.nll.fill_(saved["nll"] if distributed.rank() == 0 else 0)
-            for average, weight in zip(self.ema.weights, saved["averaged"], strict=True):
-                average.copy_(weight)
-        except DAMAGED:
+            self.check_progress()
+            self.check_tensors(saved)
+            rates = [float(group["lr"]) for group in saved["optimiser"]["param_groups"]]
+            if len(rates) != len(self.optimiser.param_groups) or not all(0 <= rate < math.inf for rate in rates):
+                raise ValueError("learning rates")
+            nll = float(saved["nll"])
+            if not 0 <= nll < math.inf:
+                raise ValueError("loss")
+        except (*DAMAGED, ValidationError):
             raise UserError(
                 f"{path} does not hold the whole state of a training run, so it cannot be resumed; start the run again"
             ) from None
+        own = self.optimiser.state_dict()["param_groups"]  # all but the rates is as the config says
+        groups = [group | {"lr": rate} for group, rate in zip(own, rates, strict=True)]
+        self.optimiser.load_state_dict({"state": saved["optimiser"]["state"], "param_groups": groups})
+        self.nll.fill_(nll if distributed.rank() == 0 else 0)
+        for average, weight in zip(self.ema.weights, saved["averaged"], strict=True):
+            average.copy_(weight)
         self.saved_step = self.progress.step
         if self.progress.is_finished(self.model.config.train):
             again = (
@@ -100,3 +129,30 @@ class TrainState:
             say(f"{path.parent} is finished; to train on: {again}")
         else:
             say(f"resuming {path.parent} from step {self.saved_step}")
+
+    def check_progress(self) -> None:
+        """Raise ValueError for numbers that no run can have come to."""
+        progress, rows = self.progress, self.progress.history
+        numbered = [row["epoch"] for row in rows] == list(range(1, progress.epoch + 1))
+        columns = all(set(row) == set(LOG_COLUMNS) for row in rows)
+        begun = progress.words > 0 if progress.batch else progress.words == 0
+        counted = progress.step >= progress.batch + progress.epoch and progress.epoch <= self.model.config.train.epochs
+        if not (numbered and columns and begun and counted):
+            raise ValueError("progress")
+
+    def check_tensors(self, saved: dict[str, Any]) -> None:
+        """Raise ValueError unless the averages and the optimiser's moments are finite and as large as the weights:
+        AdamW would write beyond the end of smaller ones.
+        """
+        weights = [weight for group in self.optimiser.param_groups for weight in group["params"]]
+        pairs = list(zip(self.ema.weights, saved["averaged"], strict=True))
+        for number, moments in saved["optimiser"]["state"].items():
+            if type(number) is not int or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError("moments")
+            weight, step, squares = weights[number], moments["step"], moments["exp_avg_sq"]
+            pairs += [(weight, moments["exp_avg"]), (weight, squares), (torch.zeros(()), step)]
+            if number < 0 or not 0 <= float(step) <= self.progress.step or bool((squares < 0).any()):
+                raise ValueError("moments")
+        for own, found in pairs:
+            if found.shape != own.shape or found.dtype != own.dtype or not found.isfinite().all():
+                raise ValueError("a tensor")

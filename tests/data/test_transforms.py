@@ -61,6 +61,55 @@ def test_a_16_bit_picture_keeps_its_contrast(tmp_path: Path) -> None:
     assert len(np.unique(seen)) == 256
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_grey_of_fewer_bits_in_a_file_of_16_is_not_dark(bits: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 2**bits - 1, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        seen = np.asarray(open_picture(tmp_path / name))
+        assert (seen.min(), seen.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_darkens_no_other(hole: float, tmp_path: Path) -> None:
+    for name, brightest in (("unit.tif", 1), ("byte.tif", 200), ("high.tif", 1e6)):
+        values = np.full((8, 8), brightest, dtype=np.float32)
+        values[3, 3] = hole
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.median(np.asarray(open_picture(tmp_path / name))) >= 200
+
+
+EXIF = Image.Exif()
+EXIF[0x0112], EXIF[0x010F], EXIF[0x8298] = 6, "maker", "somebody"
+ODD_EXIF = [
+    (b"\x00\x01\x00\x06", b"\x00\x01\x40\x06"),  # an orientation of which no integer tells
+    (b"maker", b"\xff\xfe\x00\x00\x00"),
+    (b"\x01\x12\x00\x03", b"\x01\x12\x00\x0a"),  # of a fraction
+    (b"\x01\x12\x00\x03", b"\x01\x12\x00\x02"),  # of text
+    (b"\x82\x98\x00\x02", b"\x82\x98\x00\x0d"),  # another tag of no kind
+    (b"\x82\x98\x00\x02", b"\x82\x98\x00\x0c"),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_a_picture_with_damaged_exif_is_seen_all_the_same(suffix: str, tmp_path: Path) -> None:
+    raw = EXIF.tobytes()
+    cuts = [raw[:length] for length in range(6, len(raw), 5)]
+    for number, exif in enumerate([*(raw.replace(*change) for change in ODD_EXIF), *cuts, b"Exif\0\0" + bytes(40)]):
+        plain("RGB", RED).save(tmp_path / f"{number}{suffix}", exif=exif)
+        seen = open_picture(tmp_path / f"{number}{suffix}")
+        assert np.abs(np.asarray(seen, dtype=int) - RED).max() <= 3
+
+
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536), (70_000, 3)])
+def test_a_picture_that_is_too_long_is_refused(size: tuple[int, int], tmp_path: Path, refused: Callable) -> None:
+    Image.new("L", size).save(tmp_path / "thin.png")
+    with refused("cannot read the picture", f"{size[0]:,} x {size[1]:,} pixels, and 65,535 are the most in a row"):
+        open_picture(tmp_path / "thin.png")
+    Image.new("L", (65_535, 1)).save(tmp_path / "just.png")
+    assert Transform(32).resize(open_picture(tmp_path / "just.png")).shape == (3, 32, 32)
+
+
 def test_a_picture_turned_by_exif_is_seen_upright(tmp_path: Path) -> None:
     picture = Image.new("RGB", (40, 20), BLUE)
     picture.paste(RED, (0, 0, 20, 20))  # the left half
