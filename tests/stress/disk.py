@@ -77,10 +77,9 @@ class Disk:
             case "fsync" | "fdatasync" if file:
                 file.flushed = file.content
             case "fsync" | "fdatasync":
+                here = {name: each for name, each in self.names.items() if name.parent == path}
                 elsewhere = {name: each for name, each in self.flushed_names.items() if name.parent != path}
-                self.flushed_names = elsewhere | {
-                    name: each for name, each in self.names.items() if name.parent == path
-                }
+                self.flushed_names = elsewhere | here
             case "rename" | "renameat" | "renameat2" if old := self.names.pop(paths[0].relative_to(self.root)):
                 self.names[path] = old
             case "unlink" | "unlinkat" | "rmdir":
@@ -99,18 +98,16 @@ class Disk:
             if file and all(folder in self.flushed_names for folder in path.parents[:-1])
         }
         files = {path: file for path, file in self.names.items() if file}
-        remains: dict[str, Callable[[bytes], bytes]] = {
+        kept: dict[str, Callable[[bytes], bytes]] = {
             "everything": lambda content: content,
             "all names, but nothing in what was not flushed": lambda content: b"",
             "all names, but zeros in what was not flushed": lambda content: bytes(len(content)),
-            "all names, but one sector of what was not flushed": lambda content: content[:SECTOR].ljust(
-                len(content), b"\0"
+            "all names, but one sector of what was not flushed": lambda content: (
+                content[:SECTOR] + bytes(max(0, len(content) - SECTOR))
             ),
         }
-        return {"what was flushed": sure} | {
-            what: {
-                path: file.content if file.flushed == file.content else remain(file.content)
-                for path, file in files.items()
-            }
-            for what, remain in remains.items()
-        }
+        found = {"what was flushed": sure}
+        for what, keep in kept.items():
+            left = {path: keep(file.content) for path, file in files.items() if file.flushed != file.content}
+            found[what] = {path: left.get(path, file.flushed) for path, file in files.items()}
+        return found

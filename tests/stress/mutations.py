@@ -52,7 +52,7 @@ MUTATIONS = [
         f"{KILLS}signals[SIGKILL]",
         "a resumed run forgets what its optimiser knew",
         "training/state.py",
-        'self.optimiser.load_state_dict(saved["optimiser"])',
+        'self.optimiser.load_state_dict({"state": saved["optimiser"]["state"], "param_groups": groups})',
         "pass",
     ),
     Mutation(

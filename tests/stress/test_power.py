@@ -26,17 +26,10 @@ def test_power_cuts(tally: Tally, archive: Path) -> None:
     runs.save_backbone()  # strace lists all that is written
     log = Path("power.log").resolve()
     Path("calls").mkdir()
+    script = [sys.executable, str(ROOT / "train.py"), *runs.start("power"), runs.BACKBONE]
     with open(log, "w") as output:
-        command = [
-            *STRACE,
-            "-o",
-            "calls/of",
-            sys.executable,
-            str(ROOT / "train.py"),
-            *runs.start("power"),
-            runs.BACKBONE,
-        ]
-        subprocess.run(command, check=True, stdout=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*STRACE, "-o", "calls/of", *script], check=True, stdout=output, env=environment)
 
     disk, text = Disk(Path.cwd()), b""
     found: dict[frozenset, tuple[str, State, int]] = {}
