@@ -130,12 +130,13 @@ def test_shared_cache(tally: Tally, archive: Path) -> None:
         assert runs.wait(users.processes.pop(name)) == 0, Path(f"{name}.log").read_text()
         Path(name).rename(f"undisturbed-{name}")
 
-    ends = time.monotonic() + (20 if tally.short else 3600)
+    ends, at_once = time.monotonic() + (20 if tally.short else 3600), 0
     while time.monotonic() < ends:
         for name in (*TRAININGS, *READERS):
             if name not in users.processes:
                 users.start(name)
         time.sleep(users.rng.uniform(0.2, 1))
+        at_once = max(at_once, sum(users.processes[name].is_alive() for name in TRAININGS))
         users.disturb()
         for name in [name for name, process in users.processes.items() if not process.is_alive()]:
             users.end(name)
@@ -145,6 +146,7 @@ def test_shared_cache(tally: Tally, archive: Path) -> None:
         users.start(name)
     for name in [*users.processes]:
         tally(users.end(name) == 0, f"{name} did not end well, with nothing that disturbed it")
+    tally(at_once == len(TRAININGS), f"only {at_once} trainings ran at once")
     tally.figures = f"{users.starts} starts, {users.signals} signals, {users.compared} results compared bit for bit"
     keep_mapped(tally)
 
