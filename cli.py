@@ -15,6 +15,16 @@ from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import NoReturn
 
+# A stream that the shell has closed (2>&-) would be None, and its number go to the next file that is opened.
+for _number in range(3):
+    try:
+        os.fstat(_number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+
+os.environ["MPLBACKEND"] = "agg"  # figures are written to files; a notebook's own backend may be missing here
+
 # Control characters: a file's name could use them to rewrite what a terminal shows.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -44,6 +54,11 @@ def run_script(main: Callable[[], int | None]) -> int:
     except OSError as error:
         message = (
             f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its permissions and the disk"
+        )
+    except UnicodeEncodeError as error:  # of a file's name
+        message = (
+            f"{error.object!a:.60} has characters that the encoding of this system, {error.encoding}, lacks; set "
+            "PYTHONUTF8=1"
         )
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):

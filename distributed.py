@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError, say
+from cli import UserError
+from utils import hold
 
 PATIENCE = timedelta(days=1)  # the first process may score or encode for long; of dead ones torchrun knows at once
 
@@ -120,24 +120,11 @@ def on_first_rank(function: Callable[..., Result], *args: object) -> Result:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting_for: str) -> Iterator[None]:
-    """Hold the lock file `path`, in the first process for all of this job, until the block ends or the process does.
-
-    Where another job holds it, `waiting_for` is printed, and its end is awaited.
-    """
-    lock = FileLock(path)
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"{waiting_for}: waiting for its end")
-            lock.acquire()
-    wait()
-    try:
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Hold the lock file `path`, see `utils.hold`, in the first process for all of this job until the block ends."""
+    with hold(path, doing) if rank() == 0 else contextlib.nullcontext():
+        wait()
         yield
-    finally:
-        lock.release()
 
 
 def wait() -> None:

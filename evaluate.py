@@ -159,7 +159,7 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
         f"{texts['distinct_captions']:.0%} distinct, {texts['novelty']:.0%} not among the training captions, "
         f"{texts['bad_endings']:.1%} with a bad ending, {texts['repetition']:.1%} with repetitions"
     )
-    say(scores["signature"])
+    say(str(scores["signature"]))
     say(f"wrote {path}")
 
 

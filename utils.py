@@ -9,13 +9,16 @@ import io
 import itertools
 import json
 import os
+import platform
 import secrets
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import UserError
+from filelock import FileLock, Timeout
+
+from cli import UserError, say
 from config import flatten, read_yaml
 from safe_load import DAMAGED, safe_load
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
+PATIENCE = 1  # seconds until a lock counts as held: a process that was killed may take a moment to end
 LANGUAGES = {"en": PRETRAINED, "zh": PRETRAINED.with_name("captioner.zh.pth")}  # of the captioners there
 CHECKPOINT_FORMAT = "image-captioning/2"
 # oneDNN keeps the kernels of the last 1,024 shapes, a gigabyte: batches differ in shape, but hardly in more than these.
@@ -102,7 +106,8 @@ def how_to_make(run: str) -> str:
 
 
 class StopRequest:
-    """Remembers Ctrl-C or SIGTERM until the work at hand is whole; a second one acts at once.
+    """Remembers Ctrl-C, SIGTERM or the end of its terminal (SIGHUP, unless `nohup` said to ignore that) until the work
+    at hand is whole; a second one acts at once.
 
     Use as `with StopRequest() as stop:` and ask `if stop.requested` where stopping is clean.
     """
@@ -111,7 +116,10 @@ class StopRequest:
         self.requested = False
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -121,6 +129,33 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         self.requested = True
         self.__exit__()
+
+
+@contextlib.contextmanager
+def hold(path: Path, doing: str, advice: str = "") -> Iterator[None]:
+    """Hold the lock file `path` until the block or the process ends.
+
+    Where another process holds it, its number and machine and what it is `doing` are said, and its end is awaited; or,
+    with an `advice`, UserError is raised.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path), path.with_name(f"{path.name}-holder")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError), open(holder, encoding="utf-8", errors="replace") as file:
+            who += f" ({file.read(200)})"
+        if advice:
+            raise UserError(f"{who} is {doing}; {advice}") from None
+        say(f"{who} is {doing}: waiting for its end")
+        lock.acquire()
+    try:
+        holder.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import csv
 import io
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ COLUMNS = ("epoch", "train_loss", *PANELS)
 
 Curves = dict[str, list[float]]  # column → one number per epoch
 
+HIGHEST = 1e15  # that is drawn
 MAX_DOTS = 30  # a curve of more epochs has no dots
 
 
@@ -49,21 +51,27 @@ def main() -> None:
 
 def read_log(path: Path) -> Curves:
     """Return the columns of a loss log; raises UserError for one that is damaged or in which no epoch is finished."""
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    if not rows:
-        raise UserError(f"{path} has no finished epoch yet; wait for the first one to end")
     try:
-        return {name: [float(row[name]) for row in rows] for name in COLUMNS}
-    except (KeyError, TypeError, ValueError):  # a column, a cell or a number is missing
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        if not rows:
+            raise UserError(f"{path} has no finished epoch yet; wait for the first one to end")
+        return {name: [drawable(float(row[name])) for row in rows] for name in COLUMNS}
+    except (KeyError, TypeError, ValueError, csv.Error):  # a column, a cell or a number is missing
         raise UserError(
             f"{path} does not hold the columns {', '.join(COLUMNS)}; give one written by train.py"
         ) from None
 
 
+def drawable(number: float) -> float:
+    """Return a number, or NaN, which leaves a gap in its curve, in the place of one that no axis can show."""
+    return number if abs(number) <= HIGHEST else math.nan
+
+
 def best_epoch(curves: Curves) -> int:
     """Return the index of the epoch whose weights training keeps: of the highest CIDEr, then of the lowest loss."""
-    return max(range(len(curves["epoch"])), key=lambda i: (curves["val_cider"][i], -curves["val_loss"][i]))
+    scores = [(-math.inf if math.isnan(score) else score) for score in curves["val_cider"]]
+    return max(range(len(scores)), key=lambda i: (scores[i], -curves["val_loss"][i]))
 
 
 def draw(runs: dict[str, Curves]) -> Figure:
@@ -76,6 +84,8 @@ def draw(runs: dict[str, Curves]) -> Figure:
             if column == "val_loss":
                 axes.plot(epochs, curves["train_loss"], "--", linewidth=1.3, markerfacecolor="white", **dots)
             axes.plot(epochs, values, linewidth=2, **dots)
+            if math.isnan(values[best]):
+                continue
             star = epochs[best], values[best]
             axes.plot(*star, "*", color=colour, markersize=16, markeredgecolor="white", zorder=3, clip_on=False)
             if len(runs) == 1:  # the numbers of several runs would cover each other
@@ -91,7 +101,9 @@ def draw(runs: dict[str, Curves]) -> Figure:
     names = []
     for (name, curves), colour in zip(runs.items(), itertools.cycle(COLOURS)):
         best = best_epoch(curves)
-        label = f"{name}: best epoch {curves['epoch'][best]:.0f}, CIDEr {curves['val_cider'][best]:.1f}"
+        # matplotlib sets what is between two $ as a formula, and leaves out what begins with _
+        shown = f"{' ' if name.startswith('_') else ''}{name}".replace("$", r"\$")
+        label = f"{shown}: best epoch {curves['epoch'][best]:.0f}, CIDEr {curves['val_cider'][best]:.1f}"
         names.append(Line2D([], [], color=colour, linewidth=3, label=label))
     look: dict[str, Any] = {"fontsize": 12, "handlelength": 1, "frameon": False, "labelcolor": TEXT}
     figure.legend(handles=names, loc="outside upper left", ncols=min(3, len(names)), **look)

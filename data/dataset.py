@@ -1,17 +1,16 @@
 """Flickr8kDataset: captions as token ids, pictures as cached features or pixels; and the batches they travel in."""
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import distributed
-from cli import UserError
 from config import TrainConfig
-from data.features import Features
+from data.features import Features, read_ahead
 from data.folders import ImageFolders
 from data.tokens import Tokens
 from data.transforms import AUGMENTATIONS, WHOLE, Transform, View, open_picture
@@ -199,43 +198,23 @@ Parts = list[tuple[Share, Batch]]  # of one batch, what a process computes one a
 def read_shares(
     dataset: Flickr8kDataset, batches: Sequence[np.ndarray], workers: int = 0, parts: int = 1
 ) -> Iterator[Parts]:
-    """Yield this process's share of each batch, in so many parts, read by `workers` more processes where pictures are
-    read from disk.
+    """Yield this process's share of each batch, in so many parts; where pictures are read from disk, `workers` threads
+    do so ahead of the caller.
 
-    Raises UserError for a picture that cannot be read.
+    Threads are as fast as processes here, since Pillow and PyTorch let each other run, and they need no shared memory,
+    no sockets and no second copy of the captions. Raises UserError for a picture that cannot be read.
     """
     first, size = distributed.rank() * parts, distributed.size() * parts
     shares = [share_of(dataset, batch, first + part, size) for batch in batches for part in range(parts)]
-    loader = DataLoader(
-        ErrorsAsItems(dataset),
-        batch_size=None,  # an item is a whole batch
-        sampler=[share.indices for share in shares],
-        num_workers=workers if dataset.features is None else 0,
-        worker_init_fn=ignore_interrupts,
-    )
+    indices = [share.indices for share in shares]
+    read: Iterator[Batch]
+    if dataset.features is None and workers:
+        read = chain.from_iterable(read_ahead(dataset.__getitem__, indices, workers, workers))
+    else:
+        read = map(dataset.__getitem__, indices)
     step: Parts = []
-    for share, batch in zip(shares, loader, strict=True):
-        if isinstance(batch, UserError):
-            raise batch
+    for share, batch in zip(shares, read, strict=True):
         step.append((share, batch))
         if len(step) == parts:
             yield step
             step = []
-
-
-@dataclass
-class ErrorsAsItems(Dataset):
-    """The dataset, but it returns a UserError: one raised in another process would come with its traceback."""
-
-    dataset: Flickr8kDataset
-
-    def __getitem__(self, indices: np.ndarray) -> Batch | UserError:
-        try:
-            return self.dataset[indices]
-        except UserError as error:
-            return error
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the training one: it ends the readers when it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,6 +10,7 @@ has it mapped keeps its rows.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -129,10 +130,12 @@ class Extractor:
         return encoded.to(torch.float16).cpu()
 
 
-def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], batch: int) -> Iterator[list[Result]]:
+def read_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], batch: int, threads: int | None = os.cpu_count()
+) -> Iterator[list[Result]]:
     """Yield `function` of the items in batches, computed by threads one batch ahead of the caller."""
     waiting, ahead = iter(items), list[Future[Result]]()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         while True:
             ready, ahead = ahead, [pool.submit(function, item) for item in islice(waiting, batch)]
             if ready:
@@ -245,6 +248,20 @@ class Files:
         return (partial(open_picture, self.folder / name) for name in names)
 
 
+def map_rows(path: Path) -> torch.Tensor:
+    """Return the fp16 array in a .npy file as it lies on disk. NumPy would keep each file open, and there may be more
+    files than a process may have open.
+    """
+    with open(path, "rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        start, size = file.tell(), 2 * math.prod(shape)
+        if fortran_order or dtype != np.float16 or os.fstat(file.fileno()).st_size != start + size:
+            raise ValueError("another array")
+    return torch.from_file(str(path), size=start + size, dtype=torch.uint8)[start:].view(torch.float16).view(shape)
+
+
 @dataclass
 class FeatureCache:
     """The cached features of one frozen encoder, for one view of the pictures."""
@@ -282,7 +299,7 @@ class FeatureCache:
         broken = dict[str, str]()
         if distributed.any_of(any(missing)):
             try:
-                with distributed.locked(self.place / "lock", f"another process is encoding into {self.place}/"):
+                with distributed.locked(self.place / "lock", f"encoding into {self.place}/"):
                     broken = self.encode_missing(sources, note)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command resumes encoding where it stopped") from None
@@ -319,11 +336,11 @@ class FeatureCache:
         for path in sorted((self.place / source.key).glob("*.npy")):
             try:
                 stamps = [tuple(stamp) for stamp in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
-                rows = np.load(path, mmap_mode="c")
-            except (OSError, ValueError, EOFError):  # not finished, or damaged
+                rows = map_rows(path)
+            except (OSError, ValueError, EOFError, RuntimeError):  # not finished, or damaged
                 continue
             if rows.shape == (len(stamps), *self.extractor.encoder.feature_shape):
-                yield path, stamps, torch.from_numpy(rows)
+                yield path, stamps, rows
 
     def encode_missing(self, sources: Sequence[Source], note: str) -> dict[str, str]:
         """Encode what is missing into new files, each process its share of them; only one job does so at a time.

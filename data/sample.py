@@ -13,11 +13,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cli import UserError
+from utils import hold
 
 SEED = 0
 SIZE = 160  # pixels; drawn at twice that and reduced, for smooth edges
@@ -62,7 +62,7 @@ def draw(root: Path) -> None:
     """Write captions.csv, images/ and the split lists into `root`, unless they are there; refuse where others are."""
     root = root.resolve()
     root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}-lock")):
+    with hold(root.with_name(f".{root.name}-lock"), f"drawing {root}/"):
         if (root / "captions.csv").is_file():
             return
         if root.exists() and any(root.iterdir()):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from dataset_files import run as call_script
 import evaluate
 import inference_visualize
 import train
+import utils
 import visualize_loss
 from captioning import Captioner
 from config import load_config
@@ -29,7 +31,6 @@ from data import sample
 from data.transforms import open_picture
 from data.vocab import build_vocab
 from models.model import CaptionModel
-from training import runs
 from training.state import Progress
 from utils import load_checkpoint
 
@@ -489,13 +490,11 @@ def test_a_run_is_trained_by_one_process_at_a_time_and_ctrl_c_saves_and_says_how
     process = start(*FAST, "run=stopped")
     wait_for(process, "Epoch [2/3] Step [1/2]")
     process.send_signal(signal.SIGSTOP)
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    monkeypatch.setattr(utils, "PATIENCE", 0.1)
     for words in (["--resume", "--run", "stopped"], [*FAST, "run=stopped", "--overwrite"]):
         assert run(*words) == 2
-        refusal = (
-            "another process is training in runs/stopped; wait until it ends, stop it, or start another run: run=NAME"
-        )
-        assert refusal in last_line(capsys)
+        who = f"another process ({process.pid} on {platform.node()}) is training in runs/stopped"
+        assert f"{who}; wait until it ends, stop it, or start another run: run=NAME" in last_line(capsys)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     output, errors = process.communicate(timeout=60)

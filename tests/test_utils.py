@@ -5,9 +5,11 @@ import errno
 import json
 import os
 import pickle
+import platform
 import signal
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from utils import (
     StopRequest,
     as_json,
     find_run,
+    hold,
     load_checkpoint,
     pick_precision,
     save_checkpoint,
@@ -195,17 +198,41 @@ def test_a_run_that_is_not_there_is_refused_with_the_command_that_makes_it(
 # ---- signals, noise and the rest -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+@pytest.mark.parametrize("number", STOPS)
 def test_the_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = [*map(signal.getsignal, STOPS)]
     with StopRequest():
         pass
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [*map(signal.getsignal, STOPS)] == before
     with StopRequest() as stop:
         assert not stop.requested
         signal.raise_signal(number)
         assert stop.requested
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert [*map(signal.getsignal, STOPS)] == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_who_holds_a_lock_is_told(tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils, "PATIENCE", 0)
+    with hold(tmp_path / "lock", "at work"):
+        again = partial(hold, tmp_path / "lock", "at work", "wait")
+        with refused(f"another process ({os.getpid()} on {platform.node()}) is at work; wait"), again():
+            pass
+        (tmp_path / "lock-holder").unlink()
+        with refused("another process is at work; wait"), again():
+            pass
+    assert names(tmp_path) == ["lock"]
 
 
 def test_a_second_interrupt_acts_at_once() -> None:

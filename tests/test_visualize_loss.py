@@ -103,6 +103,29 @@ def test_the_figure_shows_every_curve_and_names_the_best_epoch(tmp_path: Path) -
     assert visualize_loss.best_epoch(equal) == 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e308", "1e400"])
+def test_a_number_that_no_axis_can_show_is_a_gap(script: Script, value: str) -> None:
+    for column in range(2, 7):
+        cells = ROWS[1].strip().split("\t")
+        cells[column] = value
+        write_log("runs/odd", HEADER + ROWS[0] + "\t".join(cells) + "\n" + ROWS[2])
+        assert script("--run", "odd") == 0
+    write_log("runs/odd", HEADER + "\t".join(["1", "1", *[value] * 5]) + "\n")
+    assert script("--run", "odd") == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a$b$", "$", "_a", "$\\bad$", "a_b^{c}", "%s", "ä"])
+def test_a_run_is_named_as_it_is_called(script: Script, name: str) -> None:
+    write_log(f"elsewhere/{name}")
+    assert script("--run", f"elsewhere/{name}", "--out", "curve.svg") == 0
+    figure = visualize_loss.draw({name: visualize_loss.read_log(Path(f"elsewhere/{name}/loss_log.txt"))})
+    assert figure.legends[0].get_texts()[0].get_text().strip() == f"{name}: best epoch 2, CIDEr 55.5".replace(
+        "$", r"\$"
+    )
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_epoch_ticks_are_whole_numbers_and_no_axis_goes_below_zero(tmp_path: Path, epochs: int) -> None:
     low = ["1\t1e-05\t0.2\t0.1\t1.1\t0.3\t0.5\n", "2\t1e-05\t9.0\t8.0\t90.0\t40.0\t90.0\n", ROWS[2]]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from filelock import FileLock, Timeout
 
 import distributed
 from cli import UserError, say
@@ -21,7 +20,7 @@ from data import splits
 from models import consensus
 from options import PROJECT, choose_config
 from training.boards import TENSORBOARD, WANDB
-from utils import RUNS, find_run, load_checkpoint, save_checkpoint, write_atomically
+from utils import RUNS, find_run, hold, load_checkpoint, save_checkpoint, write_atomically
 
 LOG_COLUMNS = ("epoch", "step", "lr", "train_loss", "val_loss", "val_perplexity", "val_bleu4", "val_cider")
 BY_TRAINING = ("last.pth", "checkpoints.pth", consensus.FILE, "loss_log.txt", "config.yaml", splits.SAVED_SPLITS)
@@ -33,7 +32,6 @@ WRITTEN = (
 FOLDERS = ("outputs", "export")  # made of a checkpoint
 
 LOCK = ".lock"
-PATIENCE = 10  # seconds: DataLoader workers of a killed run outlive it by some 5, and keep its lock
 
 
 @dataclass
@@ -161,21 +159,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises UserError when another process trains there already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    advice = "wait until it ends, stop it, or start another run: run=NAME"
     try:
-        lock.acquire(timeout=PATIENCE)
-    except Timeout:
-        raise UserError(
-            f"another process is training in {folder}; wait until it ends, stop it, or start another run: run=NAME"
-        ) from None
-    try:
-        for name in BY_TRAINING:  # what a write that was killed has left
-            for path in folder.glob(f".{name}.*"):
-                path.unlink()
-        yield
+        with hold(folder / LOCK, f"training in {folder}", advice):
+            for name in BY_TRAINING:  # what a write that was killed has left
+                for path in folder.glob(f".{name}.*"):
+                    path.unlink()
+            yield
     finally:
-        lock.release()
         with contextlib.suppress(OSError):  # leave no folders where training could not begin
             if {path.name for path in folder.iterdir()} == {LOCK}:
                 (folder / LOCK).unlink()
@@ -185,8 +176,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def refuse_existing(run: Run) -> None:
     """Raise UserError rather than write over a run; only the sample's own is started again without being asked."""
-    before_training = ("config.yaml", splits.SAVED_SPLITS, LOCK)  # of a run killed before its first checkpoint
-    if all(path.name in before_training for path in run.folder.iterdir()):
+    before_training = ("config.yaml", splits.SAVED_SPLITS)  # of a run killed before its first checkpoint
+    if all(path.name in before_training or path.name.startswith(LOCK) for path in run.folder.iterdir()):
         return
     if run.name == "sample" and run.config.data.format == "sample":
         say(f"{run.folder} is started again (name another run with run=NAME to keep it)")

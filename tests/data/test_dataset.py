@@ -1,8 +1,5 @@
 """Captions and pictures in batches: what is read, what is predicted, in which order, and how little memory it takes."""
 
-import multiprocessing
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -260,7 +257,7 @@ def test_small_sets_have_small_batches_so_that_there_are_steps_to_learn_by(capti
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_missing_picture_is_one_sentence_from_whichever_process_reads_it(
+def test_a_missing_picture_is_one_sentence_from_whichever_thread_reads_it(
     workers: int, pixels: Flickr8kDataset, refused: Callable
 ) -> None:
     (pixels.folders.path("01.jpg")).unlink()
@@ -268,16 +265,6 @@ def test_a_missing_picture_is_one_sentence_from_whichever_process_reads_it(
     assert next(batches)[0][1].features.shape == (1, 3, 32, 32)
     with refused("archive/images/01.jpg", "check the path"):
         next(batches)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_ctrl_c_leaves_the_reading_processes_at_work(pixels: Flickr8kDataset) -> None:
-    batches = read_shares(pixels, [np.array([number]) for number in range(60)], 1)
-    next(batches)
-    [reader] = multiprocessing.active_children()
-    assert reader.pid
-    os.kill(reader.pid, signal.SIGINT)
-    assert len(list(batches)) == 59
 
 
 def test_other_features_of_the_same_captions(captions: Flickr8kDataset) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -174,7 +175,11 @@ def test_of_two_jobs_the_second_waits_and_encodes_nothing(
         jobs = [pool.submit(cache.fill, ALL)]
         assert begun.wait(60)
         jobs.append(pool.submit(feature_cache(tiny_model).fill, ALL))
-        while "another process is encoding into cache/resnet18-" not in said and not jobs[1].done() and len(by) == 1:
+        while (
+            f"({os.getpid()} on {platform.node()}) is encoding into cache/resnet18-" not in said
+            and not jobs[1].done()
+            and len(by) == 1
+        ):
             time.sleep(0.01)
             said += capsys.readouterr().out
         go_on.set()

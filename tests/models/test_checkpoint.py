@@ -173,6 +173,18 @@ def put(saved: dict[str, Any], place: str, value: object) -> dict[str, Any]:
         *(("vocabulary/words", [*VOCAB.words, "zebra"]), ("vocabulary/words", VOCAB.words[:-1])),
         *(("vocabulary/language", "tlh"), ("feature_mean", torch.ones(511)), ("feature_scale", torch.ones(2))),
         *(("decoder", {}), ("config/decoder/name", "transformer"), ("config/encoder/name", "resnet34")),
+        *(("decoder", []), ("decoder", {1: torch.ones(1)}), ("backbone", {"a": 1}), ("backbone", "all")),
+        *(("feature_mean", torch.ones(())), ("feature_mean", 1.0), ("feature_scale", torch.zeros(1))),
+        *(("feature_scale", torch.tensor([-1.0])), ("feature_mean", torch.full((512,), float("nan")))),
+        *(("config", {}), ("config", []), ("config/train", 1), ("config/train/seed", 2**64)),
+        *(("config/search/temperature", 1e-50), ("config/search/top_p", 1e-50), ("config/search/beam", 10**7)),
+        *(("vocabulary", []), ("vocabulary/words", "words"), ("vocabulary/words", [*VOCAB.words, 7])),
+        *((f"transform/{name}", None) for name in ("image_size", "mean", "std", "interpolation")),
+        *(("transform/image_size", size) for size in (0, -32, 10**30, 20_000, 32.0, True)),
+        *(("transform/std", std) for std in ((0.0, 1.0, 1.0), (1e-50, 1.0, 1.0), (1.0,), (float("nan"), 1.0, 1.0))),
+        *(("transform/mean", (0.5, 0.5)), ("transform/mean", (1e30, 0.0, 0.0)), ("transform/more", 1)),
+        *(("transform/interpolation", "nearest"), ("transform", {}), ("encoder", {}), ("encoder/source", 3)),
+        *(("encoder/sha256", None), ("encoder/name", []), ("encoder/stride_in_1x1", "no"), ("backbone", None)),
     ],
 )
 def test_a_part_that_does_not_fit_is_refused(
@@ -180,6 +192,19 @@ def test_a_part_that_does_not_fit_is_refused(
 ) -> None:
     with refused():
         model_from_state(put(saved, place, value), "a.pth")
+
+
+def test_no_huge_network_is_built_for_a_small_file(
+    saved: dict[str, Any], refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ViT of 630 million parameters at 1,022 pixels, of which the file holds nothing, or other tensors."""
+    saved["config"]["encoder"] |= {"name": "vit_h_14", "image_size": 1022}
+    ran = list[torch.Size]()
+    monkeypatch.setattr(EncoderCNN, "forward", lambda self, images: ran.append(images.shape))
+    for backbone in (None, saved["backbone"], {}):
+        with refused("a.pth"):
+            model_from_state(saved | {"backbone": backbone}, "a.pth")
+    assert not ran
 
 
 def test_a_file_of_this_project_without_a_model_is_refused(saved: dict[str, Any], refused: Callable) -> None:

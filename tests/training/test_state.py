@@ -17,7 +17,7 @@ ROW = dict.fromkeys(LOG_COLUMNS, 1.0) | {"epoch": 1, "step": 3}
 
 
 def take_step(state: TrainState) -> None:
-    sum(weight.square().sum() for weight in state.model.parameters()).backward()
+    torch.stack([weight.square().sum() for weight in state.model.parameters()]).sum().backward()
     state.optimiser.step()
     state.count_step(10, torch.tensor(2.0))
 
