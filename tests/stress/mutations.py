@@ -59,8 +59,8 @@ MUTATIONS = [
         f"{KILLS}signals[SIGTERM]",
         "SIGTERM ends a run without a checkpoint",
         "utils.py",
-        "for number in (signal.SIGINT, signal.SIGTERM)",
-        "for number in (signal.SIGINT,)",
+        "numbers = [signal.SIGINT, signal.SIGTERM]",
+        "numbers = [signal.SIGINT]",
     ),
     Mutation(
         f"{KILLS}signals[SIGINT]",
@@ -94,13 +94,6 @@ MUTATIONS = [
     ),
     Mutation(
         SHARED,
-        "several encode into the same files at once",
-        "distributed.py",
-        "lock.acquire(timeout=0)",
-        "pass",
-    ),
-    Mutation(
-        SHARED,
         "files of the cache that nobody needs any more are emptied before they are removed",
         "data/features.py",
         "with contextlib.suppress(OSError):  # Windows deletes no file that is mapped\n",
@@ -120,9 +113,7 @@ MUTATIONS = [
         'raise UserError(f"there is no picture {path}; check the path")',
         'return Image.new("RGB", (64, 64))',
     ),
-    Mutation(
-        f"{FAULTS}two_at_once", "nobody holds the lock", "training/runs.py", "lock.acquire(timeout=PATIENCE)", "pass"
-    ),
+    Mutation(f"{FAULTS}two_at_once", "nobody holds the lock", "utils.py", "lock.acquire(timeout=PATIENCE)", "pass"),
     Mutation(
         f"{FAULTS}many_epochs",
         "each epoch leaves 4 MB in memory",
