@@ -27,7 +27,7 @@ import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
 from config import Config, load_config
 from data import annotations, splits, tars
-from data.folders import image_folders
+from data.folders import image_folders, read_file
 from data.vocab import TOKENISERS
 from metrics import METRICS
 from models.ensemble import refuse_homeless_ensemble
@@ -142,7 +142,7 @@ def score(captions: dict[str, str], references: References, search: str, out: Pa
     found, apart = references.score(captions), references.score_apart(captions)
     corpus, intervals = found.corpus, metrics.intervals(found.per_image)
     texts = metrics.describe(list(captions.values()), references.training, TOKENISERS[references.language]())
-    scores = dict.fromkeys(METRICS) | round_all(corpus)
+    scores: dict[str, Any] = dict.fromkeys(METRICS) | round_all(corpus)
     scores |= {"split": references.split, "signature": f"{references.signature}|{search}", "intervals": intervals}
     scores |= {"captions": texts, "datasets": {name: about_dataset(each) for name, each in apart.items()}}
     path = out / f"scores-{references.split}.json"
@@ -203,10 +203,10 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
     Raises UserError for a file of another form, a picture twice, and pictures of the split without caption.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(read_file(path).decode("utf-8-sig"))
         # Half an emoji, which JSON can hold, can be neither printed nor given to Java.
         found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f'{path} is not in COCO\'s results form: [{{"image_id": …, "caption": "…"}}, …]') from None
     ids = {image: str(image_id) for image, image_id in references.image_ids.items()}
     for where, names in ((path, [name for name, _ in found]), ("the dataset", list(ids.values()))):

@@ -162,7 +162,7 @@ def draw_captions(
     """
     config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
     stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
-    attention_stems = {picture: unique_name(f"{stem}-attention", taken) for picture, stem in stems.items()}
+    attention_stems = {picture: unique_name(stem, taken, "-attention") for picture, stem in stems.items()}
 
     def draw(item: Encoded, captions: list[Caption]) -> dict[str, Any]:
         """Write the JPGs of a picture and return its row of the page."""

@@ -15,6 +15,7 @@ PROJECT = Path(__file__).parent
 SPLITS = ["train", "val", "dev", "test"]
 TOKENISERS = ["auto", "ptb", "words", "characters"]
 LOSS_LOG = "loss_log.txt"
+MOST_CAPTIONS = 100  # of a picture, as search.beam has it
 MEAN = "mean"  # --attention without a head
 
 
@@ -102,8 +103,8 @@ def inference_visualize() -> argparse.Namespace:
     add_model("--language", choices=LANGUAGES, help="take the captioner in pretrained/ that writes English, or Chinese")
     add("--split", choices=SPLITS, help="the pictures, where none are named (default: test, or val where it is empty)")
     add("--limit", type=positive, metavar="N", help="caption the first N pictures only")
-    several = "the best N captions of each picture, by a beam of at least N (default: 1)"
-    add("--num-captions", type=positive, default=1, metavar="N", help=several)
+    several = f"the best N captions of each picture, by a beam of at least N (default: 1; at most {MOST_CAPTIONS})"
+    add("--num-captions", type=captions, default=1, metavar="N", help=several)
     attention = "draw the attention of each word: the mean over the decoder's heads, or one of them, counted from 1"
     add("--attention", nargs="?", const=MEAN, metavar="HEAD", help=attention)
     add("--sidecars", action="store_true", help="write photo.txt beside each picture, too, as image trainers read it")
@@ -221,4 +222,10 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def captions(text: str) -> int:
+    if (number := positive(text)) > MOST_CAPTIONS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_CAPTIONS}")
     return number

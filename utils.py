@@ -29,6 +29,7 @@ RUNS = Path("runs")
 PRETRAINED = Path(__file__).parent / "pretrained" / "captioner.pth"  # what captions photographs before any training
 PATIENCE = 1  # seconds until a lock counts as held: a process that was killed may take a moment to end
 LANGUAGES = {"en": PRETRAINED, "zh": PRETRAINED.with_name("captioner.zh.pth")}  # of the captioners there
+LONGEST_NAME = 255  # bytes of a file's name, on nearly all systems
 CHECKPOINT_FORMAT = "image-captioning/2"
 # oneDNN keeps the kernels of the last 1,024 shapes, a gigabyte: batches differ in shape, but hardly in more than these.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "400")
@@ -39,7 +40,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises UserError when the disk cannot take it; the old file is then still there.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    mark = f".{secrets.token_hex(4)}"
+    temporary = path.with_name(f".{cut_name(path.name, LONGEST_NAME - len(mark) - 1)}{mark}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -64,11 +66,21 @@ def as_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
 
 
-def unique_name(stem: str, taken: set[str]) -> str:
-    """Return `stem`, numbered when a file from another folder has it; file systems may not tell cases apart."""
-    numbered = (f"{stem}-{number}" for number in itertools.count(2))
-    name = next(name for name in itertools.chain([stem], numbered) if name.lower() not in taken)
+def unique_name(stem: str, taken: set[str], ending: str = "") -> str:
+    """Return `stem` and `ending`, numbered when a file from another folder has that name; file systems may not tell
+    cases apart. It does not begin with a dot, and a suffix of up to 15 bytes, such as .jpg, has room behind it.
+    """
+    stem, endings = stem.lstrip(".") or "picture", (f"{ending}-{number}" for number in itertools.count(2))
+    names = (cut_name(stem, LONGEST_NAME - 15 - len(each)) + each for each in itertools.chain([ending], endings))
+    name = next(name for name in names if name.lower() not in taken)
     taken.add(name.lower())
+    return name
+
+
+def cut_name(name: str, most: int) -> str:
+    """Return a file's name without what is beyond so many bytes of UTF-8, cut between characters."""
+    while len(name.encode(errors="surrogatepass")) > most:
+        name = name[:-1]
     return name
 
 

@@ -35,7 +35,7 @@ from data.folders import (
 from data.splits import SPLITS
 from data.vocab import TOKENISERS
 
-CHINESE = re.compile("^[^\u3040-\u30ff]*[\u4e00-\u9fff][^\u3040-\u30ff]*$")  # without Japanese letters
+CHINESE, JAPANESE = re.compile("[\u4e00-\u9fff]"), re.compile("[\u3040-\u30ff]")
 FOREIGN = re.compile("[^\\W\\d\u0000-\u024f\u1e00-\u1eff]")  # a letter that is not Latin
 
 
@@ -81,10 +81,11 @@ def read_dataset(config: DataConfig, need_pictures: bool = True) -> tuple[pd.Dat
         table, source = tars.held_out(config), config.shards
     else:
         table, source = read_captions(config)
-    chinese = table["caption"].str.contains(CHINESE).mean()  # of all captions
+    captions = table["caption"].str
+    chinese = (captions.contains(CHINESE) & ~captions.contains(JAPANESE)).mean()  # of all captions
     if config.language == "en" and chinese > 0.5:
         raise UserError(f"the captions of {source} are Chinese; set data.language=zh, or zh-characters")
-    foreign = table["caption"].str.contains(FOREIGN).mean()
+    foreign = captions.contains(FOREIGN).mean()
     if config.language == "en" and foreign > 0.5:
         raise UserError(f"the captions of {source} are not in Latin letters; set data.language=unicode")
     if config.language == "zh" and chinese < 0.1:

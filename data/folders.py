@@ -2,12 +2,13 @@
 
 import contextlib
 import glob
+import io
 import itertools
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"),
     *((".heic", ".heif") if find_spec("pillow_heif") else ()),
 )
+MOST_BYTES = 1 << 30  # of a file that is read at once, such as one of captions
 MADE_HERE = ".made-by-image-captioning"  # marks a folder of drawings or copies, which are not captioned again
 PHONES = (".heic", ".heif")  # pictures of iPhones, which need the package pillow-heif
 # Folders that systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
@@ -56,6 +58,24 @@ class ImageFolders:
         found = sorted(images)
         for prefix, folder in self.folders.items():
             yield prefix, folder, [image for image in found if image.startswith(prefix)]
+
+
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a regular file, or a link to one: a pipe or a device would block, or never end.
+
+    Raises UserError for other things, and OSError where there is nothing.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file but a folder, a pipe or a device; name a file")
+    return open(path, "rb")
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Return what a file holds; raises UserError for one of more than `most` bytes, and for what is no file."""
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) <= most:
+            return file.read(size)
+    raise UserError(f"{path} is too large: at most {most:,} bytes are read; check that it is the right file")
 
 
 def datasets(config: DataConfig) -> list[tuple[str, DataConfig]]:
@@ -286,7 +306,9 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
     if path.is_dir():
         listing = list_folder(path)
         return [path / name for name in listing.pictures()], listing.notes()
-    names = [pattern] if path.exists() else sorted(glob.glob(pattern, recursive=True))
+    if "**" in path.parts and not path.exists():
+        return pictures_below(path.parts)
+    names = [pattern] if path.exists() else sorted(glob.glob(pattern))
     if not names and path.parent.is_dir():  # typed with its accents composed in another way
         wanted = unicodedata.normalize("NFC", path.name)
         names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
@@ -294,3 +316,21 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
     mine = [path for path in paths if not (path.parent / MADE_HERE).exists()]
     drawn = {path.parent for path in paths if path not in mine}
     return mine, [f"left out: {folder}/, which holds what this project has drawn" for folder in sorted(drawn)]
+
+
+def pictures_below(parts: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """Return the pictures that a glob with ** names, and notes on those not taken; folders are entered once each, where
+    Python's own globs follow links that lead back for ever.
+    """
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    folder, wanted = Path(*fixed), parts[len(fixed) :]
+
+    def fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+        if not names or not patterns:
+            return not names and all(pattern == "**" for pattern in patterns)
+        if patterns[0] == "**":
+            return fits(names, patterns[1:]) or fits(names[1:], patterns)
+        return fnmatch(names[0], patterns[0]) and fits(names[1:], patterns[1:])
+
+    listing = list_folder(folder)
+    return [folder / path for path in listing.pictures() if fits(path.split("/"), wanted)], listing.notes()

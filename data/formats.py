@@ -15,7 +15,7 @@ import pandas as pd
 
 from cli import UserError, say, shorten
 from config import pick
-from data.folders import PICTURE_SUFFIXES, paths_below
+from data.folders import PICTURE_SUFFIXES, open_file, paths_below
 from data.tables import CAPTION, IMAGE, encoding_of, find, plain_name, read_table, read_text
 
 Row = tuple[str, str | int, str | None, str | None]
@@ -37,17 +37,36 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
     reader = pick(READERS, name, "data.format")
     try:
         rows = [
-            (whole_characters(image).replace("\\", "/"), whole_characters(image_id), tidy(caption or ""), split)
+            (as_name(image, path), as_image_id(image_id, path), tidy(caption or ""), split)
             for image, image_id, caption, split in reader(path)
         ]
     except UNLIKE as error:
         raise UserError(
-            f"{path} is not as {name} files are ({error!r}); take a whole copy of it, or set data.format=NAME"
+            f"{path} is not as {name} files are ({reason_of(error)}); take a whole copy of it, or set data.format=NAME"
         ) from None
     kept = [row for row in rows if WORD.search(row[2])]
     if len(kept) < len(rows):
         say(f"{path}: left out {len(rows) - len(kept):,} of {len(rows):,} captions, which have no words")
     return pd.DataFrame(kept, columns=["image", "image_id", "caption", "split"])
+
+
+def reason_of(error: Exception) -> str:
+    """Return what is wrong with a file, as one of UNLIKE tells it."""
+    return shorten(f"{type(error).__name__}: {error}", 200)
+
+
+def as_name(image: Any, where: str | Path) -> str:
+    """Return the name of a picture as other systems write it; raises UserError for what is no name."""
+    if not isinstance(image, str):
+        raise UserError(f"{where} has a picture named {shorten(repr(image))}, which is no text; name its file")
+    return whole_characters(image).replace("\\", "/")
+
+
+def as_image_id(image_id: Any, where: str | Path) -> str | int:
+    """Return a picture's id; raises UserError for what is neither a text nor a whole number."""
+    if isinstance(image_id, bool) or not isinstance(image_id, str | int):
+        raise UserError(f"{where} has the image_id {shorten(repr(image_id))}; make it a text or a whole number")
+    return whole_characters(image_id)
 
 
 def tidy(caption: str) -> str:
@@ -64,7 +83,7 @@ def recognise(path: Path) -> str:
     """Return the name in READERS of the file's format: `csv` when it shows the marks of no other."""
     if path.is_dir():
         return "texts"
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         raw = file.read(HEAD_SIZE)
     head = raw.decode(encoding_of(raw), errors="replace").lstrip()
     first = head.partition("\n")[0]
@@ -144,7 +163,7 @@ def read_coco(path: Path) -> list[Row]:
     content = load_json(path)
     pictures: dict[str, tuple[str, str | int]] = {}  # by id, which some files write as text
     for picture in content["images"]:
-        name, number = picture["file_name"], picture["id"]
+        name, number = as_name(picture["file_name"], path), as_image_id(picture["id"], path)
         if pictures.setdefault(str(number), (name, number))[0] != name:
             raise UserError(
                 f"{path} has the id {number!r} for {pictures[str(number)][0]} and for {name}; give each picture an id "
@@ -155,7 +174,7 @@ def read_coco(path: Path) -> list[Row]:
     if lost:
         raise UserError(
             f"{path} has captions of {len(set(map(str, lost))):,} ids that none of its pictures has, such as "
-            f"{lost[0]!r}; add these pictures to its list images, or remove their captions"
+            f"{shorten(repr(lost[0]))}; add these pictures to its list images, or remove their captions"
         )
     return [(*pictures[str(each["image_id"])], each["caption"], None) for each in captions]
 
@@ -221,7 +240,7 @@ def captions_of(entry: dict[str, Any], where: str, key: str | None = None) -> tu
     several = captions if isinstance(captions, list) else [captions]
     texts = [each["raw"] if isinstance(each, dict) else each for each in several]
     if not all(isinstance(each, str | None) for each in texts):
-        raise TypeError(f"caption {texts[0]!r}")
+        raise TypeError("a caption that is no text")
     return texts, as_split(entry.get("split"), where)
 
 
@@ -230,7 +249,7 @@ def as_split(name: str | None, where: str) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str) or name.strip().lower() not in SPLIT_NAMES:
-        raise UserError(f"{where} has the split {name!r}; make it train, val or test")
+        raise UserError(f"{where} has the split {shorten(repr(name))}; make it train, val or test")
     return SPLIT_NAMES[name.strip().lower()]
 
 

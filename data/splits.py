@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cli import UserError
+from data.folders import read_file
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
@@ -30,7 +31,7 @@ def official_splits(folder: Path) -> dict[str, str] | None:
     split_of: dict[str, str] = {}
     for split, path in paths:
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = read_file(path).decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise UserError(f"{path} is not a text file in UTF-8; save it as such, one picture name a line") from None
         for name in filter(None, map(str.strip, lines)):
@@ -114,7 +115,7 @@ def read_saved(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path))
         if all(isinstance(content[split], list) for split in SPLITS):
             return content
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -6,13 +6,14 @@ import functools
 import io
 import itertools
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cli import UserError, say, shorten
-from data.folders import PICTURE_SUFFIXES
+from data.folders import PICTURE_SUFFIXES, open_file, read_file
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # What people call the columns, without case, blanks, - and _; of several that are there, the first here.
@@ -28,6 +29,8 @@ SPLIT = ("split", "set", "subset", "partition", "phase")
 NUMBERED = re.compile(rf"({'|'.join(CAPTION)})\d+")
 TITLES = 5  # lines in which a header is looked for, below a title
 MOST_LINES = 20  # of a caption in quotation marks: beyond, the second mark is missing
+MOST_OF_WORKBOOK = 1 << 28  # bytes, unpacked
+MOST_ROWS, MOST_COLUMNS = 1 << 20, 100  # of a workbook; Excel has no more rows
 FOREIGN = 0.2  # of the bytes of a text beyond ASCII: more is no European language in Windows' encoding
 
 Cells = list[str]
@@ -157,7 +160,7 @@ def not_understood(path: Path, header: Cells, separator: str) -> str:
 
 def read_rows(path: Path) -> tuple[Iterator[tuple[int, Cells]], str]:
     """Return the rows of a table that are not empty, each with its line, and what separates its cells."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(8)
     if start.startswith(b"PK"):
         return read_workbook(path), ","
@@ -202,11 +205,18 @@ def read_workbook(path: Path) -> Iterator[tuple[int, Cells]]:
             "or save it as CSV"
         ) from None
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-        rows: list[tuple[Any, ...]] = list(book.worksheets[0].iter_rows(values_only=True))
+        with zipfile.ZipFile(path) as content:
+            unpacked = sum(member.file_size for member in content.infolist())
+        if unpacked > MOST_OF_WORKBOOK:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, and at most {MOST_OF_WORKBOOK:,} are read")
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+        # With bounds, since a cell in the last row and column that Excel has fills up all others.
+        rows: Iterator[tuple[Any, ...]] = sheet.iter_rows(max_row=MOST_ROWS, max_col=MOST_COLUMNS, values_only=True)
+        filled = [(line, row) for line, row in enumerate(rows, start=1) if any(cell is not None for cell in row)]
     except Exception as error:  # whatever a damaged zip or XML makes openpyxl raise
-        raise UserError(f"{path} is not a workbook that can be read ({error}); save it as CSV") from None
-    for line, row in enumerate(rows, start=1):
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(f"{path} is not a workbook that can be read ({reason}); save it as CSV") from None
+    for line, row in filled:
         cells = ["" if cell is None else str(cell).strip() for cell in row]
         while cells and not cells[-1]:
             cells.pop()
@@ -216,7 +226,7 @@ def read_workbook(path: Path) -> Iterator[tuple[int, Cells]]:
 
 def read_text(path: Path) -> str:
     """Return a file's text, in UTF-8 or UTF-16, or of Windows' European encoding; raises UserError for another one."""
-    raw = path.read_bytes()
+    raw = read_file(path)
     encoding = encoding_of(raw)
     try:
         return raw.decode(encoding)

@@ -9,32 +9,51 @@ pictures of val and test become files, a small dataset like any other. Training 
 encoded (`data.features`); after that the tar may be removed.
 """
 
+import bz2
+import contextlib
+import gzip
 import hashlib
+import io
+import itertools
 import json
+import lzma
 import os
+import re
+import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 from tqdm import tqdm
 
 import distributed
-from cli import UserError, say
+from cli import UserError, say, shorten
 from config import DataConfig
 from data import formats, tokens
 from data.features import Opener, Stamp
-from data.folders import PICTURE_SUFFIXES
+from data.folders import PICTURE_SUFFIXES, open_file
 from data.tokens import Tokens
 from data.transforms import open_picture
-from utils import write_atomically
+from utils import cut_name, hold, write_atomically
 
 INDEX, HELD_OUT = "captions.npz", "held-out.jsonl"
+MOST_TARS = 100_000  # that a pattern stands for
+MOST_BYTES, MOST_JSON, MOST_NAME = 1 << 28, 1 << 24, 1 << 20  # of a picture, of a .json, and of what extends a header
+MOST_TIMES = 100  # its size, that a compressed tar may unpack to
+UNPACKERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+NO_SAMPLE = re.compile("__[^/]*__(?:$|/)")  # names that webdataset keeps for itself
+# What reading a damaged tar raises.
+DAMAGED = (
+    *(tarfile.TarError, zlib.error, lzma.LZMAError),
+    *(OSError, EOFError, ValueError, LookupError, RecursionError, OverflowError, MemoryError),
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ def look_up(path: Path, config: DataConfig) -> Tar | None:
 
 def place_of(path: Path, config: DataConfig) -> Path:
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]  # two folders may have a 00000.tar each
-    return Path(config.cache) / "tars" / f"{path.stem}-{key}"
+    return Path(config.cache) / "tars" / f"{cut_name(path.stem, 200)}-{key}"
 
 
 def held_out(config: DataConfig) -> pd.DataFrame:
@@ -127,32 +146,44 @@ def train_captions(config: DataConfig) -> Iterator[str]:
 def expand(pattern: str) -> list[Path]:
     """Return the paths that a pattern such as tars/{000..127}.tar stands for."""
     try:
-        from webdataset.shardlists import expand_urls
+        from webdataset.shardlists import braceexpand
     except ImportError:
         raise UserError("data.shards needs webdataset; install it: pip install -r requirements-extras.txt") from None
-    return list(dict.fromkeys(map(Path, expand_urls(Path(pattern).as_posix()))))
+    found = list[str]()
+    with contextlib.suppress(ValueError, RecursionError):  # of braces that do not fit, or too deep ones
+        spans = re.findall(r"(-?\d+)\.\.(-?\d+)", pattern)
+        if sum(abs(int(last) - int(first)) for first, last in spans) < MOST_TARS:  # each is a list in memory
+            found = list(itertools.islice(braceexpand.braceexpand(Path(pattern).as_posix()), MOST_TARS + 1))
+    if not 0 < len(found) <= MOST_TARS:
+        raise UserError(
+            f"data.shards={shorten(pattern)} stands for no tars, or for more than {MOST_TARS:,}; write their numbers "
+            "in braces, such as tars/{000..127}.tar"
+        )
+    return list(dict.fromkeys(map(Path, found)))
 
 
 def stamp_of(path: Path) -> Stamp:
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}); check data.shards, whose numbers stand in braces: {{000..127}}"
         ) from None
-    return path.name, stat.st_size, stat.st_mtime_ns
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is no file; check data.shards, whose numbers stand in braces: {{000..127}}")
+    return path.name, status.st_size, status.st_mtime_ns
 
 
 def read(path: Path, config: DataConfig) -> None:
     """Write the tokens of a tar's training captions, and the pictures of val and test, into its place."""
     stamp, place = stamp_of(path), place_of(path, config)
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / "lock"):
+    with hold(place / "lock", f"reading {path}"):
         if look_up(path, config):
             return
         names, captions_per_image, captions, held_out = [], [], list[str](), []
         for number, (key, ending, sample) in enumerate(samples(path)):
-            texts, split, image_id = read_sample(sample, path)
+            texts, split, image_id = read_sample(key, sample, path)
             if split == "train":
                 names.append(key)
                 captions_per_image.append(len(texts))
@@ -172,48 +203,117 @@ def read(path: Path, config: DataConfig) -> None:
         )
 
 
-def samples(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield each sample of a whole tar: its key, the ending of its picture, and what its files hold, by ending."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+class Header(tarfile.TarInfo):
+    """The header of a member, of which a broken one is an error; tarfile takes it for the end of the tar."""
 
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        known = header.type in tarfile.SUPPORTED_TYPES and header.type not in tarfile.GNU_TYPES
+        header.check(MOST_BYTES if known else MOST_NAME)  # before names and the like are read
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+        try:
+            header = super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zeros at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+        header.check(MOST_BYTES)  # of which an extended header may say something else
+        return header
+
+    def check(self, most: int) -> None:
+        if self.type == tarfile.GNUTYPE_SPARSE or self.issparse():
+            raise tarfile.ReadError(f"{shorten(self.name)} is stored as a sparse file")
+        if not 0 <= self.size <= most:
+            raise tarfile.ReadError(f"{shorten(self.name)} has {self.size:,} bytes, and at most {most:,} are read")
+
+    def _proc_gnusparse_10(self, *_: object) -> None:  # which reads a map of any length
+        raise tarfile.ReadError("a file is stored as a sparse one")
+
+
+def samples(path: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Yield each sample of a whole tar: its key, the ending of its picture, and what its files hold, by ending.
+
+    A sample is what lies together and has the same name up to the first dot, as webdataset takes it.
+    """
     keys, last = set[str](), "its start"
-    try:
-        with open(path, "rb") as stream:
-            if is_cut_short(stream):  # tarfile says so only where it is cut within a picture or a JSON
-                raise UserError(f"{path} is cut short: the mark at its end is missing; take a whole copy of it")
-            for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
-                last = sample["__key__"]
-                endings = [ending for ending in sample if f".{ending}" in PICTURE_SUFFIXES]
-                if len(endings) != 1 or last in keys:
-                    found = "comes twice" if last in keys else f"has {', '.join(endings) or 'no picture'}"
+    with open_file(path) as file:
+        try:
+            for key, files in itertools.groupby(members(file), key=itemgetter(0)):
+                if key in keys:
+                    raise UserError(f"{key} in {path} comes twice; keep one, or give each sample a name of its own")
+                keys.add(key)
+                last = key
+                sample, pictures = dict[str, bytes](), list[str]()
+                for _, ending, content in files:
+                    if ending in sample:
+                        raise UserError(f"{path} has {key}.{ending} twice; keep one")
+                    sample[ending] = content
+                    pictures += [ending] if f".{ending}" in PICTURE_SUFFIXES else []
+                    if len(pictures) > 1:
+                        break
+                if len(pictures) != 1:
+                    found = ", ".join(pictures) or "no picture"
                     raise UserError(
-                        f"{last} in {path} {found}; it should be one picture, such as a .jpg, and one .json"
+                        f"{key} in {path} has {found}; it should be one picture, such as a .jpg, and one .json"
                     )
-                keys.add(last)
-                yield last, endings[0], sample
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged after {last} ({error}); take a whole copy of it") from None
+                yield key, pictures[0], sample
+            if not keys:
+                raise UserError(f"{path} holds no pictures; take another one, or leave it out")
+        except DAMAGED as error:
+            reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
+            raise UserError(f"{path} is damaged after {last} ({reason}); take a whole copy of it") from None
 
 
-def is_cut_short(tar: BinaryIO) -> bool:
-    """Whether a tar lacks the zeros that end it; a compressed one is not judged. Leaves `tar` at its start."""
-    first = tar.read(tarfile.BLOCKSIZE)
-    tar.seek(max(0, tar.seek(0, os.SEEK_END) - tarfile.BLOCKSIZE))
-    last = tar.read()
-    tar.seek(0)
-    return first[257:262] == b"ustar" and bool(last.strip(b"\0"))
+def members(file: io.BufferedReader) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the key, the ending and the content of each file in a tar; of others than pictures and .json, b"".
+
+    Raises one of DAMAGED for a tar that is cut short or damaged, or swells, before it takes much memory.
+    """
+    start, size = file.peek(8), os.fstat(file.fileno()).st_size
+    unpack = next((each for mark, each in UNPACKERS.items() if start.startswith(mark)), None)
+    # Not tarfile's own unpacking, by which a few bytes may become gigabytes at once.
+    with tarfile.open(fileobj=unpack(file) if unpack else file, mode="r|", tarinfo=Header) as tar:
+        for member in tar:
+            tar.members, tar.pax_headers = [], {}  # type: ignore[attr-defined]  # they would grow with the tar
+            if tar.offset > MOST_BYTES + MOST_TIMES * size:
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_TIMES} times its size")
+            folder, _, name = member.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            ending = ending.lower()
+            if not stem or member.isdir() or NO_SAMPLE.match(member.name):
+                continue
+            if not member.isreg():
+                raise UserError(
+                    f"{member.name} in {file.name} is a link or a device; pack the file itself, such as by: "
+                    "tar --dereference --hard-dereference"
+                )
+            if ending == "json" and member.size > MOST_JSON:
+                raise UserError(
+                    f"{member.name} in {file.name} has {member.size:,} bytes, too many for captions; leave other "
+                    "things out of it"
+                )
+            content = tar.extractfile(member) if ending == "json" or f".{ending}" in PICTURE_SUFFIXES else None
+            yield f"{folder}/{stem}" if folder else stem, ending, content.read() if content else b""
+        padding = tar.fileobj.read(MOST_NAME) if tar.fileobj else b""
+        if padding.strip(b"\0") or len(padding) == MOST_NAME:
+            raise tarfile.ReadError("it goes on behind its end")
 
 
-def read_sample(sample: dict[str, Any], path: Path) -> tuple[list[str], str, str | int]:
+def read_sample(key: str, sample: dict[str, bytes], path: Path) -> tuple[list[str], str, str | int]:
     """Return a sample's captions, its split and its image id."""
-    where = f"{path}/{sample['__key__']}.json"
+    where = f"{path}/{key}.json"
     try:
         entry = json.loads(sample["json"])
         found, split = formats.captions_of(entry, where)
         captions = [formats.tidy(text) for text in found if text and formats.WORD.search(text)]
+        image_id = formats.as_image_id(entry.get("image_id", f"{path.stem}/{key}"), where)
     except formats.UNLIKE as error:
         form = '{"captions": ["A dog runs."], "split": "train"}'
-        raise UserError(f"{where} cannot be used ({error!r}); it should read {form}") from None
+        raise UserError(f"{where} cannot be used ({formats.reason_of(error)}); it should read {form}") from None
     if not captions:
         raise UserError(f"{where} holds no caption with a word; fill it, or remove the picture")
-    return captions, split or "train", entry.get("image_id", f"{path.stem}/{sample['__key__']}")
+    return captions, split or "train", image_id

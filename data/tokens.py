@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+import utils
 from data.vocab import TOKENISERS, Vocabulary
-from utils import write_atomically
 
 PACKAGES = {"en": "nltk", "zh": "rjieba"}  # whose version may change how captions are tokenised
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # what np.load raises for damaged files
+DAMAGED = (OSError, zlib.error, *utils.DAMAGED)  # what np.load raises for damaged files
 EDITION = 2  # of the tokenisers in data.vocab: raise it when they change
 
 
@@ -114,4 +114,4 @@ def write(path: Path, tokens: Tokens, **others: Any) -> None:
     arrays = {"types": json.dumps(tokens.types).encode(), "ids": tokens.ids, "offsets": tokens.offsets, **others}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    utils.write_atomically(path, buffer.getvalue())

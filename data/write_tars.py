@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from config import DataConfig, load_config, setting_names
 from data import annotations, tars
-from data.folders import PICTURE_SUFFIXES, image_folders
+from data.folders import PICTURE_SUFFIXES, image_folders, read_file
 from data.splits import SPLIT_SEED
 
 
@@ -47,7 +47,7 @@ def write(config: DataConfig, folder: Path, pictures: int) -> int:
                 (image, image_id, split), captions = rows[order[number]]
                 entry = {"image_id": image_id, "image": image, "captions": captions.tolist(), "split": split}
                 ending = Path(image).suffix.lower().removeprefix(".")
-                content = folders.path(image).read_bytes()
+                content = read_file(folders.path(image), tars.MOST_BYTES)
                 tar.write({"__key__": f"{number:09}", ending: content, "json": json.dumps(entry).encode()})
         unfinished.rename(unfinished.with_suffix(".tar"))
     return len(starts)

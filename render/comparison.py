@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from cli import UserError
+from data.folders import read_file
 from metrics import METRICS, Scores, p_values
 from utils import RUNS, write_atomically
 
@@ -40,7 +41,10 @@ def search_of(predictions: Path, split: str) -> str:
     scores = predictions.with_name(f"scores-{split}.json")
     if predictions.name != f"predictions-{split}.json" or not scores.is_file():
         return "unknown"
-    return json.loads(scores.read_text(encoding="utf-8"))["signature"].partition("|search:")[2]
+    try:
+        return json.loads(read_file(scores))["signature"].partition("|search:")[2]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{scores} is damaged; score the run again, or delete the file to compare without it") from None
 
 
 def write_table(path: Path, scores: Mapping[str, Scores], searches: Mapping[str, str], signature: str) -> str:

@@ -8,13 +8,14 @@ import csv
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cli import UserError
-from data.folders import MADE_HERE, MADE_TABLE, plural
+from data.folders import MADE_HERE, MADE_TABLE, plural, read_file
 from utils import unique_name, write_atomically
 
 Captioned = Sequence[tuple[Path, str, Sequence[Any]]]  # file, image id, captions with their text and log_prob
@@ -58,7 +59,10 @@ def write_tables(out: Path, captioned: Captioned) -> Iterator[str]:
 def own_file(place: Path, mark: str) -> Path:
     """Return `place`, or with a number in its name where it holds a file of somebody else, whose start lacks `mark`."""
     places = (place, *(place.with_name(f"{place.stem}-{number}{place.suffix}") for number in range(2, 1000)))
-    return next(each for each in places if not each.exists() or mark in first_characters(each))
+    for each in places:
+        if not each.exists() or mark in first_characters(each):
+            return each
+    raise UserError(f"{place} and 998 files after it are of somebody else; name another folder with --out")
 
 
 def first_characters(path: Path) -> str:
@@ -80,13 +84,13 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
         if place in written:
             shared.append(path)
             continue
-        if place.exists() and existing == "skip":
-            kept.append(place)
-            continue
         try:
+            if place.exists() and existing == "skip":
+                kept.append(place)
+                continue
             before = ""
             if place.exists() and existing == "append":
-                before = place.read_text(encoding="utf-8", errors="surrogateescape")
+                before = read_file(place).decode(errors="surrogateescape")
                 before += "" if before.endswith("\n") or not before else "\n"
             write_atomically(place, (before + text).encode(errors="surrogateescape"))
             written.add(place)
@@ -121,7 +125,7 @@ def embed(captioned: Captioned, folder: Path | None, existing: str) -> Iterator[
             continue
         name = f"{unique_name(path.stem, taken)}{path.suffix}"
         target = path.resolve() if folder is None else folder / name  # a link stays one
-        unfinished = target.with_name(f".{target.name}.unfinished{path.suffix}")
+        unfinished = target.with_name(f".{secrets.token_hex(4)}.unfinished{path.suffix}")  # in ASCII, for pyexiv2
         try:
             shutil.copy2(path, unfinished)
             with pyexiv2.Image(os.fsdecode(unfinished)) as picture:
@@ -137,7 +141,8 @@ def embed(captioned: Captioned, folder: Path | None, existing: str) -> Iterator[
                         picture.modify_iptc({"Iptc.Envelope.CharacterSet": "\x1b%G", IPTC_CAPTION: text})
                     done += 1
             os.replace(unfinished, target)
-        except (OSError, RuntimeError) as error:  # of a folder to read only, of a file that is not what its ending says
+        # Of a folder to read only, of a file that is not what its ending says, of a folder's name that is not UTF-8.
+        except (OSError, RuntimeError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             left.append(f"{path.name} ({' '.join(str(reason).split())})")
         finally:

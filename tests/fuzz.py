@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import resource
+import tarfile
 import tempfile
 import time
 import warnings
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from conftest import SCENES
@@ -29,14 +31,15 @@ from stress.runs import SMALLEST
 from captioning import shrink
 from cli import UserError
 from config import CONFIG_YAML, load_config
-from data import formats
+from data import formats, tars
 from data.sample import describe
 from data.transforms import Transform, open_picture
 from data.vocab import build_vocab
-from models.checkpoint import model_state
+from models.checkpoint import model_from_state, model_state
 from models.model import CaptionModel
 from render import gallery
 from render.caption import draw_caption
+from training.state import TrainState
 from utils import CHECKPOINT_FORMAT, load_checkpoint
 
 SLOWEST = 20  # seconds for one input
@@ -66,6 +69,13 @@ def read_picture(path: Path) -> None:
     draw_caption(shrink(picture), path.read_bytes()[-200:].decode(errors="surrogateescape"))
 
 
+def read_checkpoint(path: Path) -> None:
+    saved = load_checkpoint(path)
+    model = model_from_state(saved, str(path))
+    if "optimiser" in saved:
+        TrainState(model).restore(saved, path)
+
+
 def draw_text(content: bytes) -> None:
     encoding, errors = ("utf-16", "surrogatepass") if len(content) % 2 == 0 else ("utf-8", "replace")
     text, size = content.decode(encoding, errors=errors), (1 + (content + bytes(2))[0], 1 + (content + bytes(2))[1])
@@ -75,12 +85,32 @@ def draw_text(content: bytes) -> None:
 
 
 TEXTS = [name for name in formats.READERS if name not in ("sample", "texts")]  # formats of files
+
+
+def read_tar(path: Path) -> None:
+    for key, _, sample in tars.samples(path):
+        tars.read_sample(key, sample, path)
+
+
+def small_tar(mode: str, name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+        for number in range(2):
+            for ending, content in (("jpg", b"a picture"), ("json", b'{"captions": ["A dog."], "split": "val"}')):
+                member = tarfile.TarInfo(f"{name}{number}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 READERS: dict[str, Callable[[Any], object]] = {
     "config": from_file(load_config),
     "override": lambda content: load_config(overrides=content.decode(errors="replace").split("\n")[:5]),
     **{name: from_file(partial(formats.read, name=name)) for name in TEXTS},
     "recognised": from_file(formats.read),
-    "checkpoint": from_file(load_checkpoint),
+    "tar": from_file(read_tar),
+    "checkpoint": from_file(read_checkpoint),
+    "last": from_file(read_checkpoint),
     "picture": from_file(read_picture),
     "drawer": draw_text,
 }
@@ -93,7 +123,11 @@ def check(name: str, content: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-            READERS[name](content)
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                patch("socket.create_connection", side_effect=OSError("none")),
+            ):
+                READERS[name](content)
     except UserError as error:
         assert len(str(error)) <= 2000, f"a message of {len(str(error))} characters"
     except OSError:  # of which the scripts say what the system says; one picture's would end a whole folder's captions
@@ -114,6 +148,37 @@ def with_flipped_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     for _ in range(draw(st.integers(1, 4)) if content else 0):
         changed[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 13) | st.integers(0, 255))
     return bytes(changed)
+
+
+@functools.cache
+def tiny_captioner() -> CaptionModel:
+    """A captioner whose backbone is not in its file, but comes with pip."""
+    vocab = build_vocab([caption for scene in SCENES for caption in describe(scene)], 1)
+    words = [*SMALLEST, "encoder.name=efficientnet_lite0", "encoder.weights=pretrained"]
+    return CaptionModel.build(load_config(overrides=words), vocab)
+
+
+def training_state() -> dict[str, Any]:
+    """What last.pth holds after a step."""
+    state = TrainState(tiny_captioner())
+    for weight in state.ema.trained:
+        weight.grad = torch.ones_like(weight)
+    state.optimiser.step()
+    state.count_step(10, torch.tensor(2.0))
+    with tempfile.TemporaryDirectory() as folder:
+        state.save(Path(folder, "last.pth"))
+        return load_checkpoint(Path(folder, "last.pth"))
+
+
+def saved_if_it_can_be(state: Any) -> bytes:
+    """Return a checkpoint of a changed state, or nothing where it is no dict any more."""
+    return saved(state) if isinstance(state, dict) else b""
+
+
+def saved(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state | {"format": CHECKPOINT_FORMAT}, buffer)
+    return buffer.getvalue()
 
 
 @functools.cache
@@ -155,17 +220,18 @@ def right_inputs(name: str) -> list[Any]:
     """Return inputs without a mistake, to be changed: those in corpus/, or what this project writes itself."""
     if name == "config":
         return [path.read_bytes() for path in [CONFIG_YAML, *ROOT.glob("configs/*.yaml")]]
-    if name == "checkpoint":
-        vocab = build_vocab([caption for scene in SCENES for caption in describe(scene)], 1)
-        state, buffer = model_state(CaptionModel.build(load_config(overrides=list(SMALLEST)), vocab)), io.BytesIO()
-        torch.save(state | {"backbone": None, "format": CHECKPOINT_FORMAT}, buffer)
-        return [buffer.getvalue()]
+    if name in ("checkpoint", "last"):
+        return [saved(training_state() if name == "last" else model_state(tiny_captioner()))]
+    if name == "tar":
+        kinds = itertools.product(("w", "w:gz", "w:bz2", "w:xz"), ("", "folder/", "é" * 200))
+        return [small_tar(mode, name) for mode, name in kinds]
     folders = [CORPUS / kind for kind in (TEXTS if name == "recognised" else [name])]
     return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*"))]
 
 
 TEXT = st.text(max_size=20) | st.sampled_from(["train", "a.jpg", "A dog.", "../a", "\ud800", "1e999", ""])
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+TENSOR = st.sampled_from([torch.zeros(()), torch.ones(3), torch.full((2, 2), float("nan")), torch.arange(4).view(2, 2)])
 ANY = st.recursive(
     PLAIN, lambda each: st.lists(each, max_size=3) | st.dictionaries(TEXT, each, max_size=3), max_leaves=8
 )
@@ -174,8 +240,10 @@ ANY = st.recursive(
 @st.composite
 def with_other_part(draw: st.DrawFn, value: Any, depth: int = 0) -> Any:
     """Draw the value with something else in the place of one of its parts, at any depth."""
-    if depth > 4 or not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 4)) == 0:
-        return draw(ANY)
+    if isinstance(value, torch.Tensor) and draw(st.booleans()):
+        return draw(st.sampled_from([value.double(), value[:1] if value.ndim else value[None], value - 1e30, -value]))
+    if depth > 4 or not isinstance(value, (dict, list)) or not value or (depth and draw(st.integers(0, 4)) == 0):
+        return draw(ANY | TENSOR if isinstance(value, torch.Tensor) else ANY)
     key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
     copy = value.copy()
     if isinstance(value, dict) and draw(st.integers(0, 9)) == 0:
@@ -198,6 +266,13 @@ def nearly_right_inputs(name: str) -> st.SearchStrategy[Any]:
         return st.binary(max_size=200) | nearly_right_pictures()
     right = right_inputs(name)
     strategies = [st.binary(max_size=200), *map(with_other_bytes, right)]
+    if name in ("checkpoint", "last"):
+        state = training_state() if name == "last" else model_state(tiny_captioner())
+        strategies += [with_flipped_bytes(right[0]), with_other_part(state).map(saved_if_it_can_be)]
+    if name == "tar":
+        strategies.append(
+            st.tuples(st.sampled_from(right), st.integers(0, len(right[-1]))).map(lambda cut: cut[0][: cut[1]])
+        )
     if name in ("karpathy", "coco", "json", "jsonl"):
         values = with_other_part(json.loads(right[0]))
         strategies += [values.map(lambda value: json.dumps(value).encode(errors="surrogatepass"))] * 2

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,44 @@ def test_models_that_write_together_show_their_mean_attention_if_they_have_as_ma
     assert run("transformer", "--attention", "--checkpoint", checkpoints / "attention.pth", *PICTURES) == 2
     *_, message = capsys.readouterr().err.splitlines()
     assert "transformer.pth, " in message and "attention.pth writes without attention" in message
+
+
+# ---- files of any name -----------------------------------------------------------------------------------------------
+
+ODD = [
+    *(
+        "..jpg",
+        "...",
+        ".jpg",
+        ".hidden.jpg",
+        "new\nline.jpg",
+        "esc\x1b[2J.jpg",
+        "trail .jpg",
+        "trail.jpg ",
+        "#?%2f.jpg",
+    ),
+    *("\udcff\udcfe.jpg", "\u202egpj.jpg", "-x.jpg", "train.lr=1.jpg", "'\";<script>.jpg", "x.JPG", "x.jpg"),
+    *(letter * ((255 - len(end)) // len(os.fsencode(letter))) + end for letter in "aé🐱\udcff" for end in (".jpg", "")),
+    *("a" * 240 + end for end in ("-attention.jpg", "é.jpg", ".png")),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take fewer names")
+@pytest.mark.parametrize("embed", ["copies", "originals"])
+def test_pictures_may_have_any_name(embed: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyexiv2", reason="metadata needs requirements-extras.txt")
+    Path("mine").mkdir()
+    for number, name in enumerate(ODD):
+        Image.new("RGB", (40, 40), (number, 90, 90)).save(f"mine/{name}", "JPEG")
+    paths = [f"mine/{name}" for name in ODD]
+    options = ("--attention", "--sidecars", "--existing", "overwrite", "--embed", embed, "--out", "out")
+    assert run("attention", *options, *SHORT, "--images", *paths) == 0
+    assert f"wrote captions of {len(ODD)} pictures" in capsys.readouterr().err
+    predictions = json.loads(Path("out/predictions.json").read_text(encoding="utf-8"))
+    assert len({row["image_id"] for row in predictions}) == len(ODD)
+    drawings = [path.name for path in Path("out/outputs").glob("*.jpg")]
+    assert len(drawings) == 2 * len(ODD) and not any(name.startswith(".") for name in drawings)
+    written = {name.removesuffix(".txt") for name in os.listdir("mine") if name.endswith(".txt")}
+    without = {name for name in ODD if Path(name).stem not in written}
+    assert without == {name for name in ODD if len(os.fsencode(Path(name).stem)) > 251}  # .txt does not fit behind it
+    assert not [name for _, _, names in os.walk(".") for name in names if "unfinished" in name]

@@ -27,6 +27,7 @@ from utils import (
     pick_precision,
     save_checkpoint,
     seed_step,
+    unique_name,
     write_atomically,
 )
 
@@ -70,6 +71,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
         save_checkpoint(path, CHECKPOINT)
     assert load_checkpoint(path)["step"] == 1
     assert names(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "🐱", "\udcff"])
+def test_a_file_may_have_the_longest_name_there_is(letter: str, tmp_path: Path) -> None:
+    name = letter * (255 // len(os.fsencode(letter)))
+    write_atomically(tmp_path / name, b"1")
+    assert names(tmp_path) == [name] and (tmp_path / name).read_bytes() == b"1"
+
+
+def test_names_of_drawings_differ_and_fit_with_what_comes_behind_them() -> None:
+    taken = set[str]()
+    assert [unique_name(name, taken) for name in ("a", "A", "a-2", "b")] == ["a", "A-2", "a-2-2", "b"]
+    long = [unique_name("🐱" * 63, taken, ending) for ending in ("", "-attention", "", "-attention")]
+    assert long == ["🐱" * 60, "🐱" * 57 + "-attention", "🐱" * 59 + "-2", "🐱" * 57 + "-attention-2"]
+    assert [unique_name(name, taken) for name in (".", "..", "...hidden")] == ["picture", "picture-2", "hidden"]
 
 
 def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,25 @@ def test_names_that_differ_in_case_alone_are_told_apart(tmp_path: Path, refused:
         load(tmp_path)
 
 
+def test_links_that_lead_back_are_entered_once_by_a_glob_with_two_stars_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "in/a/x.jpg", "in/a/b/y.JPG", "in/a/notes.txt", "in/.hidden/z.jpg", "in/drawn/d.jpg")
+    (tmp_path / "in/drawn/.made-by-image-captioning").touch()
+    for number in range(20):
+        (tmp_path / f"in/a/b/link{number}").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    everything = ["in/a/x.jpg", "in/a/b/y.JPG"]
+    for pattern in ("in/**", "in/**/*", "**/*.[jJ][pP][gG]", "i*/**/?.*", f"{tmp_path}/**/a/**", "in/**/**/**"):
+        found, notes = pictures_at(pattern)
+        assert [path.absolute() for path in found] == [Path(name).absolute() for name in everything], pattern
+        assert any("drawn" in line for line in notes)
+    assert pictures_at("in/**/*.jpg")[0] == [Path("in/a/x.jpg")] and pictures_at("in/**/b/*")[0] == [
+        Path(everything[1])
+    ]
+    assert pictures_at("nowhere/**/*.jpg")[0] == pictures_at("in/**/c/*")[0] == []
+
+
 @pytest.mark.parametrize("ending", [".jfif", ".jpe", ".ppm", ".mpo", ".avif", ".JPEG", ".Tif", ".WebP"])
 def test_pictures_of_all_these_endings_are_taken(ending: str, tmp_path: Path) -> None:
     forms = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "MPO"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from dataset_files import load, put, rows
 
 from cli import UserError
+from data import tables
 
 CAPTIONS = [("a.jpg", "A dog, running"), ("b.jpg", "Two cats")]
 
@@ -88,6 +90,38 @@ def test_a_workbook_is_read(root: Path, refused: Callable) -> None:
         load(root)
     put(root, "captions.xlsx", text=b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(100))
     with refused("old Excel", "save it as .xlsx or CSV"):
+        load(root)
+
+
+def change_sheet(path: Path, before: bytes, after: bytes, part: str = "xl/worksheets/sheet1.xml") -> None:
+    with zipfile.ZipFile(path) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    assert before in parts[part]
+    parts[part] = parts[part].replace(before, after)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as book:
+        for name, content in parts.items():
+            book.writestr(name, content)
+
+
+def test_a_workbook_that_swells_is_refused_or_read_within_bounds(
+    root: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="workbooks need requirements-extras.txt")
+    monkeypatch.setattr(tables, "MOST_ROWS", 1000)
+    monkeypatch.setattr(tables, "MOST_OF_WORKBOOK", 1 << 22)
+    path, book = root / "captions.xlsx", openpyxl.Workbook()
+    for row in (["image", "caption"], ["a.jpg", "A dog, running"], ["b.jpg", "Two cats"]):
+        book.active.append(row)
+    book.active.cell(1, 16384, "far right")
+    book.active.cell(1048576, 1, "far below")
+    book.save(path)
+    assert len(load(root)) == 2
+    for number in (b"1048576", b"99999999999"):  # beyond what Excel has
+        change_sheet(path, b"1048576", number)
+        assert len(load(root)) == 2
+    change_sheet(path, b"<sheetData>", b"<sheetData>" + b" " * (5 << 20))
+    assert path.stat().st_size < 1 << 20
+    with refused("captions.xlsx is not a workbook that can be read", "it unpacks to 5,", "save it as CSV"):
         load(root)
 
 

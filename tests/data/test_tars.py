@@ -1,5 +1,7 @@
 """WebDataset tars: written from any dataset, read once, trained on like files, and refused by name where they fail."""
 
+import bz2
+import gzip
 import io
 import json
 import os
@@ -12,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ import evaluate
 import inference_visualize
 import train
 from captioning import feature_cache
+from cli import UserError
 from config import load_config
 from data import annotations, features, tars, write_tars
 from data.dataset import Flickr8kDataset
@@ -289,6 +293,154 @@ def test_a_broken_picture_or_tar_is_named(archive: Path, tiny_model: CaptionMode
         os.truncate("tars/0.tar", size)
         with refused("tars/0.tar is ", "take a whole copy"):
             find("data.shards=tars/0.tar")
+
+
+FORMS = {
+    "short names": ("w", tarfile.USTAR_FORMAT, ""),
+    "long names": ("w", tarfile.GNU_FORMAT, "x" * 150),
+    "extended headers": ("w", tarfile.PAX_FORMAT, "x" * 150),
+    "gzip": ("w:gz", tarfile.USTAR_FORMAT, ""),
+    "bzip2": ("w:bz2", tarfile.USTAR_FORMAT, ""),
+    "xz": ("w:xz", tarfile.USTAR_FORMAT, ""),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tar_that_is_cut_anywhere_is_refused_or_whole(form: str, tmp_path: Path) -> None:
+    mode, format_, prefix = FORMS[form]
+    with tarfile.open(tmp_path / "0.tar", mode, format=format_) as tar:  # type: ignore[call-overload]
+        for number in range(3):
+            for name, content in (
+                (f"{number}.jpg", picture()[:500] + bytes(524)),
+                (f"{number}.json", b'{"caption": "a"}'),
+            ):
+                member = tarfile.TarInfo(prefix + name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        end = tar.offset
+    whole, refusals = (tmp_path / "0.tar").read_bytes(), 0
+    for size in range(0, len(whole), 64 if mode == "w" else 1):
+        (tmp_path / "0.tar").write_bytes(whole[:size])
+        try:
+            assert len(list(tars.samples(tmp_path / "0.tar"))) == 3, f"cut at {size}"
+        except UserError:
+            refusals += 1
+            assert mode != "w" or size < end + tarfile.BLOCKSIZE  # not in what fills a tar up to 20 blocks
+    assert refusals > 30
+
+
+def member(name: str, content: bytes = b"", size: int | None = None, **about: Any) -> bytes:
+    """Return a member of a tar; its header can tell another size than that of its content."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content) if size is None else size
+    for key, value in about.items():
+        setattr(header, key, value)
+    whole = header.tobuf(tarfile.PAX_FORMAT) if header.pax_headers else header.tobuf(tarfile.GNU_FORMAT)
+    return whole + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def negative(name: str) -> bytes:
+    header = bytearray(member(name))
+    header[124:136], header[148:156] = b"\xff" * 12, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+END, SAMPLE = bytes(2 * tarfile.BLOCKSIZE), member("1.jpg", b"a picture") + member("1.json", b'{"caption": "a dog"}')
+LONG = member("x", bytes(1 << 10), type=tarfile.GNUTYPE_LONGNAME)
+SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}
+ODD_TARS: dict[str, tuple[bytes, str]] = {
+    "a picture of 8 GB": (member("2.jpg", size=1 << 33), "8,589,934,592 bytes"),
+    "a picture of fewer than no bytes": (negative("2.jpg"), "-1 bytes"),
+    "captions of 100 MB": (member("2.json", size=100 << 20), "too many for captions"),
+    **{
+        f"a name of 1 GB, {kind!r}": (member("2.jpg", size=1 << 30, type=kind), "1,073,741,824 bytes")
+        for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+    },
+    **{
+        f"a size of {size[:4]}": (member("2.jpg", b"a", pax_headers={"size": size}), "0.tar is damaged after ")
+        for size in (str(1 << 33), "-1", "9" * 5000)
+    },
+    "names of names": (LONG * 2000, "recursion"),
+    "an old sparse file": (member("2.jpg", type=tarfile.GNUTYPE_SPARSE), "sparse"),
+    "a sparse file": (member("2.jpg", b"9999999\n" + b"0\n" * 999, pax_headers=SPARSE), "sparse"),
+    "a sparse file of 1 TB": (member("2.jpg", pax_headers={"GNU.sparse.size": str(1 << 40)}), "sparse"),
+    "a link": (member("2.jpg", type=tarfile.SYMTYPE, linkname="1.jpg"), "2.jpg in tars/0.tar is a link"),
+    "a hard link": (member("2.jpg", type=tarfile.LNKTYPE, linkname="1.jpg"), "tar --dereference"),
+    "a device": (member("2.jpg", type=tarfile.CHRTYPE), "2.jpg in tars/0.tar is a link or a device"),
+    "a pipe": (member("2.jpg", type=tarfile.FIFOTYPE), "2.jpg in tars/0.tar is a link or a device"),
+    "of an unknown kind": (member("2.jpg", type=b"Z"), "2.jpg in tars/0.tar is a link or a device"),
+    "noise": (b"noise" * 1000, "0.tar is damaged after 1 (invalid header)"),
+    "another tar behind it": (END + SAMPLE, "goes on behind its end"),
+    "2 MB of zeros behind it": (bytes(2 << 20), "goes on behind its end"),
+    "the same again": (SAMPLE, "twice"),
+}
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("fault", ODD_TARS)
+def test_what_is_odd_in_a_tar_is_one_sentence(
+    fault: str, compress: Callable[[bytes], bytes], archive: Path, refused: Callable
+) -> None:
+    odd, words = ODD_TARS[fault]
+    put(Path(), "tars/0.tar", text=compress(SAMPLE + odd + END))
+    with refused("tars/0.tar", words):
+        find("data.shards=tars/0.tar")
+
+
+def test_a_tar_without_pictures_is_refused(archive: Path, refused: Callable) -> None:
+    for content in (END, bytes(10240), member("folder", type=tarfile.DIRTYPE) + END):
+        put(Path(), "tars/0.tar", text=content)
+        with refused("tars/0.tar holds no pictures"):
+            find("data.shards=tars/0.tar")
+
+
+def test_a_tar_that_swells_is_refused_before_it_takes_memory(
+    archive: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tars, "MOST_BYTES", 1 << 20)
+    swelling = b"".join(
+        member(f"{number}.jpg", bytes(900_000)) + member(f"{number}.json", b'{"caption": "a dog"}')
+        for number in range(3)
+    )
+    for content in (gzip.compress(swelling + END), bz2.compress(swelling + END)):
+        put(Path(), "tars/0.tar", text=content)
+        with refused("tars/0.tar is damaged after", "unpacks to more than 100 times its size"):
+            find("data.shards=tars/0.tar")
+
+
+def test_names_of_members_are_nothing_but_names(archive: Path) -> None:
+    keys = ["../../1", "/etc/1", "a/../1", "1\n2", "\x1b[2J", "x" * 5000, "1 ", "é", "\udcff", "con", "-x"]
+    aside = member("._1.jpg", b"x") + member("a", type=tarfile.DIRTYPE) + member("a/.DS_Store") + member("__meta__/x.y")
+    tar = aside
+    for key in keys:
+        tar += member(f"{key}.jpg", picture()) + member(f"{key}.json", b'{"caption": "a dog", "split": "val"}')
+    put(Path(), "tars/0.tar", text=tar + END)
+    table = tars.held_out(load_config(overrides=["data.shards=tars/0.tar"]).data)
+    assert table["image_id"].tolist() == [f"0/{key}".replace("\udcff", "?") for key in keys]
+    assert {path.name for path in Path().iterdir()} == {"archive", "tars", "cache"}
+
+
+def test_thousands_of_tiny_members_are_read(tmp_path: Path) -> None:
+    content = (member(f"{number}.jpg", b"x") + member(f"{number}.json", b"{}") for number in range(2000))
+    put(tmp_path, "0.tar", text=b"".join(content) + END)
+    assert [key for key, _, _ in tars.samples(tmp_path / "0.tar")] == list(map(str, range(2000)))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "x{0..99999999999}.tar",
+        "x{0..9999}{0..9999}.tar",
+        "{a",
+        "a}",
+        "{" * 1200 + "}" * 1200,
+        "{" + "9" * 5000 + "..1}",
+    ],
+)
+def test_a_pattern_of_too_many_tars_is_refused_at_once(pattern: str, refused: Callable) -> None:
+    with refused("stands for no tars, or for more than 100,000"):
+        find(f"data.shards={pattern}")
 
 
 def test_a_key_cannot_lead_out_of_the_cache(archive: Path) -> None:

@@ -85,3 +85,12 @@ def test_a_damaged_file_is_made_again(damage: bytes | None, tmp_path: Path, monk
     assert words_of(tokenise_once(CAPTIONS, "en", tmp_path)) == WORDS
     monkeypatch.setattr(tokens, "tokenise", None)
     assert words_of(tokenise_once(CAPTIONS, "en", tmp_path)) == WORDS
+
+
+def test_whichever_byte_of_the_file_is_wrong_the_words_are_right(tmp_path: Path) -> None:
+    tokenise_once(CAPTIONS, "en", tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 4):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        assert words_of(tokenise_once(CAPTIONS, "en", tmp_path)) == WORDS, place

@@ -201,7 +201,8 @@ def test_no_huge_network_is_built_for_a_small_file(
     saved["config"]["encoder"] |= {"name": "vit_h_14", "image_size": 1022}
     ran = list[torch.Size]()
     monkeypatch.setattr(EncoderCNN, "forward", lambda self, images: ran.append(images.shape))
-    for backbone in (None, saved["backbone"], {}):
+    backbones: list[dict | None] = [None, saved["backbone"], {}]
+    for backbone in backbones:
         with refused("a.pth"):
             model_from_state(saved | {"backbone": backbone}, "a.pth")
     assert not ran
