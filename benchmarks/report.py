@@ -32,6 +32,9 @@ DATASETS = {  # pictures and captions
 BOTH = {"flickr8k": "Flickr8k", "coco": "COCO"}  # datasets that a captioner learned from, by their folders
 ALONE = "alone"  # the variant of a recipe that does without its consensus
 ANEW = "anew"  # the same settings, trained again by the code of later variants
+FAULTS = """\
+A row that cannot fail shows nothing, so each was run on a copy of the program with the fault that *fails when* names:
+`python -m tests.stress.mutations` puts them in, and none may go unseen."""
 MAIN = {  # the recipes in the README's table
     "lstm": "Show and Tell",
     "attention": "Show, Attend and Tell",
@@ -187,9 +190,13 @@ def scaling() -> str:
 
 
 def reliability() -> str:
-    rows = read(HERE / "results" / "reliability.json")
-    cells = [[r["check"], f"{r['tried']:,}", r["lost"], r["figures"], f"`{r['command']}`"] for r in rows]
-    return table(["check", "tried", "lost", "figures", "command"], cells)
+    """Return what each stress test tried and lost, and the fault of the program with which it was seen to fail."""
+    cells = []
+    for row in read(HERE / "results" / "reliability.json"):
+        fault = row["mutation"] if row["caught"] else "–"
+        cells.append([row["check"], f"{row['tried']:,}", row["lost"], row["figures"], fault, f"`{row['command']}`"])
+    made = table(["check", "tried", "lost", "figures", "fails when", "command"], cells)
+    return f"{made}\n\n{FAULTS}"
 
 
 def as_bytes(number: float) -> str:

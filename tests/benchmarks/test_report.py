@@ -90,3 +90,22 @@ def test_the_scaling_table_is_arithmetic_on_measured_rates(tmp_path: Path, monke
     (tmp_path / "results" / "speed.json").write_text(json.dumps(rates))
     row = "| Conceptual 12M | 12,423,374 | 12,423,374 | 50.9 GB | 2.49 TB | 1.24 GB | 35 h | 3 h |"
     assert row in report.scaling().splitlines()
+
+
+def test_a_row_of_reliability_names_the_fault_with_which_it_was_seen_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    row = {
+        "check": "a kill",
+        "tried": 1200,
+        "lost": 0,
+        "figures": "",
+        "command": "pytest a",
+        "mutation": "b is left out",
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/reliability.json").write_text(json.dumps([row | {"caught": True}, row | {"caught": False}]))
+    _, _, seen, unseen, *_ = report.reliability().splitlines()
+    assert seen == "| a kill | 1,200 | 0 |  | b is left out | `pytest a` |"
+    assert unseen == "| a kill | 1,200 | 0 |  | – | `pytest a` |"

@@ -1,6 +1,8 @@
 """What docs/reliability.md says can be tried again by its commands, and a little of it is tried here."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,19 +11,78 @@ pytest.importorskip("posix", reason="the stress tests fork")
 
 import fuzz
 from conftest import TINY
-from stress import test_faults, test_files, test_kills, test_pages
+from stress import test_faults, test_files, test_kills, test_pages, test_power, test_shared_cache
 from stress.conftest import RESULTS
+from stress.disk import Call, Disk
+from stress.mutations import MUTATIONS, ROOT
 
 
-def test_each_row_is_made_by_its_command_and_lost_nothing() -> None:
-    rows, tests = json.loads(RESULTS.read_text(encoding="utf-8")), []
-    for module in (test_faults, test_files, test_kills, test_pages):
+@pytest.fixture(scope="module")
+def rows() -> list[str]:
+    """The rows of docs/reliability.md, each by the name of its test."""
+    tests = []
+    for module in (test_faults, test_files, test_kills, test_pages, test_power, test_shared_cache):
         for name in (name for name in vars(module) if name.startswith("test_")):
             several = {"test_fuzzing": [*fuzz.READERS], "test_signals": [*test_kills.SIGNALS]}.get(name, [])
             path = f"{Path(module.__file__ or '').relative_to(fuzz.ROOT).as_posix()}::{name}"
             tests += [f"{path}[{each}]" for each in several] or [path]
-    assert sorted(row["command"].removeprefix("python -m pytest ").strip("'") for row in rows) == sorted(tests)
-    assert all(row["tried"] > 0 and row["lost"] == 0 for row in rows)
+    return sorted(tests)
+
+
+def test_each_row_is_made_by_its_command_and_lost_nothing(rows: list[str]) -> None:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert sorted(row["command"].removeprefix("python -m pytest ").strip("'") for row in found) == rows
+    for row in found:
+        assert row["tried"] > 0 and row["lost"] == 0, f"measure it: {row['command']}"
+
+
+def test_each_row_has_a_fault_that_fits_the_program_of_today(rows: list[str], tmp_path: Path) -> None:
+    assert sorted({mutation.row for mutation in MUTATIONS}) == rows
+    for mutation in MUTATIONS:
+        content = (ROOT / mutation.file).read_text(encoding="utf-8")
+        (tmp_path / mutation.file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / mutation.file).write_text(content, encoding="utf-8")
+        mutation.put_into(tmp_path)  # which raises where the program has changed
+        compile((tmp_path / mutation.file).read_text(encoding="utf-8"), mutation.file, "exec")
+
+
+def test_each_row_was_seen_to_fail() -> None:
+    for row in json.loads(RESULTS.read_text(encoding="utf-8")):
+        assert row.get("caught"), f"not seen to fail: python -m tests.stress.mutations {row['command']}"
+
+
+def test_a_power_cut_leaves_what_was_flushed_and_anything_of_the_rest() -> None:
+    disk = Disk(Path("/work"))
+
+    def call(name: str, *texts: str, flags: str = "") -> None:
+        disk.do(Call(name, [os.fsencode(text) for text in texts], flags))
+
+    def states() -> dict[str, dict[str, bytes]]:
+        return {
+            re.sub("all names, but (.*) what was not flushed", r"\1", what): {str(path): state[path] for path in state}
+            for what, state in disk.states().items()
+        }
+
+    call("mkdir", "runs")
+    call("openat", "/work", "runs/.new", "/work/runs/.new", flags="O_WRONLY|O_CREAT")
+    call("write", "/work/runs/.new", "x" * 1000)
+    call("openat", "/work", "/elsewhere", "/elsewhere", flags="O_WRONLY|O_CREAT")
+    assert states() == {
+        "what was flushed": {},
+        "everything": {"runs/.new": b"x" * 1000},
+        "nothing in": {"runs/.new": b""},
+        "zeros in": {"runs/.new": bytes(1000)},
+        "one sector of": {"runs/.new": b"x" * 512 + bytes(488)},
+    }
+    call("fsync", "/work/runs/.new")
+    call("rename", "runs/.new", "runs/last.pth")
+    assert states() == {what: {"runs/last.pth": b"x" * 1000} for what in states()} | {"what was flushed": {}}
+    call("fsync", "/work/runs")
+    assert states()["what was flushed"] == {}  # nobody knows the folder
+    call("fsync", "/work")
+    assert states() == {what: {"runs/last.pth": b"x" * 1000} for what in states()}
+    call("unlink", "runs/last.pth")
+    assert states() == {what: {} for what in states()} | {"what was flushed": {"runs/last.pth": b"x" * 1000}}
 
 
 @pytest.mark.parametrize("name", fuzz.READERS)

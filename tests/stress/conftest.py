@@ -4,7 +4,8 @@
     python -m pytest tests/stress --short     # the same in a few minutes, with fewer tries
 
 Each test is a row. It counts what it tries with `tally`, and fails if anything was lost. Without --short its row in
-benchmarks/results/reliability.json is replaced; `python -m benchmarks.report` writes the page from that file.
+benchmarks/results/reliability.json is replaced; `python -m benchmarks.report` writes the page from that file. In
+mutations.py each row has a fault of the program by which it must fail.
 """
 
 import json
@@ -64,6 +65,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         title = ": ".join([pyfuncitem.function.__doc__, *([pyfuncitem.callspec.id] if "[" in command else [])])
         rows = {row["command"]: row for row in json.loads(RESULTS.read_text(encoding="utf-8"))}
         row = {"check": title, "tried": tally.tried, "lost": tally.lost, "figures": tally.figures, "command": command}
-        write_atomically(RESULTS, as_json([*(rows | {command: row}).values()]) + b"\n")
+        rows[command] = rows.get(command, {}) | row  # what `mutations` found stays
+        write_atomically(RESULTS, as_json([*rows.values()]) + b"\n")
     assert tally.tried and not tally.lost, f"lost {tally.lost} of {tally.tried}"
     return done

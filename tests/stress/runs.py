@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import TINY
+from torchvision.models import resnet18
 
 import train
 from benchmarks import memory
@@ -26,6 +27,7 @@ SMALLEST = (
     *TINY,
     *("data.shard_rows=4", "train.epochs=4", "train.warmup_steps=2", "train.log_every=1", "train.checkpoint_every=1"),
 )
+BACKBONE = "encoder.weights=backbone.pth"  # see save_backbone
 Script = Callable[[], int | None]
 
 
@@ -33,8 +35,13 @@ def start(run: str) -> list[str]:
     return [*SMALLEST, f"run={run}", f"data.cache=cache-{run}"]
 
 
-def start_or_resume(run: str) -> list[str]:
-    return ["--resume", "--run", run] if Path("runs", run, "last.pth").is_file() else start(run)
+def start_or_resume(run: str, *words: str) -> list[str]:
+    return ["--resume", "--run", run] if Path("runs", run, "last.pth").is_file() else [*start(run), *words]
+
+
+def save_backbone() -> None:
+    """Write a backbone to the file that BACKBONE names, so that checkpoints do not hold it, and are small."""
+    torch.save(resnet18().state_dict(), "backbone.pth")
 
 
 def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None] = lambda: None) -> ForkProcess:
@@ -68,10 +75,10 @@ def run(script: Script, *words: str, prepare: Callable[[], None] = lambda: None)
     return wait(fork(script, list(words), log, prepare)), log.read_text()
 
 
-def finish(run: str) -> None:
-    """Train to the end, from wherever the run is."""
+def finish(run: str, *words: str) -> None:
+    """Train to the end, from wherever the run is; `words` are further settings of a new one."""
     log = Path(f"{run}.log")
-    if wait(fork(train.main, start_or_resume(run), log)) != 0:
+    if wait(fork(train.main, start_or_resume(run, *words), log)) != 0:
         raise RuntimeError(f"{run} did not end well: {log.read_text()[-2000:]}")
 
 
@@ -89,9 +96,9 @@ def refused(code: int, said: str) -> bool:
     return code == 2 and errors == said.splitlines()[-1:] and "Traceback" not in said
 
 
-def differs(run: str) -> bool:
-    """Whether file names, log or checkpoints differ in a single bit from those of runs/whole; only its name may."""
-    return not same(*map(contents, (Path("runs", run), Path("runs/whole"))))
+def differs(run: str, undisturbed: str = "whole") -> bool:
+    """Whether file names, log or checkpoints differ in a single bit from the undisturbed run's; only its name may."""
+    return not same(*(contents(Path("runs", name)) for name in (run, undisturbed)))
 
 
 def contents(folder: Path) -> list[Any]:
