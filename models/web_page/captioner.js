@@ -338,21 +338,24 @@ async function load(files) {
   if (config.consensus) {
     config.consensus.number_of = new Map(config.consensus.codes.map((code, number) => [code, number]));
   }
-  const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const gpu = adapter && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);  // which a processor would play
   const runtime = config.runtime[gpu ? "webgpu" : "wasm"];
   const wanted = [runtime.script, runtime.module, runtime.binary, "encoder.onnx", "decoder_step.onnx"];
   const total = sum(wanted.map(name => config.sizes[name]));
   let loaded = 0;
   const progress = count => postMessage({kind: "progress", loaded: loaded += count, total});
   const [ortScript, module, binary, ...graphs] = await Promise.all(wanted.map(name => read(name, progress)));
-  importScripts(script(ortScript));
+  const runtimeScript = script(ortScript);
+  importScripts(runtimeScript);
+  URL.revokeObjectURL(runtimeScript);
   ort.env.logLevel = "error";
   ort.env.wasm.numThreads = crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
   ort.env.wasm.wasmPaths = {mjs: script(module)};
   ort.env.wasm.wasmBinary = await binary.arrayBuffer();
   const [first, step] = await Promise.all(graphs.map(async graph => new Uint8Array(await graph.arrayBuffer())));
   device = ort.env.wasm.numThreads > 1 ? `${ort.env.wasm.numThreads} threads` : "one thread";
-  decoder = await ort.InferenceSession.create(step, {executionProviders: ["wasm"]});
+  decoder = await ort.InferenceSession.create(step, {executionProviders: ["wasm"], logSeverityLevel: 3});
   encoder = gpu && await encoderOn("webgpu", first);
   if (encoder) device = "WebGPU";
   else encoder = await encoderOn("wasm", first);
@@ -364,7 +367,7 @@ async function load(files) {
 // An encoder that computes what it should of a made-up picture, which warms it up as well; null of one that does not.
 async function encoderOn(provider, graph) {
   try {
-    const session = await ort.InferenceSession.create(graph, {executionProviders: [provider]});
+    const session = await ort.InferenceSession.create(graph, {executionProviders: [provider], logSeverityLevel: 3});
     const size = config.size, pixels = Uint8Array.from({length: 3 * size * size}, (_, i) => Math.imul(i, 7) >> 4 & 255);
     const {memory_0: memory} = await session.run({pixels: new ort.Tensor("uint8", pixels, [1, 3, size, size])});
     const {expected, tolerance} = config.check, stride = memory.data.length / expected.length;

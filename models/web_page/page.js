@@ -5,6 +5,8 @@ const find = selector => document.querySelector(selector);
 const [grid, template, status, bar, folder, dialog] = ["main", "template", "output", "progress", "#folder", "dialog"].map(find);
 const CONTROL = /[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g;
 const SHADE = [38, 44, 56, 0.75];  // red, green, blue and opacity over regions without attention, as in the gallery
+const PATIENCE = 10_000;  // milliseconds for the service worker to start
+const HOVERS = matchMedia("(hover: hover)").matches;
 const pictures = [];  // {id, file, name, card, captions, error}, in the order in which they are shown
 const taken = new Set();
 let config, worker, ready = false, current = null, lastId = 0, usual, options, count = 3;
@@ -26,8 +28,11 @@ async function serviceWorkerReloads() {
   if (!navigator.serviceWorker) return false;  // as in some private windows, and without https
   try {
     const registration = await navigator.serviceWorker.register("service-worker.js");
-    if (crossOriginIsolated || sessionStorage.reloaded) return false;
-    if (!registration.active) await new Promise(resolve => navigator.serviceWorker.addEventListener("controllerchange", resolve, {once: true}));
+    const waiting = registration.waiting;  // that of a new export
+    const taken = new Promise(resolve => navigator.serviceWorker.addEventListener("controllerchange", resolve, {once: true}));
+    waiting?.postMessage("take over");
+    if (waiting || !registration.active) await Promise.race([taken, new Promise(resolve => setTimeout(resolve, PATIENCE))]);
+    if (!waiting && (crossOriginIsolated || sessionStorage.reloaded)) return false;
     sessionStorage.reloaded = "yes";
     location.reload();
     return true;
@@ -142,11 +147,11 @@ function remove(picture) {
 function next() {
   const waiting = pictures.filter(({captions, error}) => !captions && !error);
   document.body.classList.toggle("some", pictures.length > 0);
-  find("#clear").disabled = !pictures.length;
   find("#copy").disabled = find("#download").disabled = waiting.length === pictures.length;
   if (!ready) return;
   const done = pictures.length - waiting.length;
-  say(waiting.length && pictures.length > 1 ? `Captioned ${done} of ${pictures.length} pictures` : "");
+  if (waiting.length && pictures.length > 1) say(`Captioned ${done} of ${pictures.length} pictures`);
+  else say(pictures.some(({captions}) => captions?.[0].levels.length) ? `${HOVERS ? "Point at" : "Tap"} a word to see where the model looked.` : "");
   bar.hidden = !waiting.length || pictures.length === 1;
   Object.assign(bar, {max: pictures.length, value: done});
   if (current || !waiting.length) return;

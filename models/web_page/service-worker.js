@@ -13,6 +13,8 @@ addEventListener("activate", event => {
   event.waitUntil(clear.then(() => clients.claim()));
 });
 
+addEventListener("message", () => skipWaiting());
+
 addEventListener("fetch", event => {
   const {method, url} = event.request;
   if (method === "GET" && new URL(url).origin === location.origin) event.respondWith(answer(event.request));
