@@ -90,7 +90,7 @@ def wait(page: "Page", condition: str) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         try:
-            if page.evaluate(f"document.readyState === 'complete' && Boolean({condition})"):
+            if page.evaluate(f"(async () => document.readyState === 'complete' && Boolean({condition}))()"):
                 return
         except Error as error:  # the page is just being loaded anew
             if not re.search("navigation|destroyed|not defined|initialization", str(error)):
@@ -126,7 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, metavar="PAGE", help="the folder that models.export --web wrote")
     parser.add_argument("--checkpoint", type=Path, default=PRETRAINED, metavar="FILE", help="that it was made from")
-    parser.add_argument("--pictures", type=Path, required=True, metavar="FILE", help="a list of picture files, one a line")
+    parser.add_argument(
+        "--pictures", type=Path, required=True, metavar="FILE", help="a list of picture files, one a line"
+    )
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: results/speed.json")
     args = parser.parse_args()
     if not find_chromium():
@@ -150,7 +152,7 @@ def measure(folder: Path, pictures: Sequence[Path]) -> dict[str, Any]:
         "page_mb": round(sum(sizes.values()), 1),
         "model_mb": round(sum(size for path, size in sizes.items() if path.suffix == ".onnx"), 1),
     }
-    first, again = [], []
+    first, again = list[float](), list[float]()
     with serve(folder) as address:
         for _ in range(TURNS):
             with open_chromium() as (page, _):

@@ -1,7 +1,7 @@
 """Take a trained model elsewhere: tensors as safetensors, all else as JSON, and two ONNX graphs that need no PyTorch.
 
 `python -m models.export --run attention` writes them, once the graphs have been compared with PyTorch; docs/export.md
-says what they hold.
+says what they hold. `--web` writes a page instead that captions pictures in a browser; see models/web.py.
 """
 
 from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
@@ -31,7 +31,7 @@ from models.checkpoint import load_model, model_from_state, model_state
 from models.decoder import Decoder, Memory, State
 from models.model import CaptionModel
 from models.search import search
-from utils import CHECKPOINT_FORMAT, as_json, find_run, load_checkpoint, write_atomically
+from utils import CHECKPOINT_FORMAT, PRETRAINED, as_json, find_run, knows_photographs, load_checkpoint, write_atomically
 
 TENSORS, REST, ENCODER, STEP = "model.safetensors", "config.json", "encoder.onnx", "decoder_step.onnx"
 PICTURES, BEAM = 6, 3  # how many drawn scenes the graphs are compared on, and by which beam
@@ -41,7 +41,7 @@ TOLERANCE = 1e-4  # of the largest logit, by which logits may differ: fp32 has s
 
 def main() -> None:
     args = parse_args()
-    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    path = find_checkpoint(args)
     out = Path(args.out) if args.out else path.parent / ("web" if args.web else "export")
     for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(package):
@@ -74,20 +74,34 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
     which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
-    parser.add_argument("--web", action="store_true", help="write a web page that captions pictures in the browser")
+    page = "write a web page that captions pictures by itself (default: the newest run that learned from photographs, "
+    parser.add_argument("--web", action="store_true", help=f"{page}or pretrained/captioner.pth)")
     parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint, or web/")
     return parser.parse_options(setting_names())
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """Return the one named, or the newest run's: for a page, a run that knows photographs, or else pretrained/."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    if args.run or not args.web:
+        return find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    try:
+        return find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"
+    except UserError:  # there is none
+        return PRETRAINED
 
 
 def write_page(path: Path, out: Path, overrides: list[str]) -> None:
     """Write a checkpoint as a web page into the folder `out`; see docs/web.md."""
     model = load_model(path, overrides)
+    runtime = web.fetch_runtime(Path(model.config.data.cache))
     say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name}) as a web page")
     web.compact(model)
     graphs = trace(model, partial(web.facts_of, model))
     compare(model, OnnxDecoder(*graphs))
     halves = [web.halve(graph) for graph in graphs]
-    files = web.page_files(model, dict(zip((ENCODER, STEP), halves, strict=True)))
+    files = web.page_files(model, dict(zip((ENCODER, STEP), halves, strict=True)), runtime)
     for name, content in files.items():
         write_atomically(out / name, content)
     model_size, all_size = (sum(map(len, each)) / 1e6 for each in (halves, files.values()))
@@ -128,8 +142,8 @@ def load(folder: str | Path) -> dict[str, Any]:
 def trace(model: CaptionModel, facts: Facts = lambda features: {}) -> tuple[bytes, bytes]:
     """Return the ONNX graphs of a model on the CPU: the encoder and one step of the decoder.
 
-    `facts` are what else the encoder's graph is to give, by name, made of a picture's raw features. The graphs are traced
-    with two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
+    `facts` are what else the encoder's graph gives, by name, made of pictures' raw features. The graphs are traced with
+    two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
     """
     decoder = model.decoder
     pixels = torch.zeros(2, 3, *[model.transform.image_size] * 2, dtype=torch.uint8)

@@ -10,7 +10,6 @@ import json
 import os
 import tarfile
 import urllib.request
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +90,12 @@ def halve(graph: bytes) -> bytes:
     model = onnx.load_from_string(graph)
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= HALVED:
-            name = f"{tensor.name}_half"
+        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < HALVED:
+            continue
+        values, name = onnx.numpy_helper.to_array(tensor), f"{tensor.name}_half"
+        if np.abs(values).max() < np.finfo(np.float16).max:
             casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], to=onnx.TensorProto.FLOAT))
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, name))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), name))
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -166,7 +166,7 @@ def fetch_runtime(cache: Path) -> dict[str, bytes]:
     Raises UserError when they cannot be fetched, or are not what they should be.
     """
     kept = cache / RUNTIME
-    url = f"{os.environ.get('npm_config_registry', REGISTRY).rstrip('/')}/onnxruntime-web/-/{RUNTIME}"
+    url = f"{os.environ.get('NPM_CONFIG_REGISTRY', REGISTRY).rstrip('/')}/onnxruntime-web/-/{RUNTIME}"
     content = kept.read_bytes() if kept.is_file() else b""
     if not is_runtime(content):
         say(f"fetching {url} (33 MB)")
@@ -176,7 +176,7 @@ def fetch_runtime(cache: Path) -> dict[str, bytes]:
         except (OSError, ValueError) as error:  # urllib's errors are OSErrors
             raise UserError(f"cannot fetch {url} ({error}); put that file at {kept}, and run this again") from None
         if not is_runtime(content):
-            raise UserError(f"{url} gave another file than that of this name (its sha512 differs); fetch it elsewhere, and put it at {kept}")
+            raise UserError(f"{url} gave another file (its sha512 differs); fetch it elsewhere, and put it at {kept}")
         write_atomically(kept, content)
     files = {"runtime/LICENSE.txt": NOTICE.format(version=RUNTIME.removesuffix(".tgz").rpartition("-")[2]).encode()}
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -191,9 +191,11 @@ def is_runtime(content: bytes) -> bool:
     return base64.b64encode(hashlib.sha512(content).digest()).decode() == SHA512
 
 
-def page_files(model: CaptionModel, graphs: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the files of the page by their place in its folder; `graphs` are encoder.onnx and decoder_step.onnx."""
-    files = fetch_runtime(Path(model.config.data.cache)) | graphs
+def page_files(model: CaptionModel, graphs: dict[str, bytes], runtime: dict[str, bytes]) -> dict[str, bytes]:
+    """Return the files of the page by their place in its folder; `graphs` are encoder.onnx and decoder_step.onnx, and
+    `runtime` what `fetch_runtime` gives.
+    """
+    files = runtime | graphs
     examples = {f"examples/{path.name}": path.read_bytes() for path in sorted(EXAMPLES.glob("*.jpg"))}
     described = describe(model, graphs)
     described |= {"runtime": PARTS, "examples": list(examples), "sizes": {name: len(files[name]) for name in files}}

@@ -40,8 +40,8 @@ def save_small(path: Path, name: str) -> None:
 
 
 def exported(name: str, factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return the checkpoint of a small model with this decoder, and the folder into which `models.export` wrote it, with
-    a beam of 4: to read, not to change.
+    """Return the checkpoint of a small model with this decoder, and the folder into which `models.export` wrote it,
+    with a beam of 4: to read, not to change.
     """
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # one for all processes

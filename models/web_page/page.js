@@ -15,7 +15,7 @@ let config, worker, ready = false, current = null, lastId = 0, usual, options, c
 
 async function start() {
   if (location.protocol === "file:") {
-    say("Opened from a disk, a page may not read its own files by itself: choose its folder, or serve it with python -m http.server -d FOLDER.");
+    say("Opened from a disk, a page may not read its own files by itself: choose its folder here, or serve it (python -m http.server -d FOLDER).");
     folder.hidden = false;
     return;
   }
@@ -46,7 +46,7 @@ async function load(files) {
   say("Loading the model …");
   try {
     const answer = files ? files.get("captioner.json") : await fetch("captioner.json");
-    if (!answer) throw new Error("that folder is not this page's");
+    if (!answer || answer.ok === false) throw new Error("there is no captioner.json");
     config = JSON.parse(await answer.text());
     worker = new Worker(files ? URL.createObjectURL(files.get("captioner.js")) : "captioner.js");
   } catch (error) {
