@@ -172,7 +172,7 @@ def test_settings_search_as_those_of_pytorch(opened: tuple, page_of: Callable, d
 
 
 class Bigrams(Decoder):
-    """A decoder whose next word depends on the last one alone: `logits` (V, V)."""
+    """A decoder whose next word depends on the last one and on the place alone: `logits` (T, V, V)."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -185,7 +185,8 @@ class Bigrams(Decoder):
         return (memory[0],)
 
     def step(self, token: torch.Tensor, state: State, memory: Memory) -> tuple[torch.Tensor, State, None]:
-        return self.logits[token], state, None
+        place = int(state[0][0])
+        return self.logits[place, token], (state[0] + 1,), None
 
 
 @needs_chromium
@@ -193,12 +194,16 @@ def test_search_is_that_of_pytorch_for_any_decoder_and_settings() -> None:
     rng, words = np.random.default_rng(0), 9
     usual = load_config(overrides=["search.consensus=0", "search.classes=0"]).search
     script = """([logits, options, wanted, forbidden, bonus]) => search(
-        async tokens => ({logits: Float32Array.from(tokens.flatMap(token => logits[token])), state: []}),
-        [], options, wanted, forbidden, logits.length, bonus)"""
+        async (tokens, [place]) => {
+            const next = {dims: [1, 1], data: [place.data[0] + 1]};
+            return {logits: Float32Array.from(tokens.flatMap(token => logits[place.data[0]][token])), state: [next]};
+        },
+        [{data: [0]}], options, wanted, forbidden, logits[0].length, bonus)"""
     with driver.open_chromium() as (page, _):
         page.add_script_tag(path=web.PAGE / "captioner.js")
+        page.evaluate("globalThis.takeRows = part => part")  # the same for all hypotheses here
         for _ in range(100):
-            logits = torch.tensor(rng.normal(0, 2, (words, words)), dtype=torch.float32)
+            logits = torch.tensor(rng.normal(0, 2, (8, words, words)), dtype=torch.float32)
             changed = {name: int(rng.integers(low, high)) for name, (low, high) in BOUNDS.items()}
             options = usual.model_copy(update=changed | {"length_penalty": float(rng.choice([0, 0.7, 2]))})
             wanted, forbidden = int(rng.integers(1, 5)), tuple(rng.integers(2, words, rng.integers(0, 2)).tolist())
