@@ -1,6 +1,6 @@
 """Measure the page that `python -m models.export --web` writes, in a headless Chromium.
 
-`python -m benchmarks.web PAGE --pictures FOLDER` takes some minutes and adds rows to benchmarks/results/speed.json: how
+`python -m benchmarks.web PAGE --pictures LIST` takes some minutes and adds rows to benchmarks/results/speed.json: how
 long the page takes to load and to caption, its memory over 200 pictures, and how many of the first 100 pictures get
 PyTorch's captions; the others are listed. Needs playwright and Chromium.
 """
