@@ -5,8 +5,7 @@ python evaluate.py --predictions captions.json        score captions in COCO's r
 python evaluate.py --compare flickr8k attention       one table of runs that were scored before
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.evaluate, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -25,9 +24,10 @@ import torch
 import distributed
 import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
+from cli.files import read_file
 from config import Config, load_config
 from data import annotations, splits, tars
-from data.folders import image_folders, read_file
+from data.folders import image_folders
 from data.vocab import TOKENISERS
 from metrics import METRICS
 from models.ensemble import refuse_homeless

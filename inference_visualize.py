@@ -4,8 +4,7 @@ python inference_visualize.py                              the held-out pictures
 python inference_visualize.py holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
-import options
-from cli import UserError, answer_early, note, run_script, say
+from cli import UserError, answer_early, note, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported

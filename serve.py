@@ -4,8 +4,7 @@ python -m serve                                                 the newest run, 
 curl -F pictures=@a.jpg -F pictures=@b.jpg http://127.0.0.1:8000/caption
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.serve, "PyTorch")  # --help and mistakes, before PyTorch is imported

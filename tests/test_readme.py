@@ -37,6 +37,8 @@ ELSEWHERE = {  # what is not run here, and where it is
     ".ci/run": "by whoever changes something",
     "python -m benchmarks.": "tests/benchmarks, in part: they take minutes to hours",
     "python -m pytest": "by hand: tests/stress takes hours",
+    "uv pip compile": ".ci/run",
+    "python -m http.server": "by hand: it serves until it is stopped",
     "oldest/bin/python": "by hand: the tests with the oldest packages",
     "python -m models.": "tests/models",
     "python docs/caption_with_onnx.py": "tests/models/test_export.py",

@@ -24,8 +24,8 @@ from captioners import save_captioner
 from demo import find_chromium
 from PIL import Image
 
-import options
 from captioning import Captioner
+from cli import options
 from config import Config
 from models.confidence import Confidence
 

@@ -32,7 +32,7 @@ def inside(tmp_path: Path) -> Path:
 def run(inside: Path, *words: str) -> subprocess.CompletedProcess:
     folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": ""}
-    command = ["sh", "docs/space/start.sh", *words]
+    command = ["sh", "docs/container/start.sh", *words]
     return subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -15,9 +15,9 @@ from hub_server import READER, WRITER, Files, Hub, serve_hub
 import calibrate
 import evaluate
 import inference_visualize
-import options
 import train
 from captioning import Captioner
+from cli import options
 from config import Config, load_config
 from models import consensus, export, hub, publish
 from models.checkpoint import load_model

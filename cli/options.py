@@ -12,7 +12,7 @@ from data.folders import caption_files, datasets, find_captions, pictures_at
 from models.hub import check_name, is_on_hub
 from utils import LANGUAGES, find_run
 
-PROJECT = Path(__file__).parent
+PROJECT = Path(__file__).parents[1]
 SPLITS = ["train", "val", "dev", "test"]
 TOKENISERS = ["auto", "ptb", "words", "characters"]
 LOSS_LOG = "loss_log.txt"
