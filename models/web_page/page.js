@@ -58,6 +58,7 @@ async function load(files) {
   worker.onerror = event => alarm(`The captioner stopped (${event.message ?? "unknown"}); reload the page.`);
   worker.postMessage({kind: "load", files});
   usual = config.search;
+  grid.lang = {e: "en", z: "zh"}[config.language[0]] ?? "";  // by which browsers choose fonts
   find("#about").textContent = shownText(config.about);
   showExamples(files);
   forget();

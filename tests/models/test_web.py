@@ -441,6 +441,29 @@ def test_captions_are_copied_downloaded_and_lit_word_by_word(opened: tuple, draw
     assert page.locator("article, canvas").count() == 0
 
 
+@needs_chromium
+def test_pictures_are_dropped_pasted_and_tried(opened: tuple, page_of: Callable) -> None:
+    page, hosts = opened
+    events = {"dropped": "DragEvent('drop', {dataTransfer", "pasted": "ClipboardEvent('paste', {clipboardData"}
+    for kind, event in events.items():
+        script = f"""async ([example, name]) => {{
+            const given = new DataTransfer();
+            given.items.add(new File([await (await fetch(example)).blob()], name));
+            dispatchEvent(new {event}: given, cancelable: true}}));
+        }}"""
+        page.evaluate(script, [f"examples/{EXAMPLES[0].name}", f"{kind}.jpg"])
+    shown = driver.finished(page)
+    assert [each["name"] for each in shown] == ["pasted.jpg", "dropped.jpg"], "the newest first"
+    page.click("#clear")
+    page.click(f"#examples img[alt='{EXAMPLES[0].name}']")
+    driver.wait(page, "pictures.length")
+    shown += driver.finished(page)
+    assert shown[-1]["name"] == EXAMPLES[0].name
+    for each in shown:
+        check_equal([each], pytorch(page_of("attention")[0], EXAMPLES[:1], beam=4))
+    assert page.locator("article figure img").get_attribute("src").startswith("blob:") and hosts == {"localhost"}
+
+
 def test_what_is_fetched_is_what_it_should_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable
 ) -> None:
