@@ -8,10 +8,10 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, ValidationError
 from torch import nn
 
 from cli import UserError, say
@@ -25,31 +25,8 @@ from models.consensus import Consensus
 from models.encoder import EncoderCNN, file_sha256, find_weights, without_random_weights
 from models.hub import is_on_hub, read_checkpoint
 from models.model import CaptionModel, decoder_class_of
+from models.saved import SavedEncoder, SavedTransform, SavedVocabulary
 from utils import how_to_make
-
-Mean = Annotated[float, Field(ge=0, le=1)]  # of colours from 0 to 1
-Deviation = Annotated[float, Field(ge=1e-3, le=100)]
-
-
-class SavedVocabulary(Section):
-    words: list[str]
-    language: str
-
-
-class SavedTransform(Section):
-    image_size: Annotated[int, Field(ge=1, le=1024)]
-    mean: tuple[Mean, Mean, Mean]
-    std: tuple[Deviation, Deviation, Deviation]
-    interpolation: Literal["bilinear", "bicubic"]
-
-
-class SavedEncoder(Section):
-    """Which weights the backbone has."""
-
-    name: str
-    source: str | None  # a file
-    sha256: str
-    stride_in_1x1: bool
 
 
 class SavedModel(Section):

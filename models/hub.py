@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cli import UserError, shorten
-from config import FREE, Section, flatten, marked, restore_config
+from config import FREE, flatten, marked, restore_config
+from models.saved import SavedConfidence, SavedEncoder, SavedTransform, SavedVocabulary
 from utils import CHECKPOINT_FORMAT, as_json, load_checkpoint
 
 if TYPE_CHECKING:
@@ -32,45 +33,15 @@ GROUPS = ("decoder", "backbone", "consensus")  # parts of a checkpoint that are 
 SINGLE = ("feature_mean", "feature_scale")  # and those that are one tensor
 
 
-class Words(Section):
-    words: list[str]
-    language: str
-
-
-class Shown(Section):
-    """A `data.transforms.Transform`."""
-
-    image_size: Annotated[int, Field(ge=1, le=1024)]  # as encoder.image_size: a larger one could fill the memory
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: Literal["bilinear", "bicubic"]
-
-
-class Backbone(Section):
-    """An `EncoderCNN.identity`."""
-
-    name: str
-    source: str | None
-    sha256: str
-    stride_in_1x1: bool
-
-
-class Sureness(Section):
-    """The state of a `models.confidence.Confidence`."""
-
-    weights: list[float]
-    bias: float
-
-
 class Rest(BaseModel, strict=True):
     """What config.json holds; keys that others have added to it are left out."""
 
     format: Literal["image-captioning/2"]
     config: dict[str, Any]
-    vocabulary: Words
-    transform: Shown
-    encoder: Backbone
-    confidence: Sureness | None = None
+    vocabulary: SavedVocabulary
+    transform: SavedTransform
+    encoder: SavedEncoder
+    confidence: SavedConfidence | None = None
     scores: dict[str, Any] | None = None
 
 

@@ -20,7 +20,7 @@ FLOORS = (  # of two modules the lower one never imports the other, but those of
     {"utils"},
     {"distributed"},
     {"data"},
-    {"models.hub"},
+    {"models.hub", "models.saved"},
     {"cli.options"},
     {"models"},
     {"metrics", "render", "captioning"},

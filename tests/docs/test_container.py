@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-SPACE = Path(__file__).parents[2] / "docs" / "space"
-ROOT = SPACE.parents[1]
+CONTAINER = Path(__file__).parents[2] / "docs" / "container"
+ROOT = CONTAINER.parents[1]
 posix = pytest.mark.skipif(os.name != "posix", reason="the container runs Linux")
 
 
 @pytest.fixture
 def inside(tmp_path: Path) -> Path:
     """A folder with the files that Dockerfile.dockerignore lets into the image."""
-    lines = (SPACE / "Dockerfile.dockerignore").read_text().splitlines()
+    lines = (CONTAINER / "Dockerfile.dockerignore").read_text().splitlines()
     for pattern in [line[1:] for line in lines if line.startswith("!")]:
         for path in ROOT.glob(pattern):
             place = tmp_path / path.relative_to(ROOT)
@@ -69,7 +69,7 @@ def test_what_is_neither_demo_nor_endpoint_is_refused(inside: Path) -> None:
 
 
 def test_the_image_is_pinned_and_uploads_are_checked() -> None:
-    dockerfile = (SPACE / "Dockerfile").read_text()
+    dockerfile = (CONTAINER / "Dockerfile").read_text()
     assert re.findall("^FROM (.*)", dockerfile, re.M) and re.search(r"^FROM \S+@sha256:[0-9a-f]{64}$", dockerfile, re.M)
-    command = (SPACE / "start.sh").read_text()
+    command = (CONTAINER / "start.sh").read_text()
     assert "Xsrf" not in dockerfile + command
