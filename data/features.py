@@ -337,7 +337,7 @@ class FeatureCache:
             try:
                 stamps = [tuple(stamp) for stamp in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))]
                 rows = map_rows(path)
-            except (OSError, ValueError, EOFError, RuntimeError):  # not finished, or damaged
+            except (OSError, ValueError, TypeError, EOFError, RuntimeError):  # not finished, or damaged
                 continue
             if rows.shape == (len(stamps), *self.extractor.encoder.feature_shape):
                 yield path, stamps, rows

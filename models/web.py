@@ -31,6 +31,7 @@ RUNTIME = "onnxruntime-web-1.30.0.tgz"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 REGISTRY = "https://registry.npmjs.org"  # or another one, which npm reads from the same variable
 TIMEOUT = 60  # seconds without a byte
+MOST_BYTES = 1 << 26  # that are fetched
 PARTS = {  # of the runtime: for processors, and for graphics cards as well
     kind: {
         "script": f"runtime/ort.{kind}.min.js",
@@ -172,7 +173,7 @@ def fetch_runtime(cache: Path) -> dict[str, bytes]:
         say(f"fetching {url} (33 MB)")
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-                content = answer.read()
+                content = answer.read(MOST_BYTES)
         except (OSError, ValueError) as error:  # urllib's errors are OSErrors
             raise UserError(f"cannot fetch {url} ({error}); put that file at {kept}, and run this again") from None
         if not is_runtime(content):
