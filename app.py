@@ -21,6 +21,7 @@ from captioning import Captioner, Encoded, Picture, doubt, prediction
 from config import SearchConfig
 from data.folders import PICTURE_SUFFIXES
 from data.vocab import SPECIALS
+from models.hub import is_on_hub
 from models.model import Caption
 from render.attention import AttentionMaps, heat_map, split_before
 from render.caption import display_size
@@ -66,11 +67,13 @@ def show(kind: str, text: str) -> None:
     st.html(f'<p class="{kind}">{html.escape(plain_text(text))}</p>')
 
 
-def find_checkpoints() -> list[Path]:
-    """Return those in `streamlit run app.py -- --checkpoint FILE`, runs and pretrained/; models of shapes last."""
+def find_checkpoints() -> list[Path | str]:
+    """Return those in `streamlit run app.py -- --checkpoint FILE`, where FILE may be hf://user/name, those of runs, and
+    pretrained/; models of shapes last.
+    """
     parser = Parser(add_help=False)
-    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
-    named = parser.parse_options().checkpoint
+    parser.add_argument("--checkpoint", nargs="*", default=[])
+    named = [name if is_on_hub(name) else Path(name) for name in parser.parse_options().checkpoint]
     runs = sorted(RUNS.glob("*/checkpoints.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     given = [path for path in LANGUAGES.values() if path.is_file()]
     found = sorted([*runs, *given], key=lambda path: not knows_photographs(path.parent))
@@ -79,13 +82,15 @@ def find_checkpoints() -> list[Path]:
     return list(dict.fromkeys([*named, *found]))
 
 
-def name_of(path: Path) -> str:
+def name_of(path: Path | str) -> str:
+    if isinstance(path, str):  # on the Hub
+        return plain_text(path)
     if path in LANGUAGES.values():
         return "pretrained" if path == LANGUAGES["en"] else "pretrained, Chinese"
     return plain_text((path.parent if path.name == "checkpoints.pth" else path).as_posix())
 
 
-def choose_models(found: list[Path]) -> list[Path]:
+def choose_models(found: list[Path | str]) -> list[Path | str]:
     """Return the model chosen, and the one that it is to be compared with, where there is one."""
     with st.sidebar:
         first = st.selectbox("Model", found, format_func=name_of)
@@ -97,7 +102,7 @@ def choose_models(found: list[Path]) -> list[Path]:
     return [first, other] if other else [first]
 
 
-def introduce(path: Path) -> None:
+def introduce(path: Path | str) -> None:
     model = load(path).model
     words = len(model.vocab) - len(SPECIALS)
     show("quiet", f"{model.config.decoder.name} on {model.config.encoder.name}, {words:,} words")
@@ -114,7 +119,7 @@ def stamp(path: Path) -> tuple[str, int]:
 
 
 @st.cache_resource(max_entries=3, show_spinner="Reading the model …", hash_funcs={type(Path()): stamp})
-def load(path: Path) -> Captioner:
+def load(path: Path | str) -> Captioner:
     return Captioner.load(path)
 
 
@@ -132,7 +137,7 @@ def choose_search(own: SearchConfig) -> tuple[SearchConfig, int]:
     return own.model_copy(update=chosen), num_captions
 
 
-def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int) -> list[list[dict]]:
+def caption_uploads(paths: list[Path | str], options: SearchConfig, num_captions: int) -> list[list[dict]]:
     """Show the pictures dropped, each with its captions; return the rows of predictions.json of each model."""
     endings = [ending.removeprefix(".") for ending in sorted(PICTURE_SUFFIXES)]
     files = st.file_uploader("Drop pictures here", endings, accept_multiple_files=True)
@@ -161,7 +166,7 @@ def caption_uploads(paths: list[Path], options: SearchConfig, num_captions: int)
 
 
 @st.cache_data(max_entries=100, show_spinner=False, hash_funcs={type(Path()): stamp})
-def encode(path: Path, name: str, content: bytes) -> Encoded:
+def encode(path: Path | str, name: str, content: bytes) -> Encoded:
     """Return the picture as it is shown, and its features; raises UserError for a broken one."""
     [encoded] = load(path).read([Picture(Path(name), name, name, content=content)])
     if isinstance(encoded, UserError):

@@ -4,8 +4,7 @@ python calibrate.py                                    the newest run
 python calibrate.py --checkpoint pretrained/captioner.pth "data.root=[archive, coco]"
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.calibrate, "PyTorch")  # --help and mistakes, before PyTorch is imported

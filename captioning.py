@@ -76,10 +76,11 @@ class Captioner:
     def load(cls, paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> "Captioner":
         """Load a captioner from one checkpoint, or an ensemble from several, onto the best available device.
 
-        `overrides` are settings such as "search.beam=3". Raises UserError for files that cannot be used.
+        A checkpoint is a file, or hf://user/name on the Hugging Face Hub. `overrides` are settings such as
+        "search.beam=3". Raises UserError for files that cannot be used.
         """
         several = [paths] if isinstance(paths, str | Path) else paths
-        return cls(load_ensemble([Path(path) for path in several], overrides).to(pick_device()))
+        return cls(load_ensemble(list(several), overrides).to(pick_device()))
 
     @cached_property
     def extractor(self) -> Extractor:

@@ -8,7 +8,6 @@ import difflib
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cli import UserError, shorten
+from cli.files import read_file
 
 CONFIG_YAML = Path(__file__).parent / "config.yaml"
 
@@ -338,10 +338,8 @@ def lay_over(values: dict[str, Any], layer: dict[str, Any], where: str) -> dict[
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-            raise UserError(f"{path} is no file of settings; check the path after --config")
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        os.stat(path)  # raises OSError where there is nothing
+        loaded = yaml.load(read_file(path, MOST_BYTES).decode(), Loader=_Loader)
     except OSError as error:
         near = difflib.get_close_matches(
             path.name, {other.name for other in path.parent.glob("*.yaml")} - {path.name}, n=1

@@ -5,8 +5,7 @@ python evaluate.py --predictions captions.json        score captions in COCO's r
 python evaluate.py --compare flickr8k attention       one table of runs that were scored before
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.evaluate, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -25,12 +24,14 @@ import torch
 import distributed
 import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
+from cli.files import read_file
 from config import Config, load_config
 from data import annotations, splits, tars
-from data.folders import image_folders, read_file
+from data.folders import image_folders
 from data.vocab import TOKENISERS
 from metrics import METRICS
-from models.ensemble import refuse_homeless_ensemble
+from models.ensemble import refuse_homeless
+from models.hub import is_on_hub
 from render import comparison
 from utils import RUNS, as_json, find_run, write_atomically
 
@@ -87,14 +88,14 @@ def main() -> None:
 
 def score_run(args: argparse.Namespace) -> None:
     """Caption a split with a checkpoint, or with several as an ensemble, and score the captions."""
-    paths = list(map(Path, args.checkpoint or [find_run("checkpoints.pth", args.run) / "checkpoints.pth"]))
-    refuse_homeless_ensemble(paths, args.out)
+    paths = args.checkpoint or [str(find_run("checkpoints.pth", args.run) / "checkpoints.pth")]
+    refuse_homeless(paths, args.out)
     model = Captioner.load(paths, args.overrides).model
     config = model.config
-    table = annotations.load(config.data, splits.read_splits(paths[0].parent))
+    table = annotations.load(config.data, splits.read_splits(Path(paths[0]).parent))
     references = choose_references(table, config, args.split, args.tokeniser)
     images = list(references.captions)
-    say(f"captioning {len(images):,} {references.split} pictures with {', '.join(map(str, paths))}")
+    say(f"captioning {len(images):,} {references.split} pictures with {', '.join(paths)}")
     features = encode_dataset(model, images, image_folders(config.data))
     if len(features.names) < len(images):  # some cannot be read, and data.broken=skip
         images = list(features.names)
@@ -105,13 +106,13 @@ def score_run(args: argparse.Namespace) -> None:
     rate = len(images) / (time.perf_counter() - began)
     if distributed.rank():
         return
-    out = Path(args.out or paths[0].parent)
+    out = Path(args.out or Path(paths[0]).parent)
     predictions = out / f"predictions-{references.split}.json"
     rows = [{"image_id": image_id, "caption": captions[image]} for image, image_id in references.image_ids.items()]
     write_atomically(predictions, as_json(rows))
     say(f"wrote {predictions} ({rate:,.0f} pictures captioned a second)")
     search = describe_search(config) + (f"|ensemble:{len(paths)}" if len(paths) > 1 else "")
-    checkpoint = ", ".join(path.name for path in paths)
+    checkpoint = ", ".join(path if is_on_hub(path) else Path(path).name for path in paths)
     score(captions, references, search, out, images_per_second=round(rate, 1), checkpoint=checkpoint)
 
 

@@ -4,8 +4,7 @@ python inference_visualize.py                              the held-out pictures
 python inference_visualize.py holiday/ 'cats/*.jpg' --out holiday_captions
 """
 
-import options
-from cli import UserError, answer_early, note, run_script, say
+from cli import UserError, answer_early, note, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
 from data.features import Features, Files
 from data.folders import image_folders, pictures_at, plural
-from models.ensemble import refuse_homeless_ensemble
+from models.ensemble import refuse_homeless
 from models.model import Caption, CaptionModel
 from render import gallery
 from render.attention import AttentionMaps, draw_attention
@@ -43,15 +42,16 @@ def main() -> None:
     args, began = options.inference_visualize(), time.monotonic()
     checkpoints = choose_checkpoints(args)
     if not args.images:
-        refuse_homeless_ensemble(checkpoints, args.out)
+        refuse_homeless(checkpoints, args.out)
     captioner = Captioner.load(checkpoints, args.overrides)
     model, named = captioner.model, ", ".join(map(str, checkpoints))
     heads = choose_heads(args.attention, model.decoder.heads, named)
     if args.images:
         pictures, features, out = find_pictures(args.images), None, Path(args.out or ".")
     else:
-        pictures, features = split_pictures(model, args.split, checkpoints[0].parent)
-        out = Path(args.out or checkpoints[0].parent)
+        run = Path(checkpoints[0]).parent
+        pictures, features = split_pictures(model, args.split, run)
+        out = Path(args.out or run)
     pictures = pictures[: args.limit]
     source = "cached features" if features else f"{model.config.encoder.name} on {model.device.type}"
     note(f"captioning {plural(len(pictures), 'picture', 'pictures')} with {named} ({source})")
@@ -93,10 +93,10 @@ def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
         note(f"unsure of {len(doubts):,} of {len(captioned):,} captions, such as that of {name} ({unsure})")
 
 
-def choose_checkpoints(args: argparse.Namespace) -> list[Path]:
+def choose_checkpoints(args: argparse.Namespace) -> list[str | Path]:
     """Return those named, or the newest run's: for --images, a run that knows photographs, or else pretrained/."""
     if args.checkpoint:
-        return [Path(name) for name in args.checkpoint]
+        return list(args.checkpoint)
     if args.language:
         return [LANGUAGES[args.language]]
     if args.run or not args.images:

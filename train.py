@@ -6,8 +6,7 @@ python train.py --resume                            resume the newest run, as if
 torchrun --nproc_per_node=8 train.py                data-parallel training
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.train, "PyTorch")  # --help and mistakes, before PyTorch is imported

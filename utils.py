@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from cli import UserError, say
+from cli.safe_load import DAMAGED, safe_load
 from config import flatten, read_yaml
-from safe_load import DAMAGED, safe_load
 
 if TYPE_CHECKING:
     import torch

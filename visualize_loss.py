@@ -3,8 +3,7 @@
 Reads runs/<name>/loss_log.txt, also while the run is still training.
 """
 
-import options
-from cli import UserError, answer_early, run_script, say
+from cli import UserError, answer_early, options, run_script, say
 
 if __name__ == "__main__":
     answer_early(options.visualize_loss)

@@ -171,7 +171,7 @@ def all_settings(result: Found) -> Found:
 
 
 def speed(template: str) -> str:
-    """Return a table of what benchmarks/speed.py has measured."""
+    """Return a table of what benchmarks/speed.py, and benchmarks/serve.py, have measured."""
     return (HERE / template).read_text(encoding="utf-8").rstrip().format(**read(HERE / "results" / "speed.json"))
 
 
@@ -234,6 +234,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     },
     DOCS / "limits.md": {"photographs": photographs},
     DOCS / "scaling.md": {"scaling": scaling},
+    DOCS / "serving.md": {"serving": partial(speed, "serving.md")},
     DOCS / "reliability.md": {"results": reliability},
 }
 

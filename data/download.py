@@ -35,7 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.folders import open_file, read_file
+from cli.files import open_file, read_file
 from utils import DAMAGED
 
 TIMEOUT = 60  # seconds without an answer, or without SLOWEST bytes in each

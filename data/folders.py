@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import io
 import itertools
 import os
 import re
@@ -22,7 +21,6 @@ PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm"),
     *((".heic", ".heif") if find_spec("pillow_heif") else ()),
 )
-MOST_BYTES = 1 << 30  # of a file that is read at once, such as one of captions
 MADE_HERE = ".made-by-image-captioning"  # marks a folder of drawings or copies, which are not captioned again
 PHONES = (".heic", ".heif")  # pictures of iPhones, which need the package pillow-heif
 # Folders that systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
@@ -58,24 +56,6 @@ class ImageFolders:
         found = sorted(images)
         for prefix, folder in self.folders.items():
             yield prefix, folder, [image for image in found if image.startswith(prefix)]
-
-
-def open_file(path: Path) -> io.BufferedReader:
-    """Open a regular file, or a link to one: a pipe or a device would block, or never end.
-
-    Raises UserError for other things, and OSError where there is nothing.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file but a folder, a pipe or a device; name a file")
-    return open(path, "rb")
-
-
-def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Return what a file holds; raises UserError for one of more than `most` bytes, and for what is no file."""
-    with open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) <= most:
-            return file.read(size)
-    raise UserError(f"{path} is too large: at most {most:,} bytes are read; check that it is the right file")
 
 
 def datasets(config: DataConfig) -> list[tuple[str, DataConfig]]:

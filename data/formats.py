@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from cli import UserError, say, shorten
+from cli.files import open_file
 from config import pick
-from data.folders import PICTURE_SUFFIXES, open_file, paths_below
+from data.folders import PICTURE_SUFFIXES, paths_below
 from data.tables import CAPTION, IMAGE, encoding_of, find, plain_name, read_table, read_text
 
 Row = tuple[str, str | int, str | None, str | None]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from cli import UserError
-from data.folders import read_file
+from cli.files import read_file
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.

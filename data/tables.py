@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError, say, shorten
-from data.folders import PICTURE_SUFFIXES, open_file, read_file
+from cli.files import open_file, read_file
+from data.folders import PICTURE_SUFFIXES
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # What people call the columns, without case, blanks, - and _; of several that are there, the first here.

@@ -35,10 +35,11 @@ from tqdm import tqdm
 
 import distributed
 from cli import UserError, say, shorten
+from cli.files import open_file
 from config import DataConfig
 from data import formats, tokens
 from data.features import Opener, Stamp
-from data.folders import PICTURE_SUFFIXES, open_file
+from data.folders import PICTURE_SUFFIXES
 from data.tokens import Tokens
 from data.transforms import open_picture
 from utils import cut_name, hold, write_atomically

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cli.files import read_file
 from config import DataConfig, load_config, setting_names
 from data import annotations, tars
-from data.folders import PICTURE_SUFFIXES, image_folders, read_file
+from data.folders import PICTURE_SUFFIXES, image_folders
 from data.splits import SPLIT_SEED
 
 

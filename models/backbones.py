@@ -18,9 +18,9 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
 
 from cli import UserError
+from cli.safe_load import DAMAGED
 from config import pick
 from data.transforms import Transform
-from safe_load import DAMAGED
 
 PRETRAINED = "pretrained"  # as encoder.weights: those that a family gives to whoever names none
 State = dict[str, torch.Tensor]  # a network's tensors by name

@@ -2,6 +2,7 @@
 beside it in its run, its scores and its splits. What only people know is left to them, as questions.
 """
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -32,7 +33,7 @@ $encoder
 With the code of this project:
 
 ```bash
-python inference_visualize.py --checkpoint $file --images photo.jpg
+python inference_visualize.py --checkpoint $where --images photo.jpg
 ```
 
 Pictures may have any size; each is resized to $image_size x $image_size pixels. $search
@@ -61,8 +62,13 @@ $checksum
 """)
 
 
-def make_card(checkpoint: dict[str, Any], run: Path, file: Path, sha256: str) -> str:
-    """Return the card of `file`, which holds this checkpoint; `run` is the folder with its scores and splits."""
+def make_card(
+    checkpoint: dict[str, Any], run: Path, name: str, file: str, content: bytes, where: str | None = None
+) -> str:
+    """Return the card of the captioner `name`, whose tensors are in a `file` with this content.
+
+    `run` is the folder with its scores and splits; `where` is what --checkpoint takes, if not that file.
+    """
     config = checkpoint["config"]
     tag, language = LANGUAGES.get(config["data"]["language"], (config["data"]["language"], "a"))
     scores = {
@@ -75,13 +81,14 @@ def make_card(checkpoint: dict[str, Any], run: Path, file: Path, sha256: str) ->
     if not checkpoint["backbone"]:
         inside += f"`{checkpoint['encoder']['source']}` (sha256 `{checkpoint['encoder']['sha256']}`)."
     return TEXT.substitute(
-        front=front_matter(file.stem, tag, decoder, scores),
-        name=file.stem,
+        front=front_matter(name, tag, decoder, scores),
+        name=name,
         language=language,
         decoder=PAPERS.get(decoder, f"the decoder `{decoder}`"),
         backbone=f"{'a frozen' if encoder['frozen'] else 'a trained'} `{encoder['name']}`",
-        file=file.name,
-        megabytes=f"{file.stat().st_size / 1e6:.1f}",
+        file=file,
+        where=where or file,
+        megabytes=f"{len(content) / 1e6:.1f}",
         weights=f"{sum(tensor.numel() for tensor in checkpoint['decoder'].values()) / 1e6:.1f}",
         words=f"{len(checkpoint['vocabulary']['words']):,}",
         encoder=inside,
@@ -91,7 +98,7 @@ def make_card(checkpoint: dict[str, Any], run: Path, file: Path, sha256: str) ->
         settings=about_settings(config),
         scores="\n\n".join(about_scores(split, found) for split, found in scores.items())
         or "It was not scored; do so with `python evaluate.py`, and make this page again.",
-        checksum=f"`{file.name}` has the sha256 `{sha256}`.",
+        checksum=f"`{file}` has the sha256 `{hashlib.sha256(content).hexdigest()}`.",
     )
 
 

@@ -23,8 +23,9 @@ from models.compact_consensus import CompactConsensus
 from models.confidence import INPUTS, Confidence
 from models.consensus import Consensus
 from models.encoder import EncoderCNN, file_sha256, find_weights, without_random_weights
+from models.hub import is_on_hub, read_checkpoint
 from models.model import CaptionModel, decoder_class_of
-from utils import how_to_make, load_checkpoint
+from utils import how_to_make
 
 Mean = Annotated[float, Field(ge=0, le=1)]  # of colours from 0 to 1
 Deviation = Annotated[float, Field(ge=1e-3, le=100)]
@@ -83,26 +84,28 @@ def model_state(model: CaptionModel) -> dict[str, Any]:
     }
 
 
-def load_model(path: str | Path, overrides: list[str] | None = None) -> CaptionModel:
-    """Return the trained model in a file, in eval mode, with its consensus: that inside, or the consensus.pth beside it
-    where its search uses that.
+def load_model(path: str | Path, overrides: list[str] | None = None, token: str | None = None) -> CaptionModel:
+    """Return the trained model in a file, or in hf://user/name, in eval mode, with its consensus: that inside, or the
+    consensus.pth beside it where its search uses that. `token` is the Hub's, see `models.hub.download`.
 
     Raises UserError when the file is damaged, or when its frozen backbone cannot be found again unchanged.
     """
-    path = Path(path)
-    saved = load_checkpoint(path)
+    saved = read_checkpoint(path, token)
     model = model_from_state(saved, str(path), overrides).eval()
     model.confidence = restore_confidence(saved, path)
     if saved.get("consensus") is not None:
         model.consensus = restore_consensus(saved["consensus"], model, path)
         return model
-    weight, beside = model.config.search.consensus, path.with_name(consensus.FILE)
-    if weight and beside.is_file():
+    weight, beside = model.config.search.consensus, Path(path).with_name(consensus.FILE)
+    if weight and not is_on_hub(path) and beside.is_file():
         model.consensus = Consensus.load(beside, model.encoder.feature_shape[-1], len(model.vocab))
     elif weight and any(word.startswith("search.consensus=") for word in overrides or []):
         raise consensus.missing_error(weight)
     elif weight:
-        say(f"searching without consensus: there is no {beside}, which training writes at its end")
+        lacking = (
+            f"{path} has none inside" if is_on_hub(path) else f"there is no {beside}, which training writes at its end"
+        )
+        say(f"searching without consensus: {lacking}")
         search = model.config.search.model_copy(update={"consensus": 0.0})
         model.config = model.config.model_copy(update={"search": search})
     return model
@@ -134,7 +137,7 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
     return model
 
 
-def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path: Path) -> CompactConsensus:
+def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path: str | Path) -> CompactConsensus:
     """Return the consensus inside a checkpoint; raises UserError for a damaged one."""
     size, words = model.encoder.feature_shape[-1], len(model.vocab)
     found = CompactConsensus.restore(convert_floats(state, torch.float16, torch.float32), size, words)
@@ -143,7 +146,7 @@ def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path:
     return found
 
 
-def restore_confidence(saved: dict[str, Any], path: Path) -> Confidence | None:
+def restore_confidence(saved: dict[str, Any], path: str | Path) -> Confidence | None:
     """Return the calibration inside a checkpoint, if any; raises UserError for a damaged one."""
     state = saved.get("confidence")
     if state is None:
@@ -161,12 +164,13 @@ def model_from_start(config: Config) -> CaptionModel:
     Raises UserError, naming them, for settings that would give it other shapes.
     """
     path = str(config.train.start)
-    if not Path(path).is_file() and (Path(__file__).parents[1] / path).is_file():  # pretrained/captioner.pth
-        path = str(Path(__file__).parents[1] / path)
-    if not Path(path).is_file():
+    found = is_on_hub(path) or Path(path).is_file()
+    if not found and (Path(__file__).parents[1] / path).is_file():  # pretrained/captioner.pth
+        path, found = str(Path(__file__).parents[1] / path), True
+    if not found:
         make = how_to_make(Path(path).parent.name)
         raise UserError(f"there is no checkpoint at train.start = {path}; make it with: {make}, or name another one")
-    saved = load_checkpoint(path)
+    saved = read_checkpoint(path)
     check_parts(saved, path)
     there, here = (flatten(each.model_dump()) for each in (restore_config(saved["config"], where=path), config))
     differ = sorted(name for name in marked(SHAPES) if there[name] != here[name])

@@ -28,6 +28,7 @@ SHAPES = {  # of the tensors in a checkpoint
     "length": ("1",),
     "per_unit": ("D",),
 }
+DTYPES = {"codes": torch.int64, "base": torch.int64, "table": torch.int8}  # of those that are not float32
 RIDGE = 3e-5  # is added to the variances of the embeddings' numbers, whose sum is 1
 
 
@@ -91,10 +92,12 @@ class CompactConsensus(Expectation):
         """Return that of a checkpoint, for features of this size; None for a damaged one."""
         if state.keys() != SHAPES.keys() or not all(isinstance(value, torch.Tensor) for value in state.values()):
             return None
-        sizes = {"D": feature_size, "G": len(state["weights"]), "R": len(state["projection"]), "1": 1}
+        sizes = {"D": feature_size, "G": state["weights"].numel(), "1": 1}
+        sizes["R"] = state["projection"].numel() // feature_size
         sizes["G + 1"] = sizes["G"] + 1
         fits = (
             all(value.shape == tuple(sizes[size] for size in SHAPES[name]) for name, value in state.items())
+            and all(value.dtype == DTYPES.get(name, torch.float32) for name, value in state.items())
             and all(bool(value.isfinite().all()) for value in state.values())
             and 0 < int(state["base"]) <= vocab_size + 1
             and bool((state["codes"].diff() > 0).all())

@@ -11,6 +11,7 @@ from torch import nn
 from cli import UserError
 from models.checkpoint import load_model
 from models.decoder import Decoder, Memory, State
+from models.hub import is_on_hub
 from models.model import CaptionModel
 
 
@@ -62,7 +63,7 @@ def split(tensors: tuple[torch.Tensor, ...], sizes: Iterable[int]) -> list[tuple
     return [tuple(itertools.islice(left, size)) for size in sizes]
 
 
-def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> CaptionModel:
+def load_ensemble(paths: Sequence[str | Path], overrides: list[str] | None = None) -> CaptionModel:
     """Return the model in the file, or the ensemble of several, with the encoder, vocabulary and search of the first.
 
     Raises UserError for models that read other features than the first, or have another vocabulary.
@@ -82,8 +83,12 @@ def load_ensemble(paths: Sequence[Path], overrides: list[str] | None = None) -> 
     return ensemble.eval()
 
 
-def refuse_homeless_ensemble(paths: Sequence[Path], out: str | None) -> None:
-    """Raise UserError where the captions of an ensemble would be written among those of the first model's run."""
+def refuse_homeless(paths: Sequence[str | Path], out: str | None) -> None:
+    """Raise UserError where the captions of an ensemble would be written among those of the first model's run, or
+    those of a model from the Hub, which has no run, into its cache.
+    """
+    if is_on_hub(paths[0]) and not out:
+        raise UserError(f"what is made of {paths[0]} belongs to no run; add --out FOLDER")
     if len(paths) > 1 and not out:
         raise UserError(f"the captions of {len(paths)} checkpoints together belong to no run; add --out FOLDER")
 

@@ -1,7 +1,7 @@
 """Take a trained model elsewhere: tensors as safetensors, all else as JSON, and two ONNX graphs that need no PyTorch.
 
 `python -m models.export --run attention` writes them, once the graphs have been compared with PyTorch; docs/export.md
-says what they hold.
+says what they hold. `--web` writes a page instead that captions pictures in a browser; see models/web.py.
 """
 
 from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
@@ -10,10 +10,10 @@ from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is q
 import argparse
 import importlib.util
 import itertools
-import json
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,35 @@ from config import setting_names
 from data import sample
 from data.dataset import pad
 from data.vocab import SOS
-from models.checkpoint import model_from_state, model_state
+from models import web
+from models.checkpoint import load_model, model_from_state, model_state
 from models.decoder import Decoder, Memory, State
+from models.hub import check_name, is_on_hub, read_checkpoint, separate
 from models.model import CaptionModel
 from models.search import search
-from utils import CHECKPOINT_FORMAT, as_json, find_run, load_checkpoint, write_atomically
+from utils import PRETRAINED, find_run, knows_photographs, write_atomically
 
-TENSORS, REST, ENCODER, STEP = "model.safetensors", "config.json", "encoder.onnx", "decoder_step.onnx"
+ENCODER, STEP = "encoder.onnx", "decoder_step.onnx"
 PICTURES, BEAM = 6, 3  # how many drawn scenes the graphs are compared on, and by which beam
+Facts = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 TOLERANCE = 1e-4  # of the largest logit, by which logits may differ: fp32 has seven digits, of which some get lost
 
 
 def main() -> None:
     args = parse_args()
-    path = Path(args.checkpoint) if args.checkpoint else find_run("checkpoints.pth", args.run) / "checkpoints.pth"
-    out = Path(args.out) if args.out else path.parent / "export"
+    path = args.checkpoint or str(find_checkpoint(args))
+    if is_on_hub(path) and not args.out:
+        check_name(path)
+        raise UserError(f"what is made of {path} belongs to no run; add --out FOLDER")
+    out = Path(args.out) if args.out else Path(path).parent / ("web" if args.web else "export")
     for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
         if not importlib.util.find_spec(package):
             raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
-    saved = load_checkpoint(path)
-    model = model_from_state(saved, str(path), args.overrides).eval()
+    if args.web:
+        write_page(path, out, args.overrides)
+        return
+    saved = read_checkpoint(path)
+    model = model_from_state(saved, path, args.overrides).eval()
     say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name})")
 
     kept = {name: saved[name] for name in (*model_state(model), "scores") if name in saved}
@@ -67,49 +76,51 @@ def parse_args() -> argparse.Namespace:
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", help="take this run's checkpoint (default: the newest run's)")
-    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth")
-    parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint")
+    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoints.pth, or hf://user/name")
+    page = "write a web page that captions pictures by itself (default: the newest run that learned from photographs, "
+    parser.add_argument("--web", action="store_true", help=f"{page}or pretrained/captioner.pth)")
+    parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the checkpoint, or web/")
     return parser.parse_options(setting_names())
 
 
-def separate(checkpoint: dict[str, Any]) -> dict[str, bytes]:
-    """Return the files that hold a checkpoint's tensors, named `decoder.output.weight` and so on, and all else."""
-    import safetensors.torch
-
-    tensors, rest = {}, {"format": CHECKPOINT_FORMAT}
-    for part, content in checkpoint.items():
-        if isinstance(content, torch.Tensor):
-            tensors[part] = content
-        elif part in ("decoder", "backbone"):
-            tensors |= {f"{part}.{name}": tensor for name, tensor in (content or {}).items()}
-        else:
-            rest[part] = content
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return {TENSORS: safetensors.torch.save(whole), REST: as_json(rest)}
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """Return that of the run named, or of the newest one; for a page, one that knows photographs, or pretrained/."""
+    if args.run or not args.web:
+        return find_run("checkpoints.pth", args.run) / "checkpoints.pth"
+    try:
+        return find_run("checkpoints.pth", accept=knows_photographs) / "checkpoints.pth"
+    except UserError:  # there is none
+        return PRETRAINED
 
 
-def load(folder: str | Path) -> dict[str, Any]:
-    """Return the checkpoint in a folder's model.safetensors and config.json, for `model_from_state`."""
-    import safetensors.torch
-
-    folder = Path(folder)
-    checkpoint = json.loads((folder / REST).read_text(encoding="utf-8")) | {"decoder": {}, "backbone": {}}
-    checkpoint["transform"] |= {name: tuple(checkpoint["transform"][name]) for name in ("mean", "std")}
-    for name, tensor in safetensors.torch.load_file(folder / TENSORS).items():
-        part, _, inner = name.partition(".")
-        (checkpoint[part] if inner else checkpoint)[inner or part] = tensor
-    return checkpoint | {"backbone": checkpoint["backbone"] or None}
+def write_page(path: str, out: Path, overrides: list[str]) -> None:
+    """Write a checkpoint as a web page into the folder `out`; see docs/web.md."""
+    model = load_model(path, overrides)
+    runtime = web.fetch_runtime(Path(model.config.data.cache))
+    say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name}) as a web page")
+    web.compact(model)
+    graphs = trace(model, partial(web.facts_of, model))
+    compare(model, OnnxDecoder(*graphs))
+    halves = [web.halve(graph) for graph in graphs]
+    files = web.page_files(model, dict(zip((ENCODER, STEP), halves, strict=True)), runtime)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    model_size, all_size = (sum(map(len, each)) / 1e6 for each in (halves, files.values()))
+    say(f"wrote {out} ({all_size:.1f} MB, of which the model has {model_size:.1f})")
+    say(f"next: python -m http.server -d {out}, and open http://localhost:8000; any static host will do")
 
 
 @torch.no_grad()
-def trace(model: CaptionModel) -> tuple[bytes, bytes]:
+def trace(model: CaptionModel, facts: Facts = lambda features: {}) -> tuple[bytes, bytes]:
     """Return the ONNX graphs of a model on the CPU: the encoder and one step of the decoder.
 
-    They are traced with two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
+    `facts` are what else the encoder's graph gives, by name, made of pictures' raw features. The graphs are traced with
+    two pictures of three hypotheses after two words, sizes that no other axis takes for its own.
     """
     decoder = model.decoder
     pixels = torch.zeros(2, 3, *[model.transform.image_size] * 2, dtype=torch.uint8)
-    memory = decoder.prepare(model.encode(pixels))
+    features = model.encoder(model.transform.normalise(pixels))
+    memory = decoder.prepare(model.standardise(features))
     start = decoder.start(memory)
     token, state = torch.full((6,), SOS), tuple(part.repeat_interleave(3, 0) for part in start)
     for _ in range(2):
@@ -121,8 +132,9 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
     ]
 
     def encode_and_start(pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        memory = decoder.prepare(model.encode(pixels))
-        return *memory, *decoder.start(memory)
+        features = model.encoder(model.transform.normalise(pixels))
+        memory = decoder.prepare(model.standardise(features))
+        return *memory, *decoder.start(memory), *facts(features).values()
 
     def one_step(token: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, state, attention = decoder.step(token, known[: len(start)], known[len(start) :])
@@ -130,7 +142,8 @@ def trace(model: CaptionModel) -> tuple[bytes, bytes]:
 
     states = {f"state_{number}": part for number, part in enumerate(state)}
     memories = {f"memory_{number}": part for number, part in enumerate(memory)}
-    first = to_onnx(Graph(model, encode_and_start), {"pixels": pixels}, [pictures], [*memories, *states])
+    known = [*memories, *states, *facts(features)]
+    first = to_onnx(Graph(model, encode_and_start), {"pixels": pixels}, [pictures], known)
     step = to_onnx(
         Graph(decoder, one_step),
         {"token": token} | states | memories,
@@ -175,13 +188,15 @@ class OnnxDecoder(Decoder):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.encoder, self.decoder = (onnxruntime.InferenceSession(graph, options) for graph in (encoder, step))
-        self.memories = sum(part.name.startswith("memory") for part in self.encoder.get_outputs())
+        named = [part.name for part in self.encoder.get_outputs()]
+        self.memories, self.states = ([name for name in named if name.startswith(k)] for k in ("memory", "state"))
         self.given = [part.name for part in self.decoder.get_inputs()]
 
     def prepare(self, features: torch.Tensor) -> Memory:
-        found = [torch.from_numpy(part) for part in self.encoder.run(None, {"pixels": features.numpy()})]
-        self.first = tuple(found[self.memories :])
-        return tuple(found[: self.memories])
+        found = self.encoder.run([*self.memories, *self.states], {"pixels": features.numpy()})
+        memory = tuple(torch.from_numpy(part) for part in found)
+        self.first = memory[len(self.memories) :]
+        return memory[: len(self.memories)]
 
     def start(self, memory: Memory) -> State:
         return self.first

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -65,6 +66,27 @@ class CaptionModel(nn.Module):
         encoder = EncoderCNN(config.encoder, spatial=decoder_class.spatial)
         decoder = decoder_class(config.decoder, encoder.feature_shape[-1], len(vocab))
         return cls(config, vocab, transform_for(config.encoder), encoder, decoder)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, token: str | None = None, overrides: list[str] | None = None
+    ) -> "CaptionModel":
+        """Return the trained model in the repository user/name of the Hugging Face Hub, in eval mode; see `models.hub`.
+
+        `overrides` are settings such as "search.beam=3". Raises UserError for one that cannot be had or used.
+        """
+        name = f"hf://{name.removeprefix('hf://')}" + (f"@{revision}" if revision else "")
+        return import_module("models.checkpoint").load_model(name, overrides, token)  # by name: it imports this module
+
+    def push_to_hub(
+        self, name: str, revision: str | None = None, token: str | None = None, private: bool | None = None
+    ) -> str:
+        """Put what `models.publish` makes of the model into user/name on the Hugging Face Hub; returns its address.
+
+        A new repository is public unless `private`, and gets a model card. Raises UserError where that is refused.
+        """
+        name = f"hf://{name.removeprefix('hf://')}" + (f"@{revision}" if revision else "")
+        return import_module("models.publish").push(self, name, private=private, token=token)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cli import UserError
-from safe_load import DAMAGED, safe_load
+from cli.safe_load import DAMAGED, safe_load
 
 # What training scripts call the part of a checkpoint that is the network; averaged weights are the better ones.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from cli import UserError
-from data.folders import read_file
+from cli.files import read_file
 from metrics import METRICS, Scores, p_values
 from utils import RUNS, write_atomically
 

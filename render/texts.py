@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import UserError
-from data.folders import MADE_HERE, MADE_TABLE, plural, read_file
+from cli.files import read_file
+from data.folders import MADE_HERE, MADE_TABLE, plural
 from utils import unique_name, write_atomically
 
 Captioned = Sequence[tuple[Path, str, Sequence[Any]]]  # file, image id, captions with their text and log_prob

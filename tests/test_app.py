@@ -246,7 +246,7 @@ def test_words_and_names_that_would_act_are_shown_as_text(demo: Demo, checkpoint
 def test_in_a_browser_a_picture_is_captioned_and_nothing_is_asked_of_others(
     checkpoints: Path, drawn: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("playwright", reason="the browser is steered by playwright, of requirements-dev.txt")
+    pytest.importorskip("playwright", reason="the browser is steered by playwright, of tests/requirements.txt")
     (tmp_path / "runs/hostile").mkdir(parents=True)
     shutil.copy(checkpoints / "hostile/checkpoints.pth", tmp_path / "runs/hostile/checkpoints.pth")
     picture = drawn / "images/00.jpg"

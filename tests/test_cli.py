@@ -16,7 +16,7 @@ import cli
 from cli import Parser, UserError, run_script
 from config import setting_names
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).parents[1]
 FULL_MEMORY = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"
 
 

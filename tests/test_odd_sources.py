@@ -16,8 +16,8 @@ import pytest
 from dataset_files import load, put
 
 from cli import UserError
+from cli.files import read_file
 from data import formats, splits, tars
-from data.folders import read_file
 from evaluate import References, read_predictions
 from metrics import pick_tokeniser
 from models.model import Caption

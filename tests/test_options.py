@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import cli
-import options
+from cli import options
 from config import load_config
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(cli.__file__).parents[1]
 Parsed = Callable[..., object]
 
 

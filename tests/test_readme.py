@@ -37,6 +37,9 @@ ELSEWHERE = {  # what is not run here, and where it is
     ".ci/run": "by whoever changes something",
     "python -m benchmarks.": "tests/benchmarks, in part: they take minutes to hours",
     "python -m pytest": "by hand: tests/stress takes hours",
+    "uv pip compile": ".ci/run",
+    "docker": "by hand, where there is Docker; tests/docs/test_space.py in part",
+    "python -m http.server": "by hand: it serves until it is stopped",
     "oldest/bin/python": "by hand: the tests with the oldest packages",
     "python -m models.": "tests/models",
     "python docs/caption_with_onnx.py": "tests/models/test_export.py",
@@ -52,6 +55,15 @@ ELSEWHERE = {  # what is not run here, and where it is
     "python train.py --config own": "tests/test_train.py, for one epoch",
     "python inference_visualize.py --run own": "the same",
     "python calibrate.py": "tests/test_calibrate.py, on more pictures",
+    **dict.fromkeys(
+        (
+            "python inference_visualize.py photo.jpg --checkpoint hf://",
+            "python evaluate.py --checkpoint hf://",
+            "python train.py train.start=hf://",
+        ),
+        "tests/models/test_hub.py",
+    ),
+    **dict.fromkeys(("python -m serve", "curl"), "tests/test_serve.py"),
     "python -c": "nowhere: it asks for a GPU",
 }
 

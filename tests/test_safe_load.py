@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from safe_load import DAMAGED, safe_load
+from cli.safe_load import DAMAGED, safe_load
 
 resource = pytest.importorskip("resource", reason="memory is measured on Linux and macOS only")
 MOST = 100  # MB

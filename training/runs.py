@@ -15,10 +15,10 @@ import yaml
 
 import distributed
 from cli import UserError, say
+from cli.options import PROJECT, choose_config
 from config import Config, restore_config
 from data import splits
 from models import consensus
-from options import PROJECT, choose_config
 from training.boards import TENSORBOARD, WANDB
 from utils import RUNS, find_run, hold, load_checkpoint, save_checkpoint, write_atomically
 

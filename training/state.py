@@ -10,10 +10,10 @@ from pydantic import Field, ValidationError
 
 import distributed
 from cli import UserError, say
+from cli.safe_load import DAMAGED
 from config import Section, TrainConfig
 from models.checkpoint import model_state
 from models.model import CaptionModel
-from safe_load import DAMAGED
 from training.optim import WeightAverage, make_optimiser
 from training.runs import LOG_COLUMNS
 from utils import save_checkpoint

@@ -69,5 +69,5 @@ def test_things_are_called_as_people_call_them() -> None:
 )
 def test_a_damaged_calibration_is_refused(state: object, refused: Callable, tmp_path: object) -> None:
     with refused("the calibration inside", "python calibrate.py"):
-        restore_confidence({"confidence": state}, "model.pth")  # type: ignore[arg-type]
-    assert restore_confidence({}, "model.pth") is None  # type: ignore[arg-type]
+        restore_confidence({"confidence": state}, "model.pth")
+    assert restore_confidence({}, "model.pth") is None

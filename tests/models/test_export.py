@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SCENES
+from exports import exported, save_small
 from PIL import Image
 
 from captioning import Captioner
-from data import sample
 from data.transforms import Transform
-from data.vocab import build_vocab
-from models import export
-from models.checkpoint import model_from_state, model_state
+from models import export, hub
+from models.checkpoint import model_from_state
 from models.decoder import Decoder, State
 from models.model import DECODERS, CaptionModel
 from utils import load_checkpoint, save_checkpoint
@@ -25,43 +23,28 @@ from utils import load_checkpoint, save_checkpoint
 for package in ("safetensors", "onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 DOCS = str(Path(export.__file__).parents[1] / "docs")
-ALEXNET = ("encoder.name=alexnet", "encoder.image_size=96", "search.max_length=7")  # few layers, four regions
-DEEP = {
-    "lstm": ["decoder.num_layers=2"],
-    "attention": [],
-    "transformer": ["decoder.num_layers=2", "decoder.encoder_layers=1", "decoder.num_heads=4"],
-}
-SCALE, NOISE = {"lstm": 2, "attention": 2, "transformer": 1}, {"lstm": 0, "attention": 0, "transformer": 0.3}
 
 
 @pytest.fixture
-def small(tmp_path: Path, tiny_config: Callable) -> Callable[[str], Path]:
-    """Write the checkpoint of a small model, with this decoder, whose captions differ from picture to picture."""
+def small(tmp_path: Path) -> Callable[[str], Path]:
+    """Write the checkpoint of a small model with this decoder; returns its path."""
 
     def save(name: str) -> Path:
-        vocab = build_vocab([caption for scene in SCENES for caption in sample.describe(scene)], min_count=1)
-        model = CaptionModel.build(tiny_config(*ALEXNET, f"decoder.name={name}", *DEEP[name]), vocab).eval()
-        with torch.no_grad():
-            model.fit_statistics(model.encoder(torch.randn(8, 3, 96, 96)))
-            for parameter in model.decoder.parameters():
-                parameter.mul_(SCALE[name]).add_(torch.randn(parameter.shape), alpha=NOISE[name])
-        path, more = tmp_path / "checkpoints.pth", {"scores": {"val_cider": 12.5}, "optimiser": {}}
-        save_checkpoint(path, model_state(model) | more)
-        return path
+        save_small(tmp_path / "checkpoints.pth", name)
+        return tmp_path / "checkpoints.pth"
 
     return save
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_captions_without_pytorch_are_those_with_it(
-    name: str, drawn: Path, call: Callable, tmp_path: Path, small: Callable, monkeypatch: pytest.MonkeyPatch
+    name: str, drawn: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = small(name)
-    assert call(export.main, "--checkpoint", path, "search.beam=4") == 0
+    path, out = exported(name, tmp_path_factory)
     monkeypatch.syspath_prepend(DOCS)
     import caption_with_onnx
 
-    captioner = caption_with_onnx.Captioner(tmp_path / "export")
+    captioner = caption_with_onnx.Captioner(out)
     pictures = sorted((drawn / "images").iterdir())[:6]
     expected = Captioner.load(path).caption(pictures, beam=4)
     assert [captioner(Image.open(picture)) for picture in pictures] == expected
@@ -85,9 +68,9 @@ def test_safetensors_and_json_are_the_checkpoint(drawn: Path, tmp_path: Path, sm
     path = small("attention")
     saved = load_checkpoint(path)
     del saved["optimiser"]
-    for name, content in export.separate(saved).items():
+    for name, content in hub.separate(saved).items():
         (tmp_path / name).write_bytes(content)
-    again = export.load(tmp_path)
+    again = hub.read_folder(tmp_path, "here")
     assert again.keys() == saved.keys()
     for part in ("decoder", "backbone"):
         assert again[part].keys() == saved[part].keys()

@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation(
         f"{FAULTS}no_permission",
         "what the system refuses is no sentence",
-        "cli.py",
+        "cli/__init__.py",
         "except OSError as error:\n        message",
         "except FileNotFoundError as error:\n        message",
     ),
@@ -150,7 +150,7 @@ MUTATIONS = [
     Mutation(
         f"{FAULTS}offline",
         "a script asks for an address, and does without",
-        "cli.py",
+        "cli/__init__.py",
         "        return main() or 0",
         "        import contextlib\n        import socket\n\n        with contextlib.suppress(OSError):\n"
         '            socket.getaddrinfo("example.org", 443)\n        return main() or 0',
@@ -158,18 +158,20 @@ MUTATIONS = [
     Mutation(
         f"{FILES}cut_checkpoints",
         "what zipfile says of a cut file is no sentence",
-        "safe_load.py",
+        "cli/safe_load.py",
         "zipfile.BadZipFile, struct.error",
         "struct.error",
     ),
     Mutation(
         f"{FILES}evil_checkpoints",
         "a checkpoint is unpickled whatever is in it",
-        "safe_load.py",
+        "cli/safe_load.py",
         "weights_only=True)\n\n\ndef",
         "weights_only=False)\n\n\ndef",
     ),
-    Mutation(f"{FILES}evil_checkpoints", "a checkpoint is not measured", "safe_load.py", "measure(file)\n        ", ""),
+    Mutation(
+        f"{FILES}evil_checkpoints", "a checkpoint is not measured", "cli/safe_load.py", "measure(file)\n        ", ""
+    ),
     Mutation(
         f"{FILES}odd_pictures",
         "Pillow's warning of a bomb is no error",
@@ -257,7 +259,7 @@ MUTATIONS = [
     Mutation(
         f"{FILES}fuzzing[checkpoint]",
         "a wrong value is no damage",
-        "safe_load.py",
+        "cli/safe_load.py",
         "*(RuntimeError, ValueError, LookupError, TypeError",
         "*(RuntimeError, LookupError, TypeError",
     ),

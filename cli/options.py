@@ -9,9 +9,10 @@ from pathlib import Path
 
 from config import Config, check_overrides, load_config, setting_names
 from data.folders import caption_files, datasets, find_captions, pictures_at
+from models.hub import check_name, is_on_hub
 from utils import LANGUAGES, find_run
 
-PROJECT = Path(__file__).parent
+PROJECT = Path(__file__).parents[1]
 SPLITS = ["train", "val", "dev", "test"]
 TOKENISERS = ["auto", "ptb", "words", "characters"]
 LOSS_LOG = "loss_log.txt"
@@ -96,7 +97,8 @@ def inference_visualize() -> argparse.Namespace:
     add = parser.add_argument
     add("--images", nargs="+", default=[], metavar="PATH", help="picture files, folders or globs, as without --images")
     add_model = parser.add_mutually_exclusive_group().add_argument
-    checkpoint = "a checkpoints.pth (default: the newest run's; for your own pictures, of those that learned from "
+    checkpoint = "a checkpoints.pth, or hf://user/name on the Hugging Face Hub, or hf://user/name@revision "
+    checkpoint += "(default: the newest run's; for your own pictures, of those that learned from "
     checkpoint += "photographs, or pretrained/captioner.pth); repeat it and several models write together"
     add_model("--checkpoint", action="append", metavar="FILE", help=checkpoint)
     add_model("--run", metavar="NAME", help="take this run's checkpoint")
@@ -144,7 +146,8 @@ def evaluate() -> argparse.Namespace:
         epilog="Example: python evaluate.py --run flickr8k --split val search.beam=3",
     )
     add, add_what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    several = "a checkpoints.pth (default: the newest run's); repeat it to score several models as one ensemble"
+    several = "a checkpoints.pth, or hf://user/name (default: the newest run's); repeat it to score several models as "
+    several += "one ensemble"
     add_what("--checkpoint", action="append", metavar="FILE", help=several)
     add_what("--predictions", metavar="FILE", help="score captions in COCO's results form, of any system")
     add_what("--compare", nargs="+", metavar="RUN", help="one table of runs that were scored before")
@@ -193,6 +196,35 @@ def calibrate() -> argparse.Namespace:
     take_run(args)
     check_overrides(args.overrides)
     check_model(args)
+    for name in filter(is_on_hub, args.checkpoint or []):
+        raise UserError(
+            f"the calibration is stored in the checkpoint, and {name} is only read; make a file of it to calibrate: "
+            f"python -m models.publish {name} mine.pth"
+        )
+    return args
+
+
+def serve() -> argparse.Namespace:
+    parser = Parser(
+        description="Caption pictures over HTTP: POST /caption.",
+        epilog="Example: python -m serve --checkpoint hf://user/name --port 9000 search.beam=3",
+    )
+    which = parser.add_mutually_exclusive_group()
+    checkpoint = "a checkpoints.pth, or hf://user/name (default: the newest run's that learned from photographs, or "
+    checkpoint += "pretrained/captioner.pth); repeat it and several models write together"
+    which.add_argument("--checkpoint", action="append", metavar="FILE", help=checkpoint)
+    which.add_argument("--run", metavar="NAME", help="take this run's checkpoint")
+    which.add_argument("--language", choices=LANGUAGES, help="take the captioner in pretrained/ for this language")
+    host = "the address to listen at (default: 127.0.0.1, which only this machine reaches)"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0 takes any that is free")
+    parser.set_defaults(images=True)  # pictures of one's own: which captioner they get by default
+    args = parser.parse_options(setting_names())
+    check_overrides(args.overrides)
+    check_model(args)
+    for package in ("fastapi", "fastapi_offline", "uvicorn", "python_multipart"):
+        if not find_spec(package):
+            raise UserError(f"serving needs {package}; install it: pip install -r requirements-extras.txt")
     return args
 
 
@@ -201,21 +233,31 @@ def take_run(args: argparse.Namespace) -> None:
     for name in args.runs:
         if args.run or args.checkpoint:
             raise UserError(f"{name} is one model too many; give one, or several with --checkpoint")
-        if Path(name).is_file():
+        if Path(name).is_file() or is_on_hub(name):
             args.checkpoint = [name]
         else:
             args.run = name
 
 
 def check_model(args: argparse.Namespace) -> None:
-    """Raise UserError where there is no checkpoint of the name given, or of the run."""
+    """Raise UserError where there is no checkpoint of the name given, or of the run; the Hub is not asked yet."""
     for number, path in enumerate(args.checkpoint or []):
+        if is_on_hub(path):
+            check_name(path)
+            continue
         if (Path(path) / "checkpoints.pth").is_file():  # a run's folder
             args.checkpoint[number] = path = f"{path}/checkpoints.pth"
         if not Path(path).is_file():
             raise UserError(f"there is no checkpoint at {path}; check the path, or train one with: python train.py")
     if args.run or not (args.checkpoint or getattr(args, "images", None) or getattr(args, "language", None)):
         find_run("checkpoints.pth", args.run)
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 65536:
+        raise argparse.ArgumentTypeError("must be from 0 to 65535")
+    return number
 
 
 def positive(text: str) -> int:
