@@ -45,7 +45,7 @@ KILLS, FAULTS = "tests/stress/test_kills.py::test_", "tests/stress/test_faults.p
 FILES, PAGES = "tests/stress/test_files.py::test_", "tests/stress/test_pages.py::test_"
 SHARED = "tests/stress/test_shared_cache.py::test_shared_cache"
 POWER = "tests/stress/test_power.py::test_power_cuts"
-BESIDE = 'temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")'
+BESIDE = '        with open(temporary, "wb") as file:\n'
 UNLIKE = "UNLIKE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error)"
 MUTATIONS = [
     Mutation(
@@ -69,8 +69,20 @@ MUTATIONS = [
         "                monitor.save_checkpoint()\n                return False",
         "                return False",
     ),
-    Mutation(f"{KILLS}kills_at_acts", "a file is written over, and not beside", "utils.py", BESIDE, "temporary = path"),
-    Mutation(f"{FAULTS}full_disk", "a file is written over, and not beside", "utils.py", BESIDE, "temporary = path"),
+    Mutation(
+        f"{KILLS}kills_at_acts",
+        "a file is written over, and not beside",
+        "utils.py",
+        BESIDE,
+        f"        temporary = path\n{BESIDE}",
+    ),
+    Mutation(
+        f"{FAULTS}full_disk",
+        "a file is written over, and not beside",
+        "utils.py",
+        BESIDE,
+        f"        temporary = path\n{BESIDE}",
+    ),
     Mutation(
         POWER,
         "a file is renamed before it is flushed",
@@ -137,10 +149,11 @@ MUTATIONS = [
     ),
     Mutation(
         f"{FAULTS}offline",
-        "a script asks for an address",
+        "a script asks for an address, and does without",
         "cli/__init__.py",
         "        return main() or 0",
-        '        import socket; socket.getaddrinfo("example.org", 443)\n        return main() or 0',
+        "        import contextlib\n        import socket\n\n        with contextlib.suppress(OSError):\n"
+        '            socket.getaddrinfo("example.org", 443)\n        return main() or 0',
     ),
     Mutation(
         f"{FILES}cut_checkpoints",
@@ -251,6 +264,20 @@ MUTATIONS = [
         "*(RuntimeError, LookupError, TypeError",
     ),
     Mutation(
+        f"{FILES}fuzzing[tar]",
+        "damage of a tar is no mistake of a user",
+        "data/tars.py",
+        "except DAMAGED as error:",
+        "except UnicodeDecodeError as error:",
+    ),
+    Mutation(
+        f"{FILES}fuzzing[last]",
+        "a state of training that lacks a part is no damage",
+        "training/state.py",
+        "except (*DAMAGED, ValidationError):",
+        "except ValidationError:",
+    ),
+    Mutation(
         f"{FILES}fuzzing[picture]",
         "only an unknown format is a broken picture",
         "data/transforms.py",
@@ -294,6 +321,7 @@ def is_caught(mutation: Mutation) -> bool:
         )
         mutation.put_into(Path(folder))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "--short", mutation.row]
+        command.append("--basetemp=left")  # what a test that fails leaves goes with the copy
         output = subprocess.run(command, cwd=folder, timeout=PATIENCE, capture_output=True, text=True).stdout
     reasons = re.findall("^(?:LOST|E  |/.*Error).*", output, re.MULTILINE) or output.splitlines()[-1:]
     caught = "\n1 failed" in output
