@@ -43,22 +43,35 @@ def write_atomically(path: Path, content: bytes) -> None:
     mark = f".{secrets.token_hex(4)}"
     temporary = path.with_name(f".{cut_name(path.name, LONGEST_NAME - len(mark) - 1)}{mark}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # so that the new name, too, lasts through a power cut
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        flush_names(path.parent)
     except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise UserError(f"cannot write {path}: {error.strerror}; make room there or choose another place") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, so that they last through a power cut."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        flush_names(each.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """Flush the names in a folder to the disk: those that are new, and those that are gone."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def as_json(content: Any) -> bytes:
@@ -150,7 +163,7 @@ def hold(path: Path, doing: str, advice: str = "") -> Iterator[None]:
     Where another process holds it, its number and machine and what it is `doing` are said, and its end is awaited; or,
     with an `advice`, UserError is raised.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock, holder = FileLock(path), path.with_name(f"{path.name}-holder")
     try:
         lock.acquire(timeout=PATIENCE)
