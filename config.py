@@ -151,13 +151,13 @@ class SearchConfig(Section):
     classes: Annotated[float, Field(ge=0, le=1000)]
     temperature: Annotated[float, Field(ge=0, le=100)]
     top_k: NonNegativeInt
-    top_p: Annotated[float, Field(ge=0.001, le=1)]
+    top_p: Annotated[float, Field(ge=1e-6, le=1)]
 
     @model_validator(mode="after")
     def check_temperature(self) -> Self:
-        if 0 < self.temperature < 0.01:
+        if 0 < self.temperature < 1e-6:
             raise ValueError(
-                f"search.temperature = {self.temperature} is too small to compute with; take 0.01 at least, or 0 to "
+                f"search.temperature = {self.temperature} is too small to compute with; take 1e-6 at least, or 0 to "
                 "search without drawing"
             )
         return self

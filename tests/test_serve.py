@@ -394,7 +394,7 @@ def test_the_page_with_the_description_asks_nobody_else(endpoint: Endpoint) -> N
 
 def start(checkpoint: Path, folder: Path, *words: str) -> tuple[subprocess.Popen, int]:
     """Start the script as its user does; returns the process, and its port once it listens."""
-    command = [sys.executable, str(Path(options.__file__).with_name("serve.py")), "--checkpoint", str(checkpoint)]
+    command = [sys.executable, serve.__file__ or "", "--checkpoint", str(checkpoint)]
     process = subprocess.Popen(
         [*command, "--port", "0", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

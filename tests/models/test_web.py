@@ -489,8 +489,8 @@ def test_a_page_is_of_what_knows_photographs(
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", "file:///nowhere")
     asked: list[Path] = []
 
-    def load(path: Path, overrides: list[str]) -> CaptionModel:
-        asked.append(path)
+    def load(path: str, overrides: list[str]) -> CaptionModel:
+        asked.append(Path(path))
         return tiny_model
 
     monkeypatch.setattr(export, "load_model", load)
