@@ -23,7 +23,7 @@ import metrics
 from captioning import caption_dataset, encode_dataset
 from data.dataset import Flickr8kDataset, captions_per_step, make_batches, read_shares
 from models import consensus
-from models.checkpoint import model_state
+from models.checkpoint import check_parts, model_state
 from models.model import CaptionModel
 from training.losses import LOSSES, cross_entropy
 from training.monitor import Monitor, perplexity
@@ -172,6 +172,7 @@ def groups_by_image(model: CaptionModel) -> bool:
 def write_consensus(run: Run, model: CaptionModel, train_set: Flickr8kDataset) -> None:
     """Write consensus.pth, which re-ranks the captions of a beam by the human captions of similar training pictures."""
     best, path = load_checkpoint(run.best), run.best.with_name(consensus.FILE)
+    check_parts(best, str(run.best))
     if best["config"] != run.config.model_dump():
         distributed.on_first_rank(save_checkpoint, run.best, best | {"config": run.config.model_dump()})
     with contextlib.suppress(UserError):  # missing or damaged: fitted below

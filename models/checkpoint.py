@@ -173,7 +173,7 @@ def restore_encoder(config: Config, saved: dict[str, Any], spatial: bool, where:
         encoder.identity = identity | {"source": None, "sha256": encoder.identity["sha256"]}  # as fine-tuned
         return encoder
     weights, source = config.encoder.weights, identity["source"]
-    if source and weights == saved["config"]["encoder"].get("weights") and Path(source).is_file():
+    if source and weights == flatten(saved["config"]).get("encoder.weights") and Path(source).is_file():
         weights = source
     if not source or not weights:
         raise UserError(f"{where} neither holds its backbone nor says which file it is from; take another checkpoint")

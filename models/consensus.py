@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,13 +137,7 @@ class Consensus(Expectation):
     def load(cls, path: Path, feature_size: int, vocab_size: int) -> "Consensus":
         """Return what `save` wrote, for features of this size; raises UserError for what does not fit the model."""
         saved = load_checkpoint(path)
-        fits = (
-            saved.keys() >= {"embeddings", "centre", "words", "lengths", "image_index"}
-            and saved["embeddings"].shape[1:] == saved["centre"].shape == (feature_size,)
-            and bool(saved["embeddings"].isfinite().all() and saved["centre"].isfinite().all())
-            and int(saved["words"].max()) < vocab_size
-        )
-        if not fits:
+        if not cls.fits(saved, feature_size, vocab_size):
             raise UserError(
                 f"{path} is damaged, or belongs to another checkpoint; make it anew with: python train.py --resume "
                 f"--run {path.resolve().parent.name}, or search without it: search.consensus=0"
@@ -150,6 +145,25 @@ class Consensus(Expectation):
         captions = pad(np.split(saved["words"].numpy(), saved["lengths"].cumsum(0)[:-1]))
         embeddings = F.normalize(saved["embeddings"].float())
         return cls(embeddings, saved["centre"].float(), captions, saved["image_index"].long())
+
+    @staticmethod
+    def fits(saved: dict[str, Any], feature_size: int, vocab_size: int) -> bool:
+        """Whether a file holds what `save` writes, for features of this size and a vocabulary of that size."""
+        names = ("embeddings", "centre", "words", "lengths", "image_index")
+        tensors = [each for each in map(saved.get, names) if isinstance(each, torch.Tensor)]
+        if len(tensors) < len(names):
+            return False
+        embeddings, centre, words, lengths, image_index = tensors
+        floats, whole = (embeddings, centre), (words, lengths, image_index)
+        return bool(
+            all(each.is_floating_point() and each.isfinite().all() for each in floats)
+            and all(each.dtype == torch.int32 and each.ndim == 1 and each.numel() for each in whole)
+            and embeddings.shape[1:] == centre.shape == (feature_size,)
+            and 0 <= int(words.min()) <= int(words.max()) < vocab_size
+            and int(lengths.min()) >= 0
+            and (int(lengths.sum()), len(image_index)) == (len(words), len(lengths))
+            and 0 <= int(image_index.min()) <= int(image_index.max()) < len(embeddings)
+        )
 
     def expect(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.mean(self.ranking.weights(self.embed(features)))

@@ -76,7 +76,11 @@ def test_a_setting_that_is_text_keeps_what_is_written(name: str, text: str, valu
         *((f"train.epochs={number}", "the command line") for number in ("0x" + "f" * 5000, "9" * 401, "9" * 5000)),
         *((f"train.lr={number}", "the command line") for number in ("9" * 401, "0x" + "1" * 5000, "1e999")),
         *(("train.seed=18446744073709551616", "1000000000"), ("data.min_count=2000000000", "1000000000")),
-        *(("search.temperature=1e-50", "1e-6"), ("search.top_p=1e-50", "greater than or equal to"), ("search.top_k=1e3", "integer")),
+        *(
+            ("search.temperature=1e-50", "1e-6"),
+            ("search.top_p=1e-50", "greater than or equal to"),
+            ("search.top_k=1e3", "integer"),
+        ),
         *((f"encoder.frozen={word}", "true or false") for word in ("on", "no", "yes", "OFF", "y")),
         ("run=../elsewhere", "start with a letter, a digit or _"),
         ("train.self_critical_consensus=2 encoder.frozen=false", "encoder.frozen"),

@@ -19,6 +19,7 @@ from cli.options import PROJECT, choose_config
 from config import Config, restore_config
 from data import splits
 from models import consensus
+from models.checkpoint import check_parts
 from training.boards import TENSORBOARD, WANDB
 from utils import RUNS, find_run, hold, load_checkpoint, save_checkpoint, write_atomically
 
@@ -149,7 +150,8 @@ def resume(args: argparse.Namespace) -> Run:
     if folder.resolve().parent != RUNS.resolve():
         raise UserError(f"{folder} is not below {RUNS}/; move it there to resume it")
     saved = load_checkpoint(folder / "last.pth")
-    config = restore_config(saved.get("config", {}) | {"run": folder.name}, args.overrides)
+    check_parts(saved, str(folder / "last.pth"))
+    config = restore_config(saved["config"] | {"run": folder.name}, args.overrides)
     return Run(config, saved, args.changed_data)
 
 
