@@ -206,10 +206,11 @@ def test_consensus_that_is_asked_for_and_not_there_is_refused(alone: Path, refus
         ("embeddings", torch.full((6, 512), float("nan"))),
         ("centre", torch.zeros(3)),
         ("words", torch.tensor([9999] * 60)),
-        *(("words", value) for value in (torch.zeros(0).int(), torch.tensor([-1]).int(), torch.ones(3), "a dog", None)),
-        *(("lengths", value) for value in (torch.tensor([1]).int(), torch.tensor([-1, 2]).int(), 5, torch.zeros(2, 2))),
-        *(("image_index", value) for value in (torch.tensor([99]).int(), torch.zeros(0).int(), [0], torch.zeros(()))),
-        *(("embeddings", value) for value in ([], torch.zeros(()), torch.zeros(6, 512).long())),
+        *(("words", value) for value in (torch.zeros(0).int(), torch.tensor([-1]).int(), torch.ones(3), "a dog")),
+        *(("lengths", value) for value in (torch.tensor([1]).int(), torch.tensor([-1, 2]).int(), torch.zeros(2, 2))),
+        *(("image_index", value) for value in (torch.tensor([99]).int(), torch.zeros(0).int(), torch.zeros(()))),
+        *(("embeddings", value) for value in (torch.zeros(()), torch.zeros(6, 512).long())),
+        *(("lengths", 5), ("image_index", [0]), ("embeddings", "none")),
         (None, None),  # consensus.pth is another file of this project
     ],
 )
