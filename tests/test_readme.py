@@ -37,7 +37,7 @@ ELSEWHERE = {  # what is not run here, and where it is
     ".ci/run": "by whoever changes something",
     "python -m benchmarks.": "tests/benchmarks, in part: they take minutes to hours",
     "python -m pytest": "by hand: tests/stress takes hours",
-    "uv pip compile": ".ci/run",
+    "uv pip compile": "by hand; tests/test_requirements.py compares what it makes",
     "docker": "by hand, where there is Docker; tests/docs/test_container.py in part",
     "python -m http.server": "by hand: it serves until it is stopped",
     "oldest/bin/python": "by hand: the tests with the oldest packages",
