@@ -36,7 +36,7 @@ ELSEWHERE = {  # what is not run here, and where it is
     **dict.fromkeys(("python3 -m venv", "pip install", "apt install", "pytest", "ruff"), ".ci/run"),
     ".ci/run": "by whoever changes something",
     "python -m benchmarks.": "tests/benchmarks, in part: they take minutes to hours",
-    "python -m pytest": "by hand: tests/stress takes hours",
+    **dict.fromkeys(("python -m pytest", "python -m tests.stress"), "by hand: tests/stress takes hours"),
     "uv pip compile": "by hand; tests/test_requirements.py compares what it makes",
     "docker": "by hand, where there is Docker; tests/docs/test_container.py in part",
     "python -m http.server": "by hand: it serves until it is stopped",
