@@ -30,7 +30,16 @@ PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a file or folder; ~ is the home folder
+
+
+def as_place(text: str) -> str:
+    """Return a file or folder; ~ is the home folder."""
+    if "\0" in text:
+        raise ValueError("a path holds no zero bytes")
+    return os.path.expanduser(text)
+
+
+Place = Annotated[str, AfterValidator(as_place)]
 Size = Annotated[int, Field(ge=1, le=8192)]
 Member = TypeVar("Member")
 
@@ -51,7 +60,7 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     root: Annotated[Place | Annotated[list[Place], Field(min_length=1)], FREE]
-    weights: list[PositiveFloat] | None
+    weights: list[Annotated[float, Field(ge=0.001, le=1000)]] | None
     captions: Annotated[Place | None, FREE]
     images: Annotated[Place | None, FREE]
     shards: Annotated[Place | None, FREE]
@@ -105,7 +114,7 @@ class TrainConfig(Section):
     start: Place | None
     epochs: PositiveInt
     batch_size: PositiveInt | Literal["auto"]
-    accumulate: PositiveInt
+    accumulate: Annotated[int, Field(ge=1, le=10_000)]
     lr: PositiveFloat
     encoder_lr: PositiveFloat
     weight_decay: NonNegativeFloat
@@ -406,11 +415,13 @@ def validate(values: dict[str, Any], origin: dict[str, str]) -> Config:
     except ValidationError as error:
         errors = error.errors(include_url=False)
     first = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]][-1]  # of what may be text or a list
-    if first["type"] == "value_error":  # of a validator above, which says it all
+    if first["type"] == "value_error" and len(first["loc"]) < 2:  # of a section's validator, which says it all
         raise UserError(str(first["ctx"]["error"]))
     name = ".".join(map(str, first["loc"][:2]))
     places = "".join(f"[{place}]" for place in first["loc"][2:] if isinstance(place, int))
-    expected = PLAIN.get(first["type"]) or re.sub("^[A-Z]", lambda letter: letter[0].lower(), first["msg"])
+    expected = PLAIN.get(first["type"]) or re.sub(
+        "^[A-Z]", lambda letter: letter[0].lower(), first["msg"].removeprefix("Value error, ")
+    )
     raise UserError(
         f"{name}{places} = {reprlib.repr(first['input'])} (from {origin.get(name, 'config.yaml')}) cannot be used: "
         f"{expected}; config.yaml says what it means"

@@ -26,7 +26,7 @@ import metrics
 from captioning import Captioner, caption_dataset, encode_dataset
 from cli.files import read_file
 from config import Config, load_config
-from data import annotations, splits, tars
+from data import annotations, formats, splits, tars
 from data.folders import image_folders
 from data.vocab import TOKENISERS
 from metrics import METRICS
@@ -209,6 +209,7 @@ def read_predictions(path: Path, references: References) -> dict[str, str]:
         found = [(str(row["image_id"]), row["caption"].encode(errors="replace").decode()) for row in rows]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f'{path} is not in COCO\'s results form: [{{"image_id": …, "caption": "…"}}, …]') from None
+    formats.check_lengths((caption for _, caption in found), str(path))
     ids = {image: str(image_id) for image, image_id in references.image_ids.items()}
     for where, names in ((path, [name for name, _ in found]), ("the dataset", list(ids.values()))):
         twice = pd.Series(names, dtype=str).duplicated()

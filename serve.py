@@ -261,6 +261,9 @@ def make_app(captioner: Captioner, worker: Worker, model: str, hosts: Sequence[s
         num_captions: Annotated[int, Query(ge=1, le=CAPTIONS, description="of each picture, the best first")] = 1,
     ) -> JSONResponse:
         """Caption pictures: each gets a caption, or an error of its own."""
+        unknown = request.query_params.keys() - {"beam", "num_captions"}
+        if unknown:
+            raise HTTPException(422, f"there is no {min(unknown)}; beam and num_captions can be set")
         try:
             config = change_search(captioner.model.config, {} if beam is None else {"beam": beam})
         except UserError as error:
@@ -319,8 +322,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (")[0]  # Python adds what it attempted
+    except (OSError, UnicodeError) as error:  # UnicodeError of what can be no host
+        reason = str(getattr(error, "strerror", None) or "no such host").partition(" (")[0]  # Python adds an attempt
         raise UserError(f"cannot listen at {host}:{port} ({reason}); choose another with --host and --port") from None
 
 

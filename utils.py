@@ -40,6 +40,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises UserError when the disk cannot take it; the old file is then still there.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is no file but a folder, a pipe or a device; choose another place")
     mark = f".{secrets.token_hex(4)}"
     temporary = path.with_name(f".{cut_name(path.name, LONGEST_NAME - len(mark) - 1)}{mark}")
     try:

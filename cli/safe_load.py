@@ -195,6 +195,8 @@ class Named:
             case "collections", "OrderedDict":
                 return OrderedDict(*arguments)
             case "torch._utils", "_rebuild_tensor_v2":
+                if len(arguments) > 6 and arguments[6]:  # such as that it is to be read with other signs
+                    raise pickle.UnpicklingError("a tensor that is a view of another kind")
                 return rebuild(*arguments[:4])
             case "torch._utils", "_rebuild_parameter":
                 return arguments[0]
@@ -204,7 +206,9 @@ class Named:
 
 
 def rebuild(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
-    """Return the stand-in of a tensor, which lies in its storage and is no larger."""
+    """Return the stand-in of a tensor, which lies in its storage, without a number in two places: PyTorch's optimisers
+    would take it for as large as it says, and write beyond its end.
+    """
     fits = isinstance(storage, Storage) and is_size(offset) and isinstance(shape, tuple) and isinstance(stride, tuple)
     if not fits or len(shape) != len(stride) or not all(map(is_size, (*shape, *stride))):
         raise pickle.UnpicklingError("a tensor without shape")
@@ -212,6 +216,11 @@ def rebuild(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
     last = offset + sum((side - 1) * step for side, step in zip(shape, stride, strict=True)) if items else 0
     if items > storage.length or last >= max(1, storage.length):
         raise pickle.UnpicklingError("a tensor larger than its storage")
+    taken = 1
+    for step, side in sorted((step, side) for side, step in zip(shape, stride, strict=True) if side > 1):
+        if step < taken and items:
+            raise pickle.UnpicklingError("a tensor that overlaps itself")
+        taken = step * side
     return Tensor(items * storage.item_size)
 
 

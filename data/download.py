@@ -114,7 +114,7 @@ def fetch(sources: list[Source], folder: Path, mirror: str | None = None) -> Non
             say(f"{source.name} is unpacked in {folder}/ already")
             continue
         part, place = folder / f"{source.name}.part", places[source]
-        if part.exists() and not part.is_file():
+        if part.is_symlink() or (part.exists() and not part.is_file()):
             raise UserError(f"{part} is no file; move it away, since the download goes there")
         if isinstance(place, Path):
             if place.stat().st_size > source.most:

@@ -100,12 +100,12 @@ def caption_files(config: DataConfig) -> list[Path]:
 
 
 def find_captions(config: DataConfig) -> list[Path]:
-    """Return the captions files of one dataset that exist: those `data.captions` names, here or in `data.root`."""
+    """Return the captions files of one dataset that exist: those `data.captions` names, in `data.root` or here."""
     root = Path(config.roots[0])
     if config.captions is None:
         found = ([each for each in sorted(root.glob(pattern)) if not is_aside(each)] for pattern in CAPTION_FILES)
         return next(filter(None, found), texts_beside(config))
-    for place in (Path(config.captions), root / config.captions):
+    for place in (root / config.captions, Path(config.captions)):
         paths = [place] if place.is_file() else sorted(map(Path, glob.glob(str(place))))
         if paths:
             return paths

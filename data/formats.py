@@ -22,6 +22,7 @@ from data.tables import CAPTION, IMAGE, encoding_of, find, plain_name, read_tabl
 Row = tuple[str, str | int, str | None, str | None]
 NUMBERED = re.compile(r"(.+?)#(?:\w+#)?(\d+)\s+(.*)")  # name.jpg#0 and a tab, or, of Flickr8k-CN, name.jpg#zhc#0
 WORD = re.compile(r"\w")
+LONGEST_CAPTION = 10_000  # characters
 HEAD_SIZE = 1 << 16  # characters at the start of a file, by which its format is recognised
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "trn", "restval"), "train"),
@@ -45,6 +46,7 @@ def read(path: Path, name: str = "auto") -> pd.DataFrame:
         raise UserError(
             f"{path} is not as {name} files are ({reason_of(error)}); take a whole copy of it, or set data.format=NAME"
         ) from None
+    check_lengths((caption for _, _, caption, _ in rows), str(path))
     kept = [row for row in rows if WORD.search(row[2])]
     if len(kept) < len(rows):
         say(f"{path}: left out {len(rows) - len(kept):,} of {len(rows):,} captions, which have no words")
@@ -68,6 +70,16 @@ def as_image_id(image_id: Any, where: str | Path) -> str | int:
     if isinstance(image_id, bool) or not isinstance(image_id, str | int):
         raise UserError(f"{where} has the image_id {shorten(repr(image_id))}; make it a text or a whole number")
     return whole_characters(image_id)
+
+
+def check_lengths(captions: Iterable[str], where: str) -> None:
+    """Raise UserError for a caption that is none, by its length: memory grows with the longest."""
+    for caption in captions:
+        if len(caption) > LONGEST_CAPTION:
+            raise UserError(
+                f"{where} has a caption of {len(caption):,} characters ({shorten(caption)}), and at most "
+                f"{LONGEST_CAPTION:,} are read; shorten it"
+            )
 
 
 def tidy(caption: str) -> str:

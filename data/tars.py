@@ -315,6 +315,7 @@ def read_sample(key: str, sample: dict[str, bytes], path: Path) -> tuple[list[st
     except formats.UNLIKE as error:
         form = '{"captions": ["A dog runs."], "split": "train"}'
         raise UserError(f"{where} cannot be used ({formats.reason_of(error)}); it should read {form}") from None
+    formats.check_lengths(captions, where)
     if not captions:
         raise UserError(f"{where} holds no caption with a word; fill it, or remove the picture")
     return captions, split or "train", image_id

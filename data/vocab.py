@@ -12,6 +12,7 @@ from typing import Any
 from cli import UserError
 
 SPECIALS = ("<pad>", "<sos>", "<eos>", "<unk>")
+LONGEST_WORD = 200  # characters; what is longer is no word
 PAD, SOS, EOS, UNK = range(4)
 
 # What pycocoevalcap's PTBTokenizer drops, and brackets.
@@ -163,7 +164,8 @@ def build_vocab(captions: Iterable[str] | Counter[str], min_count: int = 5, lang
     if not isinstance(counts, Counter):
         tokenise = TOKENISERS[language]()
         counts = Counter(word for caption in captions for word in tokenise(caption))
-    words = sorted(word for word, count in counts.items() if count >= min_count and word not in SPECIALS)
+    often = (word for word, count in counts.items() if count >= min_count and word not in SPECIALS)
+    words = sorted(word for word in often if len(word) <= LONGEST_WORD)
     if not words:
         raise UserError(f"no word occurs {min_count} times in the training captions; lower data.min_count")
     return Vocabulary([*SPECIALS, *words], language)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from config import FREE, flatten, load_config, marked
+from config import FREE, Config, flatten, load_config, marked
 from data.splits import SPLITS, read_splits
 
 LANGUAGES = {"en": ("en", "an English"), "zh": ("zh", "a Chinese"), "zh-characters": ("zh", "a Chinese")}
@@ -63,11 +63,18 @@ $checksum
 
 
 def make_card(
-    checkpoint: dict[str, Any], run: Path, name: str, file: str, content: bytes, where: str | None = None
+    checkpoint: dict[str, Any],
+    trained: Config,
+    run: Path,
+    name: str,
+    file: str,
+    content: bytes,
+    where: str | None = None,
 ) -> str:
     """Return the card of the captioner `name`, whose tensors are in a `file` with this content.
 
-    `run` is the folder with its scores and splits; `where` is what --checkpoint takes, if not that file.
+    `trained` are the settings that it was trained with, and `run` is the folder with its scores and splits; `where` is
+    what --checkpoint takes, if not that file.
     """
     config = checkpoint["config"]
     tag, language = LANGUAGES.get(config["data"]["language"], (config["data"]["language"], "a"))
@@ -94,7 +101,7 @@ def make_card(
         encoder=inside,
         image_size=checkpoint["transform"]["image_size"],
         search=f"Its search is a beam of {search['beam']} with a length penalty of {search['length_penalty']:g}.",
-        data=about_data(config, run),
+        data=about_data(trained, run),
         settings=about_settings(config),
         scores="\n\n".join(about_scores(split, found) for split, found in scores.items())
         or "It was not scored; do so with `python evaluate.py`, and make this page again.",
@@ -117,14 +124,20 @@ def front_matter(name: str, language: str, decoder: str, scores: dict[str, dict]
     return f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def about_data(config: dict[str, Any], run: Path) -> str:
-    """Return how many pictures of each dataset the run's splits.json has, as a table, and which words were left out."""
-    known, root = read_splits(run), config["data"]["root"]
-    least = f"Words that occur fewer than {config['data']['min_count']} times were left out."
+def about_data(trained: Config, run: Path) -> str:
+    """Return how many pictures of each dataset the run's splits.json has, as a table, and where its words are from."""
+    known, data = read_splits(run), trained.data
+    least = f"Words that occur fewer than {data.min_count} times were left out."
+    if trained.train.start:
+        least = (
+            f"It began from `{Path(trained.train.start).name}`, whose words it has: say here what that was trained on."
+        )
+    if data.format == "sample":
+        least += " These are drawings of coloured shapes, no photographs."
     if known is None:
         return least
     counts = Counter(
-        (Path(root).name if isinstance(root, str) else image.split("/")[0], split)  # several are in the pictures' names
+        (Path(data.roots[0]).name if len(data.roots) == 1 else image.split("/")[0], split)  # several: in the names
         for split, images in known.items()
         for image in images
     )

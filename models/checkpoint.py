@@ -26,7 +26,7 @@ from models.encoder import EncoderCNN, file_sha256, find_weights, without_random
 from models.hub import is_on_hub, read_checkpoint
 from models.model import CaptionModel, decoder_class_of
 from models.saved import SavedEncoder, SavedTransform, SavedVocabulary
-from utils import how_to_make
+from utils import RUNS, how_to_make
 
 
 class SavedModel(Section):
@@ -104,7 +104,7 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
     with torch.device("meta"), without_random_weights():
         decoder = decoder_class(config.decoder, len(mean), len(vocab))
     check_tensors(decoder.state_dict(), saved["decoder"], where)
-    decoder.load_state_dict(saved["decoder"], assign=True)
+    decoder.load_state_dict({name: tensor.contiguous() for name, tensor in saved["decoder"].items()}, assign=True)
 
     encoder = restore_encoder(config, saved, decoder_class.spatial, where)
     if encoder.feature_shape[-1] != len(mean):
@@ -117,7 +117,8 @@ def model_from_state(saved: dict[str, Any], where: str, overrides: list[str] | N
 def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path: str | Path) -> CompactConsensus:
     """Return the consensus inside a checkpoint; raises UserError for a damaged one."""
     size, words = model.encoder.feature_shape[-1], len(model.vocab)
-    found = CompactConsensus.restore(convert_floats(state, torch.float16, torch.float32), size, words)
+    whole = convert_floats(state, torch.float16, torch.float32)
+    found = CompactConsensus.restore(whole, size, words) if isinstance(state, dict) else None
     if found is None:
         raise UserError(f"the consensus inside {path} is damaged; take another checkpoint")
     return found
@@ -145,8 +146,9 @@ def model_from_start(config: Config) -> CaptionModel:
     if not found and (Path(__file__).parents[1] / path).is_file():  # pretrained/captioner.pth
         path, found = str(Path(__file__).parents[1] / path), True
     if not found:
-        make = how_to_make(Path(path).parent.name)
-        raise UserError(f"there is no checkpoint at train.start = {path}; make it with: {make}, or name another one")
+        run = Path(path).parent
+        make = f"make it with: {how_to_make(run.name)}, or name another one" if run.parent == RUNS else "check the path"
+        raise UserError(f"there is no checkpoint at train.start = {path}; {make}")
     saved = read_checkpoint(path)
     check_parts(saved, path)
     there, here = (flatten(each.model_dump()) for each in (restore_config(saved["config"], where=path), config))

@@ -29,6 +29,7 @@ from utils import load_checkpoint, save_checkpoint
 
 FILE = "consensus.pth"
 MAX_IMAGES = 8000  # remembered pictures: the regression solves as many equations
+MAX_CELLS = 1 << 26  # of captions that are filled up to the longest
 MAX_WORDS = 50  # of a remembered caption: one very long caption would make all others take its room
 MIN_IMAGES = 2  # that an n-gram must occur with: what people say of one picture alone says nothing of others
 MAX_NGRAM = 4  # words in an n-gram
@@ -156,11 +157,14 @@ class Consensus(Expectation):
         embeddings, centre, words, lengths, image_index = tensors
         floats, whole = (embeddings, centre), (words, lengths, image_index)
         return bool(
-            all(each.is_floating_point() and each.isfinite().all() for each in floats)
+            (embeddings.dtype, centre.dtype) == (torch.float16, torch.float32)
+            and all(each.isfinite().all() and not each.requires_grad for each in floats)
             and all(each.dtype == torch.int32 and each.ndim == 1 and each.numel() for each in whole)
             and embeddings.shape[1:] == centre.shape == (feature_size,)
+            and len(embeddings) <= MAX_IMAGES
             and 0 <= int(words.min()) <= int(words.max()) < vocab_size
             and int(lengths.min()) >= 0
+            and int(lengths.max()) * len(lengths) < MAX_CELLS
             and (int(lengths.sum()), len(image_index)) == (len(words), len(lengths))
             and 0 <= int(image_index.min()) <= int(image_index.max()) < len(embeddings)
         )

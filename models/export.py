@@ -95,6 +95,8 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
 
 def write_page(path: str, out: Path, overrides: list[str]) -> None:
     """Write a checkpoint as a web page into the folder `out`; see docs/web.md."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "captioner.json").is_file():
+        raise UserError(f"{out} holds other files; name a folder of its own with --out")
     model = load_model(path, overrides)
     runtime = web.fetch_runtime(Path(model.config.data.cache))
     say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name}) as a web page")

@@ -28,7 +28,7 @@ from models.compact_consensus import CompactConsensus
 from models.consensus import Consensus
 from models.ensemble import Ensemble
 from models.model import CaptionModel
-from utils import save_checkpoint, write_atomically
+from utils import load_checkpoint, save_checkpoint, write_atomically
 
 
 def main() -> None:
@@ -46,10 +46,12 @@ def main() -> None:
         raise UserError("--private and --card go with a repository on the Hub; write to hf://user/name")
     if args.card and not card.is_file():
         raise UserError(f"there is no model card {card}; check the path, or leave --card out to have one made")
+    if not on_hub and Path(args.out).exists():
+        load_checkpoint(args.out)  # which refuses to write over anything else
     model = load_model(args.checkpoint, args.overrides)  # which refuses what is damaged
     scores, run = hub.read_checkpoint(args.checkpoint).get("scores"), Path(args.checkpoint).parent
     if on_hub:
-        own_card = card.read_text(encoding="utf-8") if card.is_file() else None
+        own_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
         say(f"wrote {push(model, args.out, args.private or None, scores=scores, card=own_card, run=run)}")
         say(f"next: python inference_visualize.py photo.jpg --checkpoint {args.out}")
         return
@@ -60,7 +62,7 @@ def main() -> None:
     if card.exists():
         say(f"left {card} as it is; remove it to have a new model card")
     else:
-        write_atomically(card, make_card(checkpoint, run, out.stem, out.name, content).encode())
+        write_atomically(card, make_card(checkpoint, model.config, run, out.stem, out.name, content).encode())
         say(f"wrote {card}, a model card; say there what only you know")
 
 
@@ -83,7 +85,7 @@ def push(
     checkpoint = publishable(model, scores)
     files = hub.separate(checkpoint)
     title = hub.split_name(name)[0].rpartition("/")[2]
-    card = card or make_card(checkpoint, run or Path(), title, hub.TENSORS, files[hub.TENSORS], name)
+    card = card or make_card(checkpoint, model.config, run or Path(), title, hub.TENSORS, files[hub.TENSORS], name)
     return hub.upload(files | {hub.CARD: card.encode()}, name, private, token)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from config import Section
+from data.vocab import LONGEST_WORD
 
 Mean = Annotated[float, Field(ge=0, le=1)]  # of colours from 0 to 1
 Deviation = Annotated[float, Field(ge=1e-3, le=100)]
@@ -13,7 +14,7 @@ Deviation = Annotated[float, Field(ge=1e-3, le=100)]
 class SavedVocabulary(Section):
     """A `data.vocab.Vocabulary`."""
 
-    words: list[str]
+    words: list[Annotated[str, Field(max_length=LONGEST_WORD)]]
     language: str
 
 

@@ -203,5 +203,6 @@ def page_files(model: CaptionModel, graphs: dict[str, bytes], runtime: dict[str,
     files |= examples | {"captioner.json": json.dumps(described, separators=(",", ":")).encode()}
     files |= {name: (PAGE / name).read_bytes() for name in PAGE_FILES}
     version = hashlib.sha256(b"".join(hashlib.sha256(files[name]).digest() for name in sorted(files))).hexdigest()[:16]
-    files["service-worker.js"] = files["service-worker.js"].replace(b"{{version}}", version.encode())
+    worker = files["service-worker.js"].replace(b"{{version}}", version.encode())
+    files["service-worker.js"] = worker.replace(b"{{files}}", json.dumps(["", *files]).encode())  # "" is index.html
     return files

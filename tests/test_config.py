@@ -82,6 +82,11 @@ def test_a_setting_that_is_text_keeps_what_is_written(name: str, text: str, valu
             ("search.top_k=1e3", "integer"),
         ),
         *((f"encoder.frozen={word}", "true or false") for word in ("on", "no", "yes", "OFF", "y")),
+        *(
+            ("data.weights=[1e308]", "1000"),
+            ("data.weights=[1e-320]", "0.001"),
+            ("train.accumulate=1000000000", "10000"),
+        ),
         ("run=../elsewhere", "start with a letter, a digit or _"),
         ("train.self_critical_consensus=2 encoder.frozen=false", "encoder.frozen"),
         ("train.self_critical_beam=true train.self_critical_samples=1", "samples=1"),
@@ -106,6 +111,7 @@ ALIASES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1
         (b"train:\n  lr: 1\ndata:\n  min_count: 1\ntrain:\n  epochs: 2\n", "(line 5) has train twice in one place"),
         (b"train:\n  lr: 1\n  lr: 2\n", "(line 3) has lr twice in one place; keep one of them"),
         (b"train: {lr: 1, 'lr': 2}", "(line 1) has lr twice"),
+        *((b'data: {%b: "a\\0b"}' % name, f"data.{name.decode()} = 'a") for name in (b"cache", b"root", b"shards")),
         # what unfolds without end
         *((content, "") for content in (b"a: &a [*a]", b"train: &t {lr: *t}", b"train: &t {b: &b [*t, *b]}")),
         *((content, "") for content in (ALIASES.encode(), b"x" * 100_000 + b": 1")),

@@ -239,3 +239,14 @@ def test_a_zip_that_is_not_as_torch_writes_it_is_refused(name: str, tmp_path: Pa
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DAMAGED):
         safe_load(tmp_path)
+
+
+def overlapping() -> torch.Tensor:
+    """A tensor whose numbers share places, at the end of its storage."""
+    return torch.zeros(12).as_strided((3, 4), (1, 1), 6)
+
+
+@pytest.mark.parametrize("tensor", [overlapping(), torch._neg_view(torch.ones(3)), torch.ones(3).expand(3, 3)])
+def test_tensors_that_are_not_what_they_seem_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    """PyTorch's fused optimisers take a tensor for as long as its shape says, and would write beyond its end."""
+    assert is_refused(saved({"weight": tensor}, tmp_path / "a.pth"))

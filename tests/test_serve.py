@@ -192,6 +192,10 @@ def test_the_search_may_be_another_for_each_request(
 @pytest.mark.parametrize(
     ("query", "named"),
     [
+        *(
+            ("temperature=1", "there is no temperature; beam and num_captions can be set"),
+            ("beams=5", "there is no beams"),
+        ),
         *(("beam=0", "search.beam = 0"), ("beam=101", "search.beam = 101"), ("beam=x", "beam cannot be used")),
         *(
             ("num_captions=0", "num_captions"),

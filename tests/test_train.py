@@ -433,6 +433,14 @@ def test_a_run_is_not_resumed_with_other_data_unless_told_so(
     assert run("--resume", "--run", "first") == 0  # it is the run's data from now on
 
 
+def test_a_run_that_lost_its_splits_is_not_resumed_unless_told_so(first: Path, run: Run, capsys: Capture) -> None:
+    (first / "splits.json").unlink()
+    assert run("--resume", "--run", "first") == 2
+    error = last_line(capsys)
+    assert "runs/first has lost its splits.json" in error
+    assert run(*error.partition("python train.py ")[2].split()) == run("--resume", "--run", "first") == 0
+
+
 def test_a_run_is_resumed_where_its_dataset_has_moved_or_its_pictures_were_only_touched(first: Path, run: Run) -> None:
     for picture in Path("archive/images").iterdir():
         picture.touch()

@@ -48,6 +48,16 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert names(tmp_path / "new") == ["a.pth"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, refused: Callable) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for place in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path("/dev/null")):
+        with refused(f"cannot write {place}: it is no file but a folder, a pipe or a device"):
+            write_atomically(place, b"new")
+    assert not (tmp_path / "pipe").is_file() and not Path("/dev/null").is_file()
+
+
 def test_a_file_that_is_replaced_has_the_usual_permissions(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", b"1")
     (tmp_path / "b").touch()

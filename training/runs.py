@@ -74,9 +74,14 @@ class Run:
         """Raise UserError where a resumed run has other captions or splits than it began with, unless told to go on
         with them: what it chooses by could be what it has learned.
         """
-        before = splits.read_digests(self.folder)
-        if before and before != digests:
-            said = splits.what_changed(splits.read_splits(self.folder) or {}, table)
+        if not (self.folder / splits.SAVED_SPLITS).is_file() and not self.accept_changes:
+            raise UserError(
+                f"{self.folder} has lost its {splits.SAVED_SPLITS}, so nobody knows what it was trained on; put it "
+                f"back, or go on with the data as it is: python train.py --resume --run {self.name} --changed-data"
+            )
+        saved, before = splits.read_splits(self.folder), splits.read_digests(self.folder)
+        if saved is None or (before and before != digests):
+            said = splits.what_changed(saved, table) if saved else "nobody knows what it was"
             if not self.accept_changes:
                 raise UserError(
                     f"the data of {self.folder} has changed since it began: {said}; put it back, start another run, "

@@ -18,7 +18,7 @@ from training.optim import WeightAverage, make_optimiser
 from training.runs import LOG_COLUMNS
 from utils import save_checkpoint
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
+Count = Annotated[int, Field(ge=0, lt=2**31 - 1)]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SavedProgress(Section):
     step: Count
     epoch: Count
     batch: Count
-    words: Count
+    words: Annotated[int, Field(ge=0, lt=2**53)]
     history: list[dict[str, float]]
 
 
@@ -145,6 +145,8 @@ class TrainState:
         AdamW would write beyond the end of smaller ones.
         """
         weights = [weight for group in self.optimiser.param_groups for weight in group["params"]]
+        if bool(saved["optimiser"]["state"]) != (self.progress.step > 0):
+            raise ValueError("moments")
         pairs = list(zip(self.ema.weights, saved["averaged"], strict=True))
         for number, moments in saved["optimiser"]["state"].items():
             if type(number) is not int or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:

@@ -58,6 +58,7 @@ async function load(files) {
   worker.onerror = event => alarm(`The captioner stopped (${event.message ?? "unknown"}); reload the page.`);
   worker.postMessage({kind: "load", files});
   usual = config.search;
+  find("#settings").disabled = false;
   grid.lang = {e: "en", z: "zh"}[config.language[0]] ?? "";  // by which browsers choose fonts
   find("#about").textContent = shownText(config.about);
   showExamples(files);
@@ -112,9 +113,10 @@ function alarm(text) {
 const shownText = text => text.replace(CONTROL, " ");
 
 // A name that no other picture has; file systems may not tell cases apart.
-function uniqueName(stem) {
-  let name = stem;
-  for (let number = 2; taken.has(name.toLowerCase()); number++) name = `${stem}-${number}`;
+function uniqueName(whole) {
+  const [, stem, ending] = /^(.*?)(\.[^.]*)?$/s.exec(whole);
+  let name = whole;
+  for (let number = 2; taken.has(name.toLowerCase()); number++) name = `${stem}-${number}${ending ?? ""}`;
   taken.add(name.toLowerCase());
   return name;
 }
@@ -335,10 +337,21 @@ const NAMES = {txt: "captions.txt", csv: "captions.csv", json: "predictions.json
 const rounded = (number, digits) => Number(number.toFixed(digits));
 const quoted = value => /[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value);
 
+// Whether a text could be copied; without https, as from another machine, browsers have only the old way.
+async function copied(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  const field = Object.assign(document.createElement("textarea"), {value: text});
+  document.body.append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  return done;
+}
+
 find("#copy").addEventListener("click", async () => {
   const copy = find("#copy");
   const texts = captioned().length === 1 ? captioned()[0].captions[0].text : WRITERS.txt();
-  copy.textContent = await navigator.clipboard.writeText(texts).then(() => "Copied", () => "Not allowed");
+  copy.textContent = await copied(texts) ? "Copied" : "Not allowed";
   setTimeout(() => copy.textContent = "Copy", 1500);
 });
 find("#download").addEventListener("change", event => {

@@ -2,7 +2,7 @@
 // Keeps what the page has fetched, so that it works without a network, and lets it use several threads: browsers want
 // two headers for that, which many hosts do not send. A new export has another VERSION and is fetched anew.
 
-const VERSION = "{{version}}", SMALL = ["./", "page.js", "captioner.js", "captioner.json"];
+const VERSION = "{{version}}", FILES = new Set({{files}}), SMALL = ["./", "page.js", "captioner.js", "captioner.json"];
 
 addEventListener("install", event => {
   event.waitUntil(caches.open(VERSION).then(cache => cache.addAll(SMALL.map(name => new Request(name, {cache: "reload"})))));
@@ -16,8 +16,8 @@ addEventListener("activate", event => {
 addEventListener("message", () => skipWaiting());
 
 addEventListener("fetch", event => {
-  const {method, url} = event.request;
-  if (method === "GET" && new URL(url).origin === location.origin) event.respondWith(answer(event.request));
+  const {method, url} = event.request, own = url.startsWith(registration.scope) && url.slice(registration.scope.length).split("?")[0];
+  if (method === "GET" && typeof own === "string" && FILES.has(own)) event.respondWith(answer(event.request));
 });
 
 async function answer(request) {

@@ -342,3 +342,11 @@ def test_what_is_downloaded_is_found_as_the_advice_says(server: Server, tmp_path
     sources = [server.offer("Flickr8k_Dataset.zip", zipped(("Flicker8k_Dataset/a.jpg", b"")))]
     fetch([*sources, server.offer("Flickr8k_text.zip", text)], tmp_path / "flickr8k")
     assert load(tmp_path / "flickr8k")[["image", "split"]].to_numpy().tolist() == [["a.jpg", "train"]]
+
+
+def test_a_link_is_not_written_through(server: Server, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "pictures.zip.part").symlink_to("victim")
+    with refused("pictures.zip.part is no file; move it away"):
+        fetch([server.offer("pictures.zip", DOG)], tmp_path)
+    assert (tmp_path / "victim").read_bytes() == b"mine"

@@ -207,3 +207,14 @@ def test_half_a_character_becomes_a_question_mark(root: Path) -> None:
     table = load(root)
     assert table["caption"].tolist() == ["A dog ?"]
     assert table["image_id"].tolist() == ["?"]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "captions.json"])
+def test_a_caption_as_long_as_a_book_is_refused(name: str, tmp_path: Path, refused: Callable) -> None:
+    caption = "a dog " * 2000
+    rows = {"captions.csv": f"image,caption\na.jpg,{caption}\n"}
+    entry = json.dumps({"image": "a.jpg", "caption": caption})
+    rows |= {"captions.jsonl": entry, "captions.json": f"[{entry}]"}
+    (tmp_path / name).write_text(rows[name])
+    with refused(f"{name} has a caption of 11,999 characters", "at most 10,000 are read; shorten it"):
+        formats.read(tmp_path / name)

@@ -174,3 +174,8 @@ def test_any_language_is_cut_into_words_or_characters_and_joined_again(language:
     assert tokeniser(tokeniser.join(words)) == words
     if language in ("Thai", "Japanese"):
         assert " " not in tokeniser.join(words)
+
+
+def test_what_is_too_long_is_no_word() -> None:
+    vocab = build_vocab(["a dog", "a " + "x" * 201, "a " + "y" * 200], 1)
+    assert vocab.words[4:] == ["a", "dog", "y" * 200]

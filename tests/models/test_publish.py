@@ -61,3 +61,19 @@ def test_a_card_tells_what_is_known_of_the_run_and_asks_for_the_rest(
     Path("mine.md").write_text("my own words")
     assert call(publish.main, "runs/flickr8k/checkpoints.pth", "mine.pth") == 0
     assert Path("mine.md").read_text() == "my own words" and "left mine.md as it is" in capsys.readouterr().out
+
+
+def test_nothing_but_a_checkpoint_is_written_over(
+    trained: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("photo.jpg", "README.md"):
+        trained.with_name(name).write_text("somebody's")
+        assert call(publish.main, trained, trained.with_name(name)) == 2
+        assert "is not a checkpoint of this project" in capsys.readouterr().err
+        assert trained.with_name(name).read_text() == "somebody's"
+
+
+def test_a_card_says_that_a_captioner_began_from_another_one(trained: Path, call: Callable[..., int]) -> None:
+    assert call(publish.main, trained, trained.with_name("given.pth")) == 0
+    card = trained.with_name("given.md").read_text(encoding="utf-8")
+    assert "It began from `a.pth`, whose words it has" in card and "/home/private" not in card

@@ -388,7 +388,7 @@ def test_names_and_captions_that_would_act_are_shown_as_they_are(
         captions = page.locator("p.caption").all_inner_texts()
         assert page.title() == "Image captioning" and page.inner_text("#about") == HOSTILE[1]
         assert captions[0].split() == shown[0]["captions"][0]["text"].split() and HOSTILE[0][:8] in str(captions[:4])
-        assert len({each["name"].lower() for each in shown}) == len(names) and "a.jpg-2" in [n["name"] for n in shown]
+        assert len({each["name"].lower() for each in shown}) == len(names) and "a-2.jpg" in [n["name"] for n in shown]
         assert page.locator("main :is(script, iframe, b, svg), main img[onerror]").count() == 0
         assert hosts == {"localhost"}
     assert broken["error"] == "this browser cannot read it as a picture; take a JPEG, PNG or WebP"
@@ -476,6 +476,15 @@ def test_what_is_fetched_is_what_it_should_be(
     with refused("sha512", str(tmp_path / "cache")):
         web.fetch_runtime(tmp_path / "cache")
     assert not (tmp_path / "cache").exists(), "nothing is kept of it"
+
+
+def test_a_page_is_not_poured_into_a_folder_of_other_files(
+    call: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "index.html").write_text("somebody's")
+    assert call(export.main, "--web", "--checkpoint", PRETRAINED, "--out", tmp_path) == 2
+    assert f"{tmp_path} holds other files; name a folder of its own with --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
 def test_a_page_is_of_what_knows_photographs(

@@ -84,7 +84,14 @@ NAN = float("nan")
         # how far it is
         *(("progress", {}), ("progress", None), ("progress", []), ("progress/more", 1), ("progress/step", -1)),
         *(("progress/step", 2.5), ("progress/step", "3"), ("progress/step", 2**60), ("progress/step", True)),
-        *(("progress/step", 0), ("progress/batch", -1), ("progress/batch", 0), ("progress/words", 0)),
+        *(
+            ("progress/step", 2**31),
+            ("optimiser/state", {}),
+            ("progress/step", 0),
+            ("progress/batch", -1),
+            ("progress/batch", 0),
+            ("progress/words", 0),
+        ),
         *(("progress/words", -5), ("progress/epoch", 2), ("progress/epoch", 0), ("progress/epoch", 1000)),
         *(("progress/history", []), ("progress/history", None), ("progress/history", [1])),
         *(("progress/history/0", {}), ("progress/history/0/epoch", 2), ("progress/history/0/val_cider", NAN)),
