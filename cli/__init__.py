@@ -61,6 +61,9 @@ def run_script(main: Callable[[], int | None]) -> int:
             "PYTHONUTF8=1"
         )
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C in the midst of PyTorch's own bookkeeping
+            print("interrupted", file=sys.stderr)
+            return 130
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         message = "memory is full, a GPU's where one is used; lower train.batch_size, encoder.image_size or search.beam"

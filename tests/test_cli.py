@@ -72,6 +72,17 @@ def test_characters_that_no_encoding_has_are_printed_escaped() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_ctrl_c_is_told_where_pytorch_answers_it_with_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    assert run_script(main) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_ctrl_c_during_the_imports_shows_no_traceback() -> None:
     script = "import cli, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
     stopped = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

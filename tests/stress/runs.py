@@ -53,6 +53,7 @@ def fork(script: Script, words: list[str], log: Path, prepare: Callable[[], None
         signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore Ctrl-C
         prepare()
         code = run_script(script)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the script is over
         sys.stdout.flush()
         os._exit(code)
 
