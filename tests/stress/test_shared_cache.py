@@ -27,7 +27,8 @@ TRAININGS = {  # of three lengths
 }
 READERS = {"evaluation": evaluate.main, "captioning": inference_visualize.main}
 RESULTS = {"evaluation": "predictions-test.json", "captioning": "predictions.json"}
-REASONS = "cannot read the picture|pictures cannot be read|changed while it was being encoded"  # for which a broken picture gives cause
+# for which a broken picture gives cause
+REASONS = "cannot read the picture|pictures cannot be read|changed while it was being encoded"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -147,7 +148,8 @@ def test_shared_cache(tally: Tally, archive: Path) -> None:
     for name in [*users.processes]:
         tally(users.end(name) == 0, f"{name} did not end well, with nothing that disturbed it")
     tally(at_once == len(TRAININGS), f"only {at_once} trainings ran at once")
-    tally.figures = f"in {round(time.monotonic() - began)} s: {users.starts} starts, {users.signals} signals, {users.compared} results compared bit for bit"
+    took, compared = round(time.monotonic() - began), f"{users.compared} results compared bit for bit"
+    tally.figures = f"in {took} s: {users.starts} starts, {users.signals} signals, {compared}"
     keep_mapped(tally)
 
 
