@@ -52,7 +52,7 @@ def test_each_row_was_seen_to_fail() -> None:
 
 
 def test_a_power_cut_leaves_what_was_flushed_and_anything_of_the_rest() -> None:
-    disk = Disk(Path("/work"))
+    disk = Disk(Path("/here"))
 
     def call(name: str, *texts: str, flags: str = "") -> None:
         disk.do(Call(name, [os.fsencode(text) for text in texts], flags))
@@ -64,9 +64,9 @@ def test_a_power_cut_leaves_what_was_flushed_and_anything_of_the_rest() -> None:
         }
 
     call("mkdir", "runs")
-    call("openat", "/work", "runs/.new", "/work/runs/.new", flags="O_WRONLY|O_CREAT")
-    call("write", "/work/runs/.new", "x" * 1000)
-    call("openat", "/work", "/elsewhere", "/elsewhere", flags="O_WRONLY|O_CREAT")
+    call("openat", "/here", "runs/.new", "/here/runs/.new", flags="O_WRONLY|O_CREAT")
+    call("write", "/here/runs/.new", "x" * 1000)
+    call("openat", "/here", "/elsewhere", "/elsewhere", flags="O_WRONLY|O_CREAT")
     assert states() == {
         "what was flushed": {},
         "everything": {"runs/.new": b"x" * 1000},
@@ -74,12 +74,12 @@ def test_a_power_cut_leaves_what_was_flushed_and_anything_of_the_rest() -> None:
         "zeros in": {"runs/.new": bytes(1000)},
         "one sector of": {"runs/.new": b"x" * 512 + bytes(488)},
     }
-    call("fsync", "/work/runs/.new")
+    call("fsync", "/here/runs/.new")
     call("rename", "runs/.new", "runs/last.pth")
     assert states() == {what: {"runs/last.pth": b"x" * 1000} for what in states()} | {"what was flushed": {}}
-    call("fsync", "/work/runs")
+    call("fsync", "/here/runs")
     assert states()["what was flushed"] == {}  # nobody knows the folder
-    call("fsync", "/work")
+    call("fsync", "/here")
     assert states() == {what: {"runs/last.pth": b"x" * 1000} for what in states()}
     call("unlink", "runs/last.pth")
     assert states() == {what: {} for what in states()} | {"what was flushed": {"runs/last.pth": b"x" * 1000}}
