@@ -247,10 +247,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if names[place] in names[:place]:
-                raise Twice(None, None, str(key.value), key.start_mark)
+        names = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise Twice(None, None, key.value, key.start_mark)
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int | str:
@@ -347,7 +348,6 @@ def lay_over(values: dict[str, Any], layer: dict[str, Any], where: str) -> dict[
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        os.stat(path)  # raises OSError where there is nothing
         loaded = yaml.load(read_file(path, MOST_BYTES).decode(), Loader=_Loader)
     except OSError as error:
         near = difflib.get_close_matches(

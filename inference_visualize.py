@@ -81,7 +81,7 @@ def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
     for picture, captions in captioned:
         texts = [each.text or NO_WORDS for each in captions]
         if not sys.stdout.isatty():
-            say(*[str(picture.image_id), *texts])
+            say(str(picture.image_id), *texts)
             continue
         unsure = doubt(captions[0])
         say(f"    {picture.name}: {texts[0]}{f' ({unsure})' if unsure else ''}")

@@ -49,12 +49,12 @@ def main() -> int:
         loss_fn = distributed.parallel(loss, model.precision)  # averages gradients over processes
         state = TrainState(model)
         if run.saved:
-            run.check_data(captions.table, captions.digests())
+            distributed.on_first_rank(run.check_data, captions.table, captions.digests)
             state.restore(run.saved, run.last)
         else:
             if not run.config.train.start:
                 model.fit_statistics(features_of(model, train_set, train_set.sample_images(STATISTICS)))
-            run.begin(captions.table, captions.digests())  # removes what an earlier run of this name wrote
+            run.begin(captions.table, captions.digests)  # removes what an earlier run of this name wrote
 
         if not fit(run, state, loss_fn, train_set, val_set, captions.references("val")):
             say(f"interrupted; resume with: python train.py --resume --run {run.name}")

@@ -76,7 +76,7 @@ def main() -> None:
             result = measure_starts(write_dataset(root, 1, 1)[0])
         else:
             result = measure(root, write_dataset(root, PICTURES, DRAWN))
-    if args.out.is_file():  # with what benchmarks/serve.py has measured
+    if args.out.is_file():  # with what benchmarks/serve.py and web.py have measured
         result = json.loads(args.out.read_text()) | result
     write_atomically(args.out, (json.dumps(result, indent=1) + "\n").encode())
     print(f"wrote {args.out}")

@@ -24,7 +24,7 @@ LONGEST_NAME = 1000  # characters
 # What zipfile, pickle and torch raise for damaged files.
 DAMAGED = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, MemoryError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OverflowError),
 )
 ITEM_SIZES = {
     **{"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "UntypedStorage": 1},

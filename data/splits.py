@@ -105,12 +105,8 @@ def read_splits(run: Path) -> dict[str, list[str]] | None:
     return content and {split: list(map(str, content[split])) for split in SPLITS}
 
 
-def read_digests(run: Path) -> dict[str, str] | None:
-    """Return the hashes of captions saved in a run's folder; None where there are none, as in older runs."""
-    return (read_saved(run) or {}).get(DIGESTS)
-
-
 def read_saved(run: Path) -> dict[str, Any] | None:
+    """Return what a run's splits.json holds: the pictures of each split, and, but in older runs, DIGESTS."""
     path = run / SAVED_SPLITS
     if not path.is_file():
         return None
@@ -139,11 +135,11 @@ def digests_of(table: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def what_changed(saved: dict[str, list[str]], table: pd.DataFrame) -> str:
+def what_changed(saved: dict[str, Any], table: pd.DataFrame) -> str:
     """Return in words how the pictures of the splits `saved` with a run differ from those of the table now; where they
     do not, captions do.
     """
-    before = {name.rpartition("/")[2]: split for split, names in saved.items() for name in names}
+    before = {str(name).rpartition("/")[2]: split for split in SPLITS for name in saved[split]}
     now = dict(zip(table["image"].str.rpartition("/")[2], table["split"], strict=True))
     moved = [name for name in now.keys() & before.keys() if now[name] != before[name]]
     cases = [

@@ -4,8 +4,8 @@ A checkpoint holds plain values and tensors only: config, vocabulary, transform,
 identity. A frozen backbone itself is not inside; it is found again by its sha256.
 """
 
+import contextlib
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from models.consensus import Consensus
 from models.encoder import EncoderCNN, file_sha256, find_weights, without_random_weights
 from models.hub import is_on_hub, read_checkpoint
 from models.model import CaptionModel, decoder_class_of
-from models.saved import SavedEncoder, SavedTransform, SavedVocabulary
+from models.saved import SavedConfidence, SavedEncoder, SavedTransform, SavedVocabulary
 from utils import RUNS, how_to_make
 
 
@@ -126,14 +126,13 @@ def restore_consensus(state: dict[str, torch.Tensor], model: CaptionModel, path:
 
 def restore_confidence(saved: dict[str, Any], path: str | Path) -> Confidence | None:
     """Return the calibration inside a checkpoint, if any; raises UserError for a damaged one."""
-    state = saved.get("confidence")
-    if state is None:
+    if saved.get("confidence") is None:
         return None
-    weights = state.get("weights") if isinstance(state, dict) else None
-    numbers = [*weights, state["bias"]] if isinstance(weights, list) and "bias" in state else []
-    if len(numbers) != len(INPUTS) + 1 or not all(isinstance(each, float) and math.isfinite(each) for each in numbers):
-        raise UserError(f"the calibration inside {path} is damaged; make it anew with: python calibrate.py")
-    return Confidence(tuple(numbers[:-1]), numbers[-1])
+    with contextlib.suppress(ValidationError):
+        state = SavedConfidence.model_validate(saved["confidence"])
+        if len(state.weights) == len(INPUTS):
+            return Confidence(tuple(state.weights), state.bias)
+    raise UserError(f"the calibration inside {path} is damaged; make it anew with: python calibrate.py")
 
 
 def model_from_start(config: Config) -> CaptionModel:

@@ -1,6 +1,5 @@
 """The demo as its user has it: served as `streamlit run app.py` does, and opened in Chromium."""
 
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from benchmarks.web import find_chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -35,10 +36,6 @@ sys.addaudithook(tell)
 from streamlit.web.cli import main
 main()
 """
-
-
-def find_chromium() -> str | None:
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @contextmanager

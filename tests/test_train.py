@@ -437,7 +437,7 @@ def test_a_run_that_lost_its_splits_is_not_resumed_unless_told_so(first: Path, r
     (first / "splits.json").unlink()
     assert run("--resume", "--run", "first") == 2
     error = last_line(capsys)
-    assert "runs/first has lost its splits.json" in error
+    assert "the data of runs/first has changed since it began: its splits.json is lost" in error
     assert run(*error.partition("python train.py ")[2].split()) == run("--resume", "--run", "first") == 0
 
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Run:
     def saved_splits(self) -> dict[str, list[str]] | None:
         return splits.read_splits(self.folder) if self.saved else None
 
-    def begin(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
+    def begin(self, table: pd.DataFrame, digests: Callable[[], dict[str, str]]) -> None:
         """Remove what an earlier run wrote to the folder; write the resolved config and every picture's split.
 
         The sample, which is trained again without being asked, is kept until its first new checkpoint is there.
@@ -66,30 +66,28 @@ class Run:
             write_atomically(self.folder / "config.yaml", config.encode())
             self.write_splits(table, digests)
 
-    def write_splits(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
-        content = {**splits.splits_of(table), splits.DIGESTS: digests}
+    def write_splits(self, table: pd.DataFrame, digests: Callable[[], dict[str, str]]) -> None:
+        content = {**splits.splits_of(table), splits.DIGESTS: digests()}
         write_atomically(self.folder / splits.SAVED_SPLITS, json.dumps(content).encode())
 
-    def check_data(self, table: pd.DataFrame, digests: dict[str, str]) -> None:
+    def check_data(self, table: pd.DataFrame, digests: Callable[[], dict[str, str]]) -> None:
         """Raise UserError where a resumed run has other captions or splits than it began with, unless told to go on
-        with them: what it chooses by could be what it has learned.
+        with them: what it chooses by could be what it has learned. For the first process alone.
         """
-        if not (self.folder / splits.SAVED_SPLITS).is_file() and not self.accept_changes:
+        saved = splits.read_saved(self.folder)
+        if saved is None:
+            said = f"its {splits.SAVED_SPLITS} is lost, so nobody knows what it was trained on"
+        elif splits.DIGESTS in saved and saved[splits.DIGESTS] != digests():
+            said = splits.what_changed(saved, table)
+        else:
+            return
+        if not self.accept_changes:
             raise UserError(
-                f"{self.folder} has lost its {splits.SAVED_SPLITS}, so nobody knows what it was trained on; put it "
-                f"back, or go on with the data as it is: python train.py --resume --run {self.name} --changed-data"
+                f"the data of {self.folder} has changed since it began: {said}; put it back, start another run, or go "
+                f"on with it as it is: python train.py --resume --run {self.name} --changed-data"
             )
-        saved, before = splits.read_splits(self.folder), splits.read_digests(self.folder)
-        if saved is None or (before and before != digests):
-            said = splits.what_changed(saved, table) if saved else "nobody knows what it was"
-            if not self.accept_changes:
-                raise UserError(
-                    f"the data of {self.folder} has changed since it began: {said}; put it back, start another run, "
-                    f"or go on with it as it is: python train.py --resume --run {self.name} --changed-data"
-                )
-            say(f"going on with other data than {self.folder} began with: {said}")
-            if distributed.rank() == 0:
-                self.write_splits(table, digests)
+        say(f"going on with other data than {self.folder} began with: {said}")
+        self.write_splits(table, digests)
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:

@@ -227,7 +227,6 @@ function showAttention(word) {
   const small = Object.assign(document.createElement("canvas"), {width: side, height: side});
   small.getContext("2d").putImageData(pixels, 0, 0);
   Object.assign(overlay, {width, height});
-  overlay.style.objectFit = "contain";
   const context = overlay.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(small, 0, 0, width, height);
