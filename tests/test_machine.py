@@ -51,6 +51,14 @@ def test_a_mistake_has_its_exit_code_where_nobody_can_read_it(closed: str, tmp_p
     assert shell(visualize_loss.__file__, "--run", str(tmp_path / "nowhere"), behind=closed)[0] == 2
 
 
+def test_a_place_that_the_locale_cannot_spell_is_one_sentence(archive: Path) -> None:
+    Path("recipe.yaml").write_text("data:\n  cache: 日本\n", encoding="utf-8")
+    words = [*TINY, "train.epochs=1", "--config", "recipe.yaml"]
+    code, said = shell(train.__file__, *words, **PLAIN_C)
+    assert code == 2 and said.splitlines()[-1].endswith("lacks; set PYTHONUTF8=1") and "Traceback" not in said, said
+    assert shell(train.__file__, *words, **(PLAIN_C | {"PYTHONUTF8": "1"}))[0] == 0
+
+
 def test_a_name_that_the_locale_cannot_spell_is_one_sentence(archive: Path) -> None:
     with open(archive / "captions.csv", "a", encoding="utf-8") as file:
         file.write("日本.jpg,a dog\n")
