@@ -39,6 +39,7 @@ from utils import pick_device
 
 SEARCH_BATCH = 160  # pictures per search: fewer cost more overhead, more overflow a processor's cache
 LONGEST_SIDE = 800  # pixels of the copy of a picture that is kept for drawing
+DRAWN_SIDE = 600  # pixels of its shorter side that are enough for that
 
 Item = TypeVar("Item")
 
@@ -53,8 +54,8 @@ class Picture:
     references: tuple[str, ...] = ()  # human captions, if known
     content: bytes | None = None  # of the file, if it is not on disk
 
-    def open(self) -> Image.Image:
-        return open_picture(self.path, self.content)
+    def open(self, least: int = DRAWN_SIDE) -> Image.Image:
+        return open_picture(self.path, self.content, max(least, DRAWN_SIDE))
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Captioner:
 
     @cached_property
     def extractor(self) -> Extractor:
-        model = self.model
-        return Extractor(model.encoder, model.transform, model.precision, model.device)
+        return make_extractor(self.model)
 
     def caption(self, images: str | os.PathLike | Image.Image | Iterable, **settings: Any) -> list[str]:
         """Return one caption per picture; takes one path or PIL image, or several, and always returns a list.
@@ -116,8 +116,8 @@ class Captioner:
             return
         shown: dict[Picture, Image.Image] = {}  # of the pictures that were opened but not yet yielded
 
-        def open_and_keep_copy(picture: Picture) -> Image.Image:
-            opened = picture.open()
+        def open_and_keep_copy(picture: Picture, least: int) -> Image.Image:
+            opened = picture.open(least)
             shown[picture] = shrink(opened)
             return opened
 
@@ -195,11 +195,16 @@ def shrink(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
+def make_extractor(model: CaptionModel) -> Extractor:
+    """Return what makes features of pictures as the model's settings say; its fast encoder is made when it is used."""
+    folder = Path(model.config.data.cache)
+    return Extractor(model.encoder, model.transform, model.encoder_precision, model.device, folder)
+
+
 def feature_cache(model: CaptionModel, view: View = WHOLE) -> FeatureCache:
     """Return the feature cache of the model's frozen encoder."""
     data = model.config.data
-    extractor = Extractor(model.encoder, model.transform, model.precision, model.device)
-    return FeatureCache(Path(data.cache), extractor, data.shard_rows, view)
+    return FeatureCache(Path(data.cache), make_extractor(model), data.shard_rows, view)
 
 
 def encode_dataset(

@@ -97,6 +97,7 @@ class EncoderConfig(Section):
     stages: list[Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]] | None  # some are called 0, 1 …
     stride_in_1x1: Annotated[bool, SHAPES]
     image_size: Annotated[int | None, Field(ge=32, le=1024), SHAPES]
+    precision: Annotated[Literal["auto", "int8"], FREE]
 
 
 class DecoderConfig(Section):
@@ -196,6 +197,11 @@ class Config(Section):
             raise ValueError(
                 "train.self_critical_consensus compares pictures by the features of a frozen backbone; leave "
                 "encoder.frozen=true, or train without it"
+            )
+        if self.encoder.precision == "int8" and not self.encoder.frozen:
+            raise ValueError(
+                "encoder.precision=int8 goes with encoder.frozen=true: the 8-bit copy of a backbone is made only once; "
+                "set encoder.precision=auto"
             )
         if self.data.shards and not self.encoder.frozen:
             raise ValueError(

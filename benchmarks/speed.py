@@ -31,7 +31,7 @@ from benchmarks import seed_style
 from benchmarks.memory import ROOT, watch
 from benchmarks.recipes import environment
 from benchmarks.workload import DECODERS, Training, write_dataset
-from captioning import SEARCH_BATCH
+from captioning import SEARCH_BATCH, make_extractor
 from config import SearchConfig
 from data import annotations
 from data.features import Extractor
@@ -195,7 +195,7 @@ def measure_seed_style(training: Training, pictures: Sequence[Path]) -> dict[str
     rows = [(folder / row.image, [SOS, *vocab.numericalize(row.caption), EOS]) for row in known.itertuples()]
     dataset = seed_style.CaptionPerPicture(rows, model.transform)
     captioner = seed_style.Captioner(model.encoder, len(model.vocab)).to(training.device)
-    extractor = Extractor(model.encoder, model.transform, model.precision, training.device)
+    extractor = make_extractor(model)
     tutorial, encoding, epoch = in_turns(
         lambda: seed_style.train_epoch(captioner, dataset, batch_size=32, workers=2),
         lambda: encode(extractor, pictures),
@@ -216,7 +216,7 @@ def measure_captioning(model: CaptionModel, pictures: Sequence[Path], root: Path
     """Measure JPEGs to captions, drawn and on a page, by a beam of 3, against reading and encoding them alone."""
     device, size = pick_device(), model.transform.image_size
     model.eval()
-    extractor = Extractor(model.encoder, model.transform, model.precision, device)
+    extractor = make_extractor(model)
     save_checkpoint(root / "model.pth", model_state(model))
     sys.argv = ["inference_visualize.py", "--checkpoint", str(root / "model.pth"), "search.beam=3"]
     sys.argv += ["--out", str(root / "captioned"), "--images", *map(str, pictures)]

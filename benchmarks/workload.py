@@ -46,7 +46,7 @@ DECODERS: dict[str, Sequence[str]] = {  # as configs/ trains them
     ),
 }
 
-BATCH = 64  # captions per step
+BATCH = 64  # captions per step, as for the 30,000 of Flickr8k
 
 
 def make_captions(number: int, rng: np.random.Generator, different: int = WORDS) -> list[str]:
@@ -91,8 +91,8 @@ class Training:
 
     def __init__(self, root: Path, device: torch.device, decoder: str) -> None:
         quiet = ("train.log_every=100000", "train.checkpoint_every=100000", f"search.max_length={LONGEST}")
-        own = (f"data.root={root}", f"data.cache={root / 'cache'}", "encoder.weights=null", *quiet)
-        config = load_config(overrides=[*own, *DECODERS[decoder]])
+        own = (f"data.root={root}", f"data.cache={root / 'cache'}", "encoder.weights=null", f"train.batch_size={BATCH}")
+        config = load_config(overrides=[*own, *quiet, *DECODERS[decoder]])
         table = annotations.load(config.data)
         vocab = build_vocab(make_captions(CAPTIONS, np.random.default_rng(0)), config.data.min_count, "en")
         self.model, self.device = CaptionModel.build(config, vocab).to(device), device

@@ -113,7 +113,7 @@ class Flickr8kDataset(Dataset):
 
     def read_pixels(self, image: int, view: View) -> torch.Tensor:
         """Return a view of a picture, augmented by noise of (seed, epoch, image), as uint8 (3, S, S)."""
-        picture = open_picture(self.folders.path(self.images[image]))
+        picture = open_picture(self.folders.path(self.images[image]), least=self.transform.least)
         rng = np.random.default_rng([*self.seed, image])
         for name in self.augmentations:
             picture = AUGMENTATIONS[name](picture, rng)

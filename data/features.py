@@ -34,13 +34,18 @@ from utils import write_atomically
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Opener = Callable[[], Image.Image]  # opens a picture, wherever it lies
 Stamp = tuple[str, int, int]  # name, size and mtime (ns) of a picture, or its name and those of the tar it lies in
 
 CHECKED = 64  # pictures opened at a time
 NOBODY: Stamp = ("", 0, 0)  # in the place of a picture that could not be encoded
 SHOWN = 5  # broken pictures in a message
 BATCH = {"cpu": 8, "mps": 32, "cuda": 128}  # 8 pictures keep a CPU's activations in its cache
+
+
+class Opener(Protocol):
+    """Opens a picture, wherever it lies; a large JPEG at a part of its size, see `open_picture`."""
+
+    def __call__(self, *, least: int) -> Image.Image: ...
 
 
 class Features:
@@ -87,11 +92,14 @@ class Extractor:
 
     encoder: Any  # a models.encoder.EncoderCNN, of which this floor knows nothing more
     transform: Transform
-    precision: torch.dtype
+    precision: torch.dtype  # or torch.int8, on a CPU
     device: torch.device
+    folder: Path  # where what is made only once of the encoder is kept
 
     @cached_property
     def network(self) -> nn.Module:
+        if self.precision == torch.int8:
+            return self.encoder.in_8_bits(self.transform, self.folder)
         return self.encoder.for_inference(self.precision).to(self.device)
 
     def encode(self, openers: Iterable[Opener], view: View = WHOLE) -> Iterator[list[torch.Tensor | UserError]]:
@@ -99,7 +107,7 @@ class Extractor:
 
         def read(opener: Opener) -> tuple[str, torch.Tensor] | UserError:
             try:
-                picture = opener()
+                picture = opener(least=self.transform.least)
                 return str(picture.info.get("path", "a picture")), self.transform.resize(picture, view)
             except UserError as error:
                 return error
@@ -125,6 +133,8 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode uint8 pixels (B, 3, S, S) as fp16 rows (B, D) or (B, L, D), on the CPU."""
+        if self.precision == torch.int8:  # which normalises, too
+            return self.network(pixels).to(torch.float16)
         images = self.transform.normalise(pixels.to(self.device, non_blocking=True))
         encoded = self.network(images.to(self.precision, memory_format=torch.channels_last))
         return encoded.to(torch.float16).cpu()

@@ -84,6 +84,11 @@ class Transform:
     std: tuple[float, float, float] = IMAGENET_STD
     interpolation: str = "bilinear"  # or bicubic
 
+    @property
+    def least(self) -> int:
+        """The pixels that the shorter side of a picture must have, for what this makes of it to be no worse."""
+        return 2 * self.image_size
+
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Return an RGB `picture` as a float tensor (3, image_size, image_size)."""
         return self.normalise(self.resize(picture))
@@ -102,11 +107,16 @@ class Transform:
         return (pixels * (1 / 255) - mean) / std
 
 
-def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
+def open_picture(path: str | Path, content: bytes | None = None, least: int | None = None) -> Image.Image:
     """Open any picture file as it is meant to be seen: upright, in 8-bit RGB, with transparent parts white.
 
-    An animation gives its first frame. `content` holds the file's bytes when it lies in an archive. Raises UserError
-    when it cannot be decoded in full or has more pixels than Pillow's limit.
+    An animation gives its first frame. Raises UserError when it cannot be decoded in full or has more pixels than
+    Pillow's limit.
+
+    Args:
+        content: the file's bytes when it lies in an archive.
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is much faster, while its
+            shorter side keeps this many pixels.
     """
     of_phone = str(path).lower().endswith(PHONES)
     if of_phone and PHONES[0] in PICTURE_SUFFIXES:
@@ -116,7 +126,7 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     formats = FORMATS if "HEIF" not in Image.OPEN else (*FORMATS, "HEIF")
     try:
         with Image.open(path if content is None else io.BytesIO(content), formats=formats) as file:
-            picture = upright(file)
+            picture = upright(file, least)
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
         if isinstance(error, UnidentifiedImageError):
@@ -128,10 +138,12 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image.Image:
     return picture
 
 
-def upright(picture: Image.Image) -> Image.Image:
+def upright(picture: Image.Image, least: int | None = None) -> Image.Image:
     """Return an open picture as `open_picture` would read its file; raises ValueError for one that is too long."""
     if max(picture.size) > LONGEST:  # resizing takes memory by the side, too
         raise ValueError(f"{picture.width:,} x {picture.height:,} pixels, and {LONGEST:,} are the most in a row")
+    if least:
+        picture.draft(None, (least, least))  # JPEGs alone are changed by that
     picture.load()
     with contextlib.suppress(Exception):  # of damaged EXIF, in which nobody can tell what is meant
         picture = ImageOps.exif_transpose(picture)

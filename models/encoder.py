@@ -109,6 +109,12 @@ class EncoderCNN(nn.Module):
             part.eval()
         return self
 
+    def in_8_bits(self, transform: Transform, folder: Path) -> nn.Module:
+        """Return a copy that encodes uint8 pixels in 8 bits, kept in `folder`; see `models.int8`."""
+        from models.int8 import Int8Encoder  # with packages that few users have
+
+        return Int8Encoder(self, transform, folder)
+
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
         """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
         fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)

@@ -10,16 +10,12 @@ from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is q
 import argparse
 import importlib.util
 import itertools
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from config import setting_names
 from data import sample
@@ -28,6 +24,7 @@ from data.vocab import SOS
 from models import web
 from models.checkpoint import load_model, model_from_state, model_state
 from models.decoder import Decoder, Memory, State
+from models.graph import Graph, to_onnx
 from models.hub import check_name, is_on_hub, read_checkpoint, separate
 from models.model import CaptionModel
 from models.search import search
@@ -153,31 +150,6 @@ def trace(model: CaptionModel, facts: Facts = lambda features: {}) -> tuple[byte
         ["logits", *(f"next_{name}" for name in states), *([] if attention is None else ["attention"])],
     )
     return first, step
-
-
-class Graph(nn.Module):
-    """A function of tensors as a module, which PyTorch's exporter wants; its weights are those of `owner`."""
-
-    def __init__(self, owner: nn.Module, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:
-        super().__init__()
-        self.owner, self.function = owner, function
-
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.function(*inputs)
-
-
-def to_onnx(graph: Graph, inputs: dict[str, torch.Tensor], axes: list[dict[int, str]], outputs: list[str]) -> bytes:
-    """Return the graph as ONNX; `axes` names, for each input, those that may change, `outputs` what is returned."""
-    contiguous = tuple(part.contiguous() for part in inputs.values())  # strides are traced too, and ONNX has none
-    options: dict[str, Any] = {"dynamic_shapes": (tuple(axes),), "input_names": list(inputs), "output_names": outputs}
-    logging.disable(logging.WARNING)  # it warns of LSTM weights in one piece, and of its own old functions
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(graph.eval(), contiguous, dynamo=True, verbose=False, **options)
-    finally:
-        logging.disable(logging.NOTSET)
-    assert program is not None
-    return program.model_proto.SerializeToString()
 
 
 class OnnxDecoder(Decoder):

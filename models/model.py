@@ -97,6 +97,11 @@ class CaptionModel(nn.Module):
         """The precision of `train.precision` on the model's device."""
         return pick_precision(self.config.train.precision, self.device)
 
+    @property
+    def encoder_precision(self) -> torch.dtype:
+        """The precision of `encoder.precision`; 8 bits are for processors alone."""
+        return torch.int8 if self.config.encoder.precision == "int8" and self.device.type == "cpu" else self.precision
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the decoder is trained: bfloat16 where that is the precision."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)

@@ -249,7 +249,7 @@ def test_mirror_images_are_encoded_mirrored(
 
 
 def test_a_broken_or_missing_picture_is_named(cache: FeatureCache, tiny_model: CaptionModel, refused: Callable) -> None:
-    extractor = Extractor(tiny_model.encoder, tiny_model.transform, torch.float32, torch.device("cpu"))
+    extractor = Extractor(tiny_model.encoder, tiny_model.transform, torch.float32, torch.device("cpu"), Path("cache"))
     assert_direct(
         encode_files(extractor, NAMES[::-3], ImageFolders({"": FOLDER})).take(NAMES[::-3]), tiny_model, NAMES[::-3]
     )

@@ -1,0 +1,141 @@
+"""An encoder in 8-bit whole numbers, which processors multiply faster than floats: `encoder.precision=int8`.
+
+Weights are rounded for each output channel by itself, and what a layer gives over the range that it has for drawings of
+the built-in sample (static quantisation, Jacob et al. 2018): they serve as well as photographs, so that no dataset is
+needed. ONNX Runtime makes the graph, once for each backbone, and OpenVINO runs it; docs/results.md has what else was
+tried.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cli import UserError, say
+from data import sample
+from data.transforms import Transform
+from models.graph import Graph, to_onnx
+from utils import write_atomically
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino")
+CALIBRATION, BATCH = 32, 8  # drawings
+LAYERS = ["Conv", "Add", "Relu", "Clip", "MaxPool"]  # in 8 bits; all else is little work
+WORST = 0.25  # of the features' spread over pictures, by which those in 8 bits may differ
+EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")  # processors that add up products of 8 bits without overflow
+
+
+class Int8Encoder(nn.Module):
+    """Encodes uint8 pixels (B, 3, S, S) as float features (B, D) or (B, L, D), on the processor.
+
+    Args:
+        encoder: a `models.encoder.EncoderCNN`, frozen.
+        folder: where the graph is kept from its first use on.
+
+    Raises UserError where a package is missing, and for a backbone whose features 8 bits spoil.
+    """
+
+    def __init__(self, encoder: Any, transform: Transform, folder: Path) -> None:
+        super().__init__()
+        for package in PACKAGES:
+            if not importlib.util.find_spec(package):
+                raise UserError(
+                    f"encoder.precision=int8 needs the package {package}; run: pip install -r requirements-extras.txt, "
+                    "or set encoder.precision=auto"
+                )
+        import openvino
+
+        parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
+        key = hashlib.sha256(json.dumps(parts | asdict(transform), sort_keys=True).encode()).hexdigest()[:12]
+        path = folder / f"{encoder.identity['name'].replace('/', '_')}-int8-{key}.onnx"
+        if not path.is_file():
+            say(f"making an 8-bit copy of {encoder.identity['name']}, once, as {path}")
+            write_atomically(path, make(encoder, transform))
+        core = openvino.Core()
+        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.compiled = core.compile_model(core.read_model(path), "CPU", options)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.compiled([pixels.numpy()])[0])
+
+
+def weight_bits() -> int:
+    """Return how many bits a weight may have: 7 where sums of two products would overflow 16 bits."""
+    found = torch.cpu.get_capabilities()
+    return 8 if any(found.get(name) for name in EXACT) else 7
+
+
+@torch.no_grad()
+def make(encoder: Any, transform: Transform) -> bytes:
+    """Return the encoder as an 8-bit ONNX graph, from uint8 pixels to features; see `Int8Encoder`."""
+    pixels = torch.stack([transform.resize(picture) for picture in drawings()])  # (P, 3, S, S)
+    fast = encoder.for_inference(torch.float32).to(memory_format=torch.contiguous_format)
+    graph = Graph(fast, lambda pixels: (fast(transform.normalise(pixels)),))
+    exact = to_onnx(graph, {"pixels": pixels[:2]}, [{0: "pictures"}], ["features"])
+    found = quantise(exact, pixels)
+    own, rounded = (run(each, pixels) for each in (exact, found))
+    spread = own - own.mean(0)
+    error = float(np.linalg.norm(rounded - own) / np.linalg.norm(spread))
+    if not error <= WORST:
+        raise UserError(
+            f"8 bits spoil the features of {encoder.identity['name']}: they differ by {error:.0%} of their spread; set "
+            "encoder.precision=auto"
+        )
+    return found
+
+
+def drawings() -> Iterator[Any]:
+    scenes = [scene for _, scene in sample.choose_scenes()][:CALIBRATION]
+    yield from (sample.draw_scene(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes))
+
+
+def quantise(graph: bytes, pixels: torch.Tensor) -> bytes:
+    """Return an ONNX graph of uint8 pixels (P, 3, S, S) with 8-bit weights and layers, for the ranges of these."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Batches(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = ({"pixels": part.numpy()} for part in pixels.split(BATCH))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    level = logging.root.level
+    logging.disable(logging.WARNING)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "int8.onnx")
+            quantize_static(
+                onnx.load_from_string(graph),
+                path,
+                Batches(),
+                op_types_to_quantize=LAYERS,
+                per_channel=True,
+                reduce_range=weight_bits() == 7,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            return path.read_bytes()
+    finally:
+        logging.disable(logging.NOTSET)
+        logging.root.setLevel(level)
+
+
+def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:
+    import openvino
+
+    core = openvino.Core()
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(graph)
+        file.flush()
+        compiled = core.compile_model(core.read_model(file.name), "CPU")
+        return np.concatenate([compiled([part.numpy()])[0] for part in pixels.split(BATCH)])
