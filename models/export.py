@@ -58,6 +58,8 @@ def main() -> None:
     graphs = trace(model)
     difference = compare(model, OnnxDecoder(*graphs))
     say(f"ONNX against PyTorch in fp32: logits differ by {difference:.1e} at most, and no caption of {PICTURES} does")
+    if model.config.encoder.precision == "int8":
+        graphs = (in_8_bits(model, *graphs), graphs[1])
     files |= dict(zip((ENCODER, STEP), graphs, strict=True))
     for name, content in files.items():
         write_atomically(out / name, content)
@@ -182,6 +184,22 @@ class OnnxDecoder(Decoder):
         found = map(torch.from_numpy, self.decoder.run(None, dict(zip(self.given, values, strict=True))))
         logits, *rest = found
         return logits, tuple(rest[: len(state)]), rest[len(state)] if len(rest) > len(state) else None
+
+
+@torch.inference_mode()
+def in_8_bits(model: CaptionModel, encoder: bytes, step: bytes) -> bytes:
+    """Return the encoder's graph with its convolutions in 8 bits, for any processor."""
+    from models import int8
+
+    pixels = torch.stack([model.transform.resize(picture) for picture in int8.drawings()])  # (P, 3, S, S)
+    rounded = int8.quantise(encoder, pixels, bits=7)
+    options = model.config.search.model_copy(update={"temperature": 0.0, "beam": BEAM})
+    own, theirs = (
+        [best.ids for best, *_ in search(OnnxDecoder(graph, step), pixels, options)] for graph in (encoder, rounded)
+    )
+    same = sum(mine == other for mine, other in zip(own, theirs, strict=True))
+    say(f"{ENCODER} in 8 bits: {same} of {len(own)} captions of drawings are the same")
+    return rounded
 
 
 @torch.inference_mode()

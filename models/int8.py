@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from cli import UserError, say
@@ -51,17 +52,15 @@ class Int8Encoder(nn.Module):
                     f"encoder.precision=int8 needs the package {package}; run: pip install -r requirements-extras.txt, "
                     "or set encoder.precision=auto"
                 )
-        import openvino
-
         parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
         key = hashlib.sha256(json.dumps(parts | asdict(transform), sort_keys=True).encode()).hexdigest()[:12]
         path = folder / f"{encoder.identity['name'].replace('/', '_')}-int8-{key}.onnx"
-        if not path.is_file():
+        try:
+            self.compiled = load(path)
+        except RuntimeError:  # there is none yet, or it is damaged
             say(f"making an 8-bit copy of {encoder.identity['name']}, once, as {path}")
             write_atomically(path, make(encoder, transform))
-        core = openvino.Core()
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.compiled = core.compile_model(core.read_model(path), "CPU", options)
+            self.compiled = load(path)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.compiled([pixels.numpy()])[0])
@@ -80,8 +79,8 @@ def make(encoder: Any, transform: Transform) -> bytes:
     fast = encoder.for_inference(torch.float32).to(memory_format=torch.contiguous_format)
     graph = Graph(fast, lambda pixels: (fast(transform.normalise(pixels)),))
     exact = to_onnx(graph, {"pixels": pixels[:2]}, [{0: "pictures"}], ["features"])
-    found = quantise(exact, pixels)
-    own, rounded = (run(each, pixels) for each in (exact, found))
+    found = quantise(exact, pixels, weight_bits())
+    own, rounded = (run(each, pixels) for each in (exact, found))  # (P, D) or (P, L, D)
     spread = own - own.mean(0)
     error = float(np.linalg.norm(rounded - own) / np.linalg.norm(spread))
     if not error <= WORST:
@@ -92,13 +91,15 @@ def make(encoder: Any, transform: Transform) -> bytes:
     return found
 
 
-def drawings() -> Iterator[Any]:
+def drawings() -> Iterator[Image.Image]:
     scenes = [scene for _, scene in sample.choose_scenes()][:CALIBRATION]
     yield from (sample.draw_scene(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes))
 
 
-def quantise(graph: bytes, pixels: torch.Tensor) -> bytes:
-    """Return an ONNX graph of uint8 pixels (P, 3, S, S) with 8-bit weights and layers, for the ranges of these."""
+def quantise(graph: bytes, pixels: torch.Tensor, bits: int) -> bytes:
+    """Return an ONNX graph of uint8 `pixels` (P, 3, S, S) with its convolutions in 8 bits, for the ranges of these
+    pictures; weights have 8 `bits`, or 7 for any processor.
+    """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -120,7 +121,7 @@ def quantise(graph: bytes, pixels: torch.Tensor) -> bytes:
                 Batches(),
                 op_types_to_quantize=LAYERS,
                 per_channel=True,
-                reduce_range=weight_bits() == 7,
+                reduce_range=bits == 7,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
@@ -131,11 +132,17 @@ def quantise(graph: bytes, pixels: torch.Tensor) -> bytes:
 
 
 def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:
+    """Return what an ONNX graph gives for uint8 pixels (P, 3, S, S)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "graph.onnx")
+        path.write_bytes(graph)
+        compiled = load(path)
+    return np.concatenate([compiled([part.numpy()])[0] for part in pixels.split(BATCH)])
+
+
+def load(path: Path) -> Any:
+    """Return an ONNX graph ready to run; raises RuntimeError where there is none."""
     import openvino
 
     core = openvino.Core()
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(graph)
-        file.flush()
-        compiled = core.compile_model(core.read_model(file.name), "CPU")
-        return np.concatenate([compiled([part.numpy()])[0] for part in pixels.split(BATCH)])
+    return core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})

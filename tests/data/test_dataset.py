@@ -160,7 +160,7 @@ def test_augmentations_are_drawn_from_seed_epoch_and_picture(pixels: Flickr8kDat
 def test_each_picture_of_a_batch_is_read_once(pixels: Flickr8kDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def note_and_open(path: Path) -> Image.Image:
+    def note_and_open(path: Path, least: int) -> Image.Image:
         opened.append(path.name)
         return Image.open(path)
 

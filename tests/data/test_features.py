@@ -44,7 +44,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(features, "BATCH", {"cpu": 2})
     names: list[str] = []
 
-    def note_and_open(path: Path) -> Image.Image:
+    def note_and_open(path: Path, least: int) -> Image.Image:
         names.append(path.name)
         return open_picture(path)
 
@@ -321,7 +321,7 @@ def test_a_picture_whose_features_alone_are_not_finite_is_treated_like_a_broken_
 def test_a_picture_that_changes_while_it_is_encoded_is_named(
     cache: FeatureCache, tiny_model: CaptionModel, refused: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def open_and_change(path: Path) -> Image.Image:
+    def open_and_change(path: Path, least: int) -> Image.Image:
         picture = open_picture(path)
         if path.name == "05.jpg":
             replace_picture(path.name)

@@ -121,6 +121,31 @@ def test_a_picture_turned_by_exif_is_seen_upright(tmp_path: Path) -> None:
     assert np.abs(np.asarray(seen, dtype=int)[[5, 35], 10] - [RED, BLUE]).max() <= 5
 
 
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((4000, 3000), (1000, 750)), ((4032, 3023), (1008, 756)), ((3000, 900), (1500, 450)), ((890, 1200), (890, 1200))],
+)
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_resized_to_the_same(
+    size: tuple[int, int], decoded: tuple[int, int], tmp_path: Path
+) -> None:
+    small = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "large.jpg", quality=95)
+    picture.save(tmp_path / "large.bmp")
+    transform = Transform(224)
+    seen = open_picture(tmp_path / "large.jpg", least=transform.least)
+    assert seen.size == decoded
+    assert open_picture(tmp_path / "large.jpg").size == open_picture(tmp_path / "large.bmp", least=448).size == size
+    whole = transform.resize(open_picture(tmp_path / "large.jpg")).int()
+    difference = (transform.resize(seen).int() - whole).abs().float()
+    assert difference.mean() < 0.6 and difference.max() <= 8  # of 255
+
+    content = (tmp_path / "large.jpg").read_bytes()
+    (tmp_path / "large.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot read the picture .*large.jpg"):
+        open_picture(tmp_path / "large.jpg", least=transform.least)
+
+
 def test_the_first_picture_of_an_animation_is_seen(tmp_path: Path) -> None:
     for path in (tmp_path / "a.gif", tmp_path / "a.png", tmp_path / "a.webp"):
         plain("RGB", GREEN).save(path, save_all=True, append_images=[plain("RGB", RED)], duration=50, lossless=True)

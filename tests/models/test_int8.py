@@ -1,0 +1,133 @@
+"""By `encoder.precision=int8` pictures are encoded in 8 bits, as near to fp32 as captions need, or it says why not."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from exports import exported
+
+import inference_visualize
+import train
+from data.features import Extractor
+from data.transforms import open_picture
+from models import export, int8
+from models.model import CaptionModel
+
+for package in int8.PACKAGES:
+    pytest.importorskip(package)
+
+
+@pytest.fixture(autouse=True)
+def few_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "CALIBRATION", 8)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: CaptionModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The 8-bit copy of the tiny model's encoder: to make one takes seconds."""
+    return int8.make(tiny_model.encoder, tiny_model.transform)
+
+
+def extractor(model: CaptionModel, precision: torch.dtype, folder: Path) -> Extractor:
+    return Extractor(model.encoder, model.transform, precision, torch.device("cpu"), folder)
+
+
+def difference(rows: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return by how much features (P, D) differ, against how much those of pictures differ from their mean."""
+    return float((rows - exact).norm() / (exact - exact.mean(0)).norm())
+
+
+def test_features_are_those_of_fp32_but_for_a_little_and_the_copy_is_made_once(
+    tiny_model: CaptionModel,
+    made: bytes,
+    drawn: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "make", lambda encoder, transform: made)
+    pictures = [open_picture(path) for path in sorted((drawn / "images").iterdir())]
+    pixels = torch.stack([tiny_model.transform.resize(picture) for picture in pictures])
+    exact = extractor(tiny_model, torch.float32, tmp_path)(pixels)
+    rows = extractor(tiny_model, torch.int8, tmp_path)(pixels)
+    assert (rows.dtype, rows.shape) == (exact.dtype, exact.shape)
+    assert 0 < difference(rows.float(), exact.float()) < 0.15
+    [path] = tmp_path.iterdir()
+    assert capsys.readouterr().out == f"making an 8-bit copy of resnet18, once, as {path}\n"
+    assert path.stat().st_size < 1.2 * sum(each.numel() for each in tiny_model.encoder.parameters())
+
+    assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
+    assert capsys.readouterr().out == ""
+    path.write_bytes(path.read_bytes()[:1000])  # it is damaged
+    assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
+    assert "making an 8-bit copy" in capsys.readouterr().out
+
+
+def test_a_run_is_trained_and_pictures_are_captioned_in_8_bits(
+    made: bytes,
+    archive: Path,
+    call: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "make", lambda encoder, transform: made)  # the backbone is the same one
+    assert call(train.main, *TINY, "encoder.precision=int8", "train.epochs=1", "run=eight") == 0
+    assert capsys.readouterr().out.count("making an 8-bit copy") == 1
+    cached = [path.name for path in Path("cache").iterdir() if path.is_dir()]
+    assert call(inference_visualize.main, "archive/images", "--run", "eight", "--out", "eight") == 0
+    captions = {row["image_id"]: row["caption"] for row in json.loads(Path("eight/predictions.json").read_text())}
+    assert len(captions) == 12
+    assert "making" not in capsys.readouterr().out
+
+    # without the package, or on another machine, the same captioner encodes as others do
+    assert call(inference_visualize.main, "archive/images", "--run", "eight", "encoder.precision=auto") == 0
+    assert call(train.main, *TINY, "train.epochs=1", "run=auto") == 0
+    assert len([path for path in Path("cache").iterdir() if path.is_dir()]) == len(cached) + 1, "features lie apart"
+
+
+def test_what_is_missing_or_does_not_go_together_is_named(
+    tiny_model: CaptionModel,
+    made: bytes,
+    tiny_config: Callable,
+    tmp_path: Path,
+    refused: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with refused("encoder.precision=int8", "encoder.frozen=true", "encoder.precision=auto"):
+        tiny_config("encoder.precision=int8", "encoder.frozen=false")
+    with refused("encoder.precision = 'int4'", "auto", "int8"):
+        tiny_config("encoder.precision=int4")
+    with monkeypatch.context() as patch:
+        patch.setattr(int8, "quantise", lambda graph, pixels, bits: made)
+        patch.setattr(int8, "to_onnx", lambda *args: made)
+        patch.setattr(int8, "WORST", -1)
+        with refused("8 bits spoil the features of resnet18", "of their spread", "encoder.precision=auto"):
+            extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with refused("needs the package openvino", "requirements-extras.txt", "encoder.precision=auto"):
+        extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exported_encoder_is_in_8_bits_too(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    drawn: Path,
+    call: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, folder = exported("lstm", tmp_path_factory)
+    capsys.readouterr()
+    assert call(export.main, "--checkpoint", path, "--out", tmp_path, "encoder.precision=int8") == 0
+    assert f"{export.ENCODER} in 8 bits: " in capsys.readouterr().out
+    sizes = [(each / export.ENCODER).stat().st_size for each in (tmp_path, folder)]
+    assert sizes[0] < sizes[1] / 2
+    monkeypatch.syspath_prepend(str(Path(export.__file__).parents[1] / "docs"))
+    import caption_with_onnx
+
+    assert caption_with_onnx.Captioner(tmp_path)(open_picture(drawn / "images" / "00.jpg"))
