@@ -2,8 +2,7 @@
 
 Weights are rounded for each output channel by itself, and what a layer gives over the range that it has for drawings of
 the built-in sample (static quantisation, Jacob et al. 2018): they serve as well as photographs, so that no dataset is
-needed. ONNX Runtime makes the graph, once for each backbone, and OpenVINO runs it; docs/results.md has what else was
-tried.
+needed. ONNX Runtime makes the graph, once for each backbone, and runs it; docs/results.md has what else was tried.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from data.transforms import Transform
 from models.graph import Graph, to_onnx
 from utils import write_atomically
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CALIBRATION, BATCH = 32, 8  # drawings
 LAYERS = ["Conv", "Add", "Relu", "Clip", "MaxPool"]  # in 8 bits; all else is little work
 WORST = 0.25  # of the features' spread over pictures, by which those in 8 bits may differ
@@ -56,14 +55,15 @@ class Int8Encoder(nn.Module):
         key = hashlib.sha256(json.dumps(parts | asdict(transform), sort_keys=True).encode()).hexdigest()[:12]
         path = folder / f"{encoder.identity['name'].replace('/', '_')}-int8-{key}.onnx"
         try:
-            self.compiled = load(path)
-        except RuntimeError:  # there is none yet, or it is damaged
+            self.session = load(path.read_bytes())
+        except Exception:  # there is none yet, or it is damaged: ONNX Runtime's errors have no base of their own
             say(f"making an 8-bit copy of {encoder.identity['name']}, once, as {path}")
-            write_atomically(path, make(encoder, transform))
-            self.compiled = load(path)
+            graph = make(encoder, transform)
+            write_atomically(path, graph)
+            self.session = load(graph)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.compiled([pixels.numpy()])[0])
+        return torch.from_numpy(self.session.run(None, {"pixels": pixels.numpy()})[0])
 
 
 def weight_bits() -> int:
@@ -133,16 +133,14 @@ def quantise(graph: bytes, pixels: torch.Tensor, bits: int) -> bytes:
 
 def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:
     """Return what an ONNX graph gives for uint8 pixels (P, 3, S, S)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "graph.onnx")
-        path.write_bytes(graph)
-        compiled = load(path)
-    return np.concatenate([compiled([part.numpy()])[0] for part in pixels.split(BATCH)])
+    session = load(graph)
+    return np.concatenate([session.run(None, {"pixels": part.numpy()})[0] for part in pixels.split(BATCH)])
 
 
-def load(path: Path) -> Any:
-    """Return an ONNX graph ready to run; raises RuntimeError where there is none."""
-    import openvino
+def load(graph: bytes) -> Any:
+    """Return an ONNX graph ready to run on the processor; raises ONNX Runtime's errors where it is none."""
+    import onnxruntime
 
-    core = openvino.Core()
-    return core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -142,7 +142,7 @@ def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_and_resized_to_the_same(
 
     content = (tmp_path / "large.jpg").read_bytes()
     (tmp_path / "large.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="cannot read the picture .*large.jpg"):
+    with pytest.raises(UserError, match=r"cannot read the picture .*large\.jpg"):
         open_picture(tmp_path / "large.jpg", least=transform.least)
 
 

@@ -107,8 +107,8 @@ def test_what_is_missing_or_does_not_go_together_is_named(
         patch.setattr(int8, "WORST", -1)
         with refused("8 bits spoil the features of resnet18", "of their spread", "encoder.precision=auto"):
             extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    with refused("needs the package openvino", "requirements-extras.txt", "encoder.precision=auto"):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with refused("needs the package onnxscript", "requirements-extras.txt", "encoder.precision=auto"):
         extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())
 
