@@ -170,9 +170,9 @@ def all_settings(result: Found) -> Found:
     return settings
 
 
-def speed(template: str) -> str:
+def speed(template: str, results: str = "speed.json") -> str:
     """Return a table of what benchmarks/speed.py, and benchmarks/serve.py, have measured."""
-    return (HERE / template).read_text(encoding="utf-8").rstrip().format(**read(HERE / "results" / "speed.json"))
+    return (HERE / template).read_text(encoding="utf-8").rstrip().format(**read(HERE / "results" / results))
 
 
 def scaling() -> str:
@@ -231,6 +231,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "chinese-scores": partial(dev_scores, "flickr8k_cn"),
         "both-scores": scores_apart,
         "speed-by-decoder": partial(speed, "speed_by_decoder.md"),
+        "speed-8-bits": partial(speed, "speed_8_bits.md", "speed_avx2.json"),
     },
     DOCS / "limits.md": {"photographs": photographs},
     DOCS / "scaling.md": {"scaling": scaling},
