@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from importlib.util import find_spec
-from operator import eq
 from pathlib import Path
 
 from cli import UserError
@@ -242,6 +242,65 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).lower()
 
 
+def ends_of(path: str) -> list[str]:
+    """Return the ends of a path at its slashes, the longest first: a/b/c.jpg, b/c.jpg and c.jpg."""
+    parts = path.split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
+
+
+class Ends:
+    """Paths by their ends, where each is looked up at once: many folders may hold an 0001.jpg."""
+
+    def __init__(self, paths: Iterable[tuple[str, str]]) -> None:
+        """Take each path with what it is called here."""
+        self.whole, self.longer = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+        for name, path in paths:
+            self.whole[name].append(path)
+            for end in ends_of(name):
+                self.longer[end].append(path)
+
+    def find(self, name: str) -> list[str]:
+        """Return the paths that end with a name, and those with which it ends."""
+        shorter = (path for end in ends_of(name)[1:] for path in self.whole.get(end, ()))
+        return [*self.longer.get(name, ()), *shorter]
+
+
+class Nearby:
+    """Paths by names that are not quite theirs; what is needed for that is made when a name is first looked up."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        return [path for path in self.paths if path.lower().endswith(PICTURE_SUFFIXES)]
+
+    @cached_property
+    def by_name(self) -> Ends:
+        return Ends((same_name(path), path) for path in self.paths)
+
+    @cached_property
+    def by_stem(self) -> Ends:
+        return Ends((same_name(path.rpartition(".")[0]), path) for path in self.pictures)
+
+    @cached_property
+    def by_number(self) -> dict[int, list[str]]:
+        """Pictures such as 001.jpg, which a spreadsheet makes 1."""
+        found = defaultdict[int, list[str]](list)
+        for path in self.pictures:
+            stem = path.rpartition("/")[2].rpartition(".")[0]
+            if stem.isdecimal():
+                found[int(stem)].append(path)
+        return found
+
+    def find(self, name: str) -> list[str]:
+        name = same_name(name)
+        near = self.by_name.find(name) or self.by_stem.find(name)
+        if not near and (number := re.fullmatch(r"(\d{1,18})(?:\.0)?", name.rpartition("/")[2])):
+            return self.by_number.get(int(number[1]), [])
+        return near
+
+
 def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Return the path below `folder` of each picture that is there, and the names of the others.
 
@@ -250,27 +309,9 @@ def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list
     are several.
     """
     paths = paths_below(folder)
-    exact, by_name, by_stem = set(paths), defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
-    for path in paths:
-        by_name[same_name(path.rpartition("/")[2])].append(path)
-        if path.lower().endswith(PICTURE_SUFFIXES):
-            by_stem[same_name(path.rpartition(".")[0]).rpartition("/")[2]].append(path)
-    path_of, missing = dict[str, str](), []
-    by_number = defaultdict[int, list[str]](list)  # of pictures such as 001.jpg, which a spreadsheet makes 1
-    for stem, found in by_stem.items():
-        if stem.isdecimal():
-            by_number[int(stem)] += found
+    exact, nearby, path_of, missing = set(paths), Nearby(paths), dict[str, str](), list[str]()
     for name in names:
-        if name in exact:
-            path_of[name] = name
-            continue
-        parts = same_name(name).split("/")[::-1]
-        near = [path for path in by_name[parts[0]] if all(map(eq, parts, same_name(path).split("/")[::-1]))]
-        near = near or [
-            path for path in by_stem[parts[0]] if all(map(eq, parts[1:], same_name(path).split("/")[-2::-1]))
-        ]
-        if not near and (number := re.fullmatch(r"(\d{1,18})(?:\.0)?", parts[0])):
-            near = by_number[int(number[1])]
+        near = [name] if name in exact else nearby.find(name)
         if len(near) > 1:
             raise UserError(f"there are {', '.join(near)} in {folder} for {name}; name it with its folder")
         if near:
@@ -293,8 +334,8 @@ def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
         wanted = unicodedata.normalize("NFC", path.name)
         names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
     paths = [Path(name) for name in names if Path(name).is_file()]
-    mine = [path for path in paths if not (path.parent / MADE_HERE).exists()]
-    drawn = {path.parent for path in paths if path not in mine}
+    drawn = {folder for folder in {path.parent for path in paths} if (folder / MADE_HERE).exists()}
+    mine = [path for path in paths if path.parent not in drawn]
     return mine, [f"left out: {folder}/, which holds what this project has drawn" for folder in sorted(drawn)]
 
 

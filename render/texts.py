@@ -119,7 +119,7 @@ def embed(captioned: Captioned, folder: Path | None, existing: str) -> Iterator[
     import pyexiv2
 
     pyexiv2.set_log_level(4)
-    done, kept, left, taken = 0, list[str](), list[str](), set[str]()
+    done, kept, left, taken = 0, list[str](), list[str](), dict[str, int]()
     for path, _, (best, *_) in captioned:
         if path.suffix.lower() not in EMBEDDED_IN:
             left.append(f"{path.name}, whose kind of file has no place for it")

@@ -91,7 +91,7 @@ def test_a_file_may_have_the_longest_name_there_is(letter: str, tmp_path: Path) 
 
 
 def test_names_of_drawings_differ_and_fit_with_what_comes_behind_them() -> None:
-    taken = set[str]()
+    taken = dict[str, int]()
     assert [unique_name(name, taken) for name in ("a", "A", "a-2", "b")] == ["a", "A-2", "a-2-2", "b"]
     long = [unique_name("🐱" * 63, taken, ending) for ending in ("", "-attention", "", "-attention")]
     assert long == ["🐱" * 60, "🐱" * 57 + "-attention", "🐱" * 59 + "-2", "🐱" * 57 + "-attention-2"]
