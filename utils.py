@@ -6,7 +6,6 @@ PyTorch is imported by the functions that need it, so that scripts can answer mi
 import contextlib
 import difflib
 import io
-import itertools
 import json
 import os
 import platform

@@ -33,7 +33,6 @@ import torch
 from PIL import Image
 
 import inference_visualize
-import metrics
 from benchmarks.memory import ROOT
 from benchmarks.recipes import environment
 from benchmarks.web import memory_of, open_chromium
@@ -222,10 +221,9 @@ def look_up(root: Path, count: int) -> Work:
 
 def write_results(root: Path, count: int) -> Work:
     """Write all that inference_visualize.py writes, but for the JPGs: the page, predictions.json and the tables."""
-    shown = Image.new("RGB", (32, 32))
-    items = captioned(root, "flat")
-    items = [(Encoded(picture, shown, torch.zeros(1)), captions) for picture, captions in items]
-    batches = [(items[first : first + SEARCH_BATCH], []) for first in range(0, len(items), SEARCH_BATCH)]
+    shown, row = Image.new("RGB", (32, 32)), torch.zeros(1)
+    items = [(Encoded(picture, shown, row), captions) for picture, captions in captioned(root, "flat")]
+    batches = [(items[first : first + SEARCH_BATCH], list[UserError]()) for first in range(0, count, SEARCH_BATCH)]
     names = SimpleNamespace(encoder=SimpleNamespace(name="resnet50"), decoder=SimpleNamespace(name="lstm"))
     captioner = SimpleNamespace(model=SimpleNamespace(config=names), caption_pictures=lambda *_: batches)
 
@@ -275,14 +273,6 @@ def renderer_seconds(page: Any) -> float:
     return sum(process["cpuTime"] for process in processes if process["type"] == "renderer")
 
 
-def score(root: Path, count: int) -> Work:
-    captions = make_captions(count, np.random.default_rng(0))
-    references = make_captions(EACH * count, np.random.default_rng(1))
-    by_image = {str(n): references[EACH * n : EACH * (n + 1)] for n in range(count)}
-    candidates = dict(zip(by_image, captions, strict=True))
-    return lambda: metrics.evaluate(candidates, by_image, metrics.batched(str.split), "en", ["bleu4", "cider"])
-
-
 def start(root: Path, count: int) -> Work:
     """Run inference_visualize.py on one picture of the folder."""
     words = ["--images", str(root / "flat" / "images"), "--limit", "1", "--out", str(root / "started")]
@@ -310,7 +300,6 @@ STEPS: dict[str, Callable[[Path, int], Work]] = {
     "sidecars": write_texts,
     "page": open_page,
     "search": partial(open_page, query="aab"),
-    "score": score,
     "start": start,
 }
 

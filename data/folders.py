@@ -23,9 +23,13 @@ PICTURE_SUFFIXES = (
 )
 MADE_HERE = ".made-by-image-captioning"  # marks a folder of drawings or copies, which are not captioned again
 PHONES = (".heic", ".heif")  # pictures of iPhones, which need the package pillow-heif
-# Folders that systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
-OF_SYSTEMS = ("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__")
-FILES_OF_SYSTEMS = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r")
+# What systems and programs keep beside people's pictures, in lower case; and all whose names begin with a dot.
+OF_SYSTEMS = frozenset(
+    (
+        *("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "__pycache__"),
+        *("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"),  # files
+    )
+)
 # Where captions and pictures lie unless a setting says otherwise: the first pattern that matches.
 CAPTION_FILES = (
     *("captions.csv", "captions.txt", "captions.tsv", "captions.xlsx", "captions.jsonl", "captions.json"),
@@ -195,8 +199,11 @@ def plural(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
 
 
-def list_folder(folder: Path) -> Listing:
-    """Return what lies in a folder and below it; of folders that are linked, each is entered once."""
+def list_folder(folder: Path, first: bool = False) -> Listing:
+    """Return what lies in a folder and below it; of folders that are linked, each is entered once.
+
+    With `first`, nothing beyond the first picture.
+    """
     found, known, left = Listing([], [], []), set[tuple[int, int]](), [""]
     while left:
         below = left.pop()
@@ -214,13 +221,15 @@ def list_folder(folder: Path) -> Listing:
         folders = []
         for entry in entries:
             path, name = f"{below}{entry.name}", entry.name.lower()
-            if name.startswith(".") or name in (*OF_SYSTEMS, *FILES_OF_SYSTEMS):
+            if name.startswith(".") or name in OF_SYSTEMS:
                 found.aside.append(path)
             elif is_folder(entry):
                 if not entry.is_symlink() or not folder.resolve().is_relative_to(Path(entry.path).resolve()):
                     folders.append(f"{path}/")  # but for a link to a folder that this one is in
             else:
                 found.paths.append(path)
+                if first and name.endswith(PICTURE_SUFFIXES):
+                    return found
         left += reversed(folders)
     return found
 
@@ -321,11 +330,14 @@ def find_names(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], list
     return path_of, missing
 
 
-def pictures_at(pattern: str) -> tuple[list[Path], list[str]]:
-    """Return the picture files named by a path, a folder (with all below) or a glob, and notes on those not taken."""
+def pictures_at(pattern: str, first: bool = False) -> tuple[list[Path], list[str]]:
+    """Return the picture files named by a path, a folder (with all below) or a glob, and notes on those not taken.
+
+    With `first`, a folder is read no further than to its first picture: enough to know that there is one.
+    """
     path = Path(pattern)
     if path.is_dir():
-        listing = list_folder(path)
+        listing = list_folder(path, first)
         return [path / name for name in listing.pictures()], listing.notes()
     if "**" in path.parts and not path.exists():
         return pictures_below(path.parts)
