@@ -345,10 +345,10 @@ def pictures_at(pattern: str, first: bool = False) -> tuple[list[Path], list[str
     if not names and path.parent.is_dir():  # typed with its accents composed in another way
         wanted = unicodedata.normalize("NFC", path.name)
         names = [str(each) for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted]
-    paths = [Path(name) for name in names if Path(name).is_file()]
-    drawn = {folder for folder in {path.parent for path in paths} if (folder / MADE_HERE).exists()}
-    mine = [path for path in paths if path.parent not in drawn]
-    return mine, [f"left out: {folder}/, which holds what this project has drawn" for folder in sorted(drawn)]
+    files = [name for name in names if os.path.isfile(name)]  # pathlib is slow for 100,000 of them
+    drawn = {folder for folder in set(map(os.path.dirname, files)) if Path(folder, MADE_HERE).exists()}
+    mine = [Path(name) for name in files if os.path.dirname(name) not in drawn]
+    return mine, [f"left out: {Path(folder)}/, which holds what this project has drawn" for folder in sorted(drawn)]
 
 
 def pictures_below(parts: tuple[str, ...]) -> tuple[list[Path], list[str]]:

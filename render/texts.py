@@ -11,12 +11,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cli import UserError
 from cli.files import read_file
+from data.features import read_ahead
 from data.folders import MADE_HERE, MADE_TABLE, plural
 from utils import unique_name, write_atomically
 
@@ -89,15 +91,15 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
         else:
             texts[place] = "".join(f"{each.text}\n" for each in captions)
     written, kept, failed = 0, list[Path](), list[str]()
-    with ThreadPoolExecutor(WRITERS) as pool:
-        results = pool.map(lambda place: write_sidecar(place, texts[place], existing), texts)
-        for place, result in zip(texts, results, strict=True):
-            if isinstance(result, Exception):
-                failed.append(str(result))
-            elif result:
-                written += 1
-            else:
-                kept.append(place)
+    write = partial(write_sidecar, existing=existing)
+    results = chain.from_iterable(read_ahead(write, texts.items(), WRITERS, WRITERS))
+    for place, result in zip(texts, results, strict=True):
+        if isinstance(result, Exception):
+            failed.append(str(result))
+        elif result:
+            written += 1
+        else:
+            kept.append(place)
     yield f"wrote {plural(written, 'text', 'texts')} beside the pictures"
     if kept:
         yield (
@@ -110,8 +112,9 @@ def write_sidecars(captioned: Captioned, existing: str) -> Iterator[str]:
         yield f"could not write {plural(len(failed), 'text', 'texts')}: {failed[0].partition(';')[0]}"
 
 
-def write_sidecar(place: Path, text: str, existing: str) -> bool | Exception:
-    """Write the text beside a picture; returns whether it was written, or what went wrong."""
+def write_sidecar(item: tuple[Path, str], existing: str) -> bool | Exception:
+    """Write a text where it belongs; returns whether it was written, or what went wrong."""
+    place, text = item
     try:
         if place.exists() and existing == "skip":
             return False

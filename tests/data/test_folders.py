@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 from dataset_files import load, put, run
@@ -144,11 +145,11 @@ def test_pictures_of_equal_names_in_many_folders_are_not_compared_with_each_othe
 ) -> None:
     paths = [f"{folder:02}/{number}.jpg" for folder in range(40) for number in range(5)]
     put(tmp_path, *paths)
-    looked_at, same_name = list[str](), data.folders.same_name
-    monkeypatch.setattr(data.folders, "same_name", lambda name: looked_at.append(name) or same_name(name))
+    looked_at = mock.Mock(wraps=data.folders.same_name)
+    monkeypatch.setattr(data.folders, "same_name", looked_at)
     named = [f"images/{path.removesuffix('.jpg')}{ending}" for path in paths]
     assert data.folders.find_names(tmp_path, named) == (dict(zip(named, paths, strict=True)), [])
-    assert len(looked_at) <= 3 * len(paths)  # each name once, and each path, without its ending, too
+    assert looked_at.call_count <= 3 * len(paths)  # each name once, and each path, without its ending, too
 
 
 def test_splits_are_found_again_without_comparing_equal_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,12 @@ def test_splits_are_found_again_without_comparing_equal_names(monkeypatch: pytes
 def test_pictures_of_a_glob_are_not_compared_with_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, *(f"{number}.jpg" for number in range(100)), "drawn/a.jpg", f"drawn/{data.folders.MADE_HERE}")
     compared = list[Path]()
-    monkeypatch.setattr(PurePath, "__eq__", lambda one, other: compared.append(one) or str(one) == str(other))
+
+    def is_equal(one: Path, other: object) -> bool:
+        compared.append(one)
+        return str(one) == str(other)
+
+    monkeypatch.setattr(PurePath, "__eq__", is_equal)
     assert len(pictures_at(f"{tmp_path}/*.jpg")[0]) == 100
     assert len(compared) <= 400
     monkeypatch.undo()
@@ -183,11 +189,11 @@ def test_a_command_line_is_checked_without_listing_all_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, *(f"{folder}/a.jpg" for folder in range(50)))
-    entered, scandir = list[object](), os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: entered.append(path) or scandir(path))
+    entered = mock.Mock(wraps=os.scandir)
+    monkeypatch.setattr(os, "scandir", entered)
     monkeypatch.setattr("sys.argv", ["inference_visualize.py", str(tmp_path)])
     inference_visualize.options.inference_visualize()
-    assert len(entered) == 2  # the folder itself, and the first one in it
+    assert entered.call_count == 2  # the folder itself, and the first one in it
 
 
 def test_all_broken_pictures_are_listed_before_training(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
