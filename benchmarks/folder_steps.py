@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -80,8 +81,8 @@ def captioned(root: Path) -> list[tuple[Picture, list[Caption]]]:
     ]
 
 
-def load(root: Path, dataset: str = "flat", **options: Any) -> Any:
-    return annotations.load(load_config(overrides=[f"data.root={root / dataset}"]).data, **options)
+def load(root: Path, dataset: str = "flat") -> pd.DataFrame:
+    return annotations.load(load_config(overrides=[f"data.root={root / dataset}"]).data)
 
 
 def name_drawings(root: Path, count: int) -> Work:
@@ -93,8 +94,8 @@ def name_drawings(root: Path, count: int) -> Work:
 
 
 def find_splits(root: Path, count: int) -> Work:
-    table = load(root, "equal", need_pictures=False)
-    saved, moved = splits.splits_of(table), [f"moved/{name}" for name in table["image"].str[len("images/") :].unique()]
+    table = load(root, "equal")
+    saved, moved = splits.splits_of(table), [f"moved/{name}" for name in table["image"].unique()]
     return lambda: splits.find_again(saved, moved)
 
 
@@ -174,7 +175,9 @@ def start(root: Path, count: int) -> Work:
     words = ["--language", "en", "--limit", "1", "--out", "started", "--images", "flat/images"]
 
     def work() -> dict[str, float]:
-        subprocess.run([sys.executable, ROOT / "inference_visualize.py", *words], cwd=root, check=True)
+        subprocess.run(
+            [sys.executable, ROOT / "inference_visualize.py", *words], cwd=root, check=True, capture_output=True
+        )
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {"seconds": round(used.ru_utime + used.ru_stime, 2), "memory_mb": round(used.ru_maxrss / 1e3)}
 
@@ -183,19 +186,19 @@ def start(root: Path, count: int) -> Work:
 
 STEPS: dict[str, tuple[str, Callable[[Path, int], Work]]] = {  # what each is called, and what makes it
     "list": ("listing a folder", lambda root, _: lambda: pictures_at(str(root / "flat" / "images"))),
-    "glob": ("the same by a pattern, `*.jpg`", lambda root, _: lambda: pictures_at(f"{root}/flat/images/*.jpg")),
-    "name": ("listing folders of equal names, and naming their drawings", name_drawings),
+    "glob": ("the pictures of a pattern, `*.jpg`", lambda root, _: lambda: pictures_at(f"{root}/flat/images/*.jpg")),
+    "name": ("naming drawings, where many folders have an 0001.jpg", name_drawings),
     "table": ("reading captions.csv and finding its pictures", lambda root, _: lambda: load(root)),
     "table-equal": (
-        "the same for folders of equal names, written images/0000/0000.jpg",
+        "reading captions.csv, where many folders have an 0001.jpg",
         lambda root, _: lambda: load(root, "equal"),
     ),
-    "splits-equal": ("finding the saved splits of pictures of equal names that have moved", find_splits),
+    "splits-equal": ("finding saved splits again, where many folders have an 0001.jpg", find_splits),
     "dataset": ("tokens, vocabulary, dataset and batches of two epochs", make_dataset),
     "cache": ("looking up cached features", look_up),
-    "results": ("writing the page, predictions.json, captions.csv and .jsonl", write_results),
+    "results": ("writing the page, predictions.json and tables", write_results),
     "sidecars": ("writing a .txt beside each picture", write_texts),
-    "page": ("opening the page in Chromium, until there are cards", open_page),
-    "search": ("a search there", partial(open_page, query="aab")),
-    "start": ("`inference_visualize.py --limit 1` on the folder, all of it", start),
+    "page": ("opening the page in Chromium", open_page),
+    "search": ("searching the page", partial(open_page, query="aab")),
+    "start": ("`inference_visualize.py --limit 1`, all of it", start),
 }
