@@ -146,7 +146,7 @@ def caption_uploads(paths: list[Path | str], options: SearchConfig, num_captions
     chosen = st.pills("Or try one of these photographs", examples, selection_mode="multi") if examples else []
     dropped += [(name, f"{name}.jpg", examples[name].read_bytes()) for name in chosen]
     rows: list[list[dict]] = [[] for _ in paths]
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     for key, own_name, content in dropped:
         name = unique_name(own_name, taken)
         with st.container(border=True), refusals():

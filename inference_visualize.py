@@ -160,7 +160,7 @@ def draw_captions(
     `known` are the features of all pictures, if they are cached. With `heads`, a second JPG shows their mean attention.
     Returns the captions, and what was wrong with pictures that could not be read; raises UserError where that was all.
     """
-    config, folder, taken = captioner.model.config, out / "outputs", set[str]()  # no two files share a name
+    config, folder, taken = captioner.model.config, out / "outputs", dict[str, int]()  # no two files share a name
     stems = {picture: unique_name(picture.path.stem, taken) for picture in pictures}
     attention_stems = {picture: unique_name(stem, taken, "-attention") for picture, stem in stems.items()}
 

@@ -6,7 +6,6 @@ PyTorch is imported by the functions that need it, so that scripts can answer mi
 import contextlib
 import difflib
 import io
-import itertools
 import json
 import os
 import platform
@@ -81,14 +80,21 @@ def as_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
 
 
-def unique_name(stem: str, taken: set[str], ending: str = "") -> str:
+def unique_name(stem: str, taken: dict[str, int], ending: str = "") -> str:
     """Return `stem` and `ending`, numbered when a file from another folder has that name; file systems may not tell
     cases apart. It does not begin with a dot, and a suffix of up to 15 bytes, such as .jpg, has room behind it.
+
+    `taken` are the names so far, in lower case, each with the number that the next of this name tries first: thousands
+    of folders may hold an 0001.jpg.
     """
-    stem, endings = stem.lstrip(".") or "picture", (f"{ending}-{number}" for number in itertools.count(2))
-    names = (cut_name(stem, LONGEST_NAME - 15 - len(each)) + each for each in itertools.chain([ending], endings))
-    name = next(name for name in names if name.lower() not in taken)
-    taken.add(name.lower())
+    stem = stem.lstrip(".") or "picture"
+    name = plain = cut_name(stem, LONGEST_NAME - 15 - len(ending)) + ending
+    number = taken.get(plain.lower(), 2)
+    while name.lower() in taken:
+        numbered = f"{ending}-{number}"
+        name, number = cut_name(stem, LONGEST_NAME - 15 - len(numbered)) + numbered, number + 1
+    taken[name.lower()] = 2
+    taken[plain.lower()] = number
     return name
 
 

@@ -189,6 +189,23 @@ def scaling() -> str:
     return table(head.split(", "), rows)
 
 
+def folders() -> str:
+    """Return what benchmarks/folders.py has measured: processor time and memory of each step by the folder's size."""
+    found = read(HERE / "results" / "folders.json")
+    sizes = ", ".join(f"{size:,}" for size in found["pictures"])
+    rows = [
+        [step["title"], cells(step["seconds"]), cells(step["memory_mb"]), f"{step['slope']:.2f}"]
+        for step in found["steps"].values()
+    ]
+    made = table(["step", f"seconds for {sizes} pictures", "MB", "slope"], rows)
+    where = "{processor}, {threads} thread(s), Python {python}, PyTorch {torch}.".format(**found["environment"])
+    return f"{made}\n\n{where}"
+
+
+def cells(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in values)
+
+
 def reliability() -> str:
     """Return what each stress test tried and lost, and the fault of the program with which it was seen to fail."""
     cells = []
@@ -232,6 +249,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "both-scores": scores_apart,
         "speed-by-decoder": partial(speed, "speed_by_decoder.md"),
         "speed-8-bits": partial(speed, "speed_8_bits.md", "speed_avx2.json"),
+        "folders": folders,
     },
     DOCS / "limits.md": {"photographs": photographs},
     DOCS / "scaling.md": {"scaling": scaling},

@@ -211,6 +211,14 @@ def memory_of(page: "Page") -> int:
     return round(sum(int(re.findall(r"RssAnon:\s+(\d+) kB", state)[0]) for state in states) / 1000)
 
 
+def processor_time_of(page: "Page") -> float:
+    """Return the seconds of processor time that the processes of Chromium which show pages have taken."""
+    browser = page.context.browser
+    assert browser
+    processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+    return sum(process["cpuTime"] for process in processes if process["type"] == "renderer")
+
+
 def compare(folder: Path, pictures: Sequence[Path], checkpoint: Path) -> dict[str, Any]:
     """Return how many pictures get the captions of PyTorch in fp32, and in the precision that it takes by itself."""
     captioner = Captioner.load(checkpoint)

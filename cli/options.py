@@ -131,7 +131,7 @@ def inference_visualize() -> argparse.Namespace:
         raise UserError(f"--split {args.split} and {args.images[0]} both say which pictures; give one of them")
     check_overrides(args.overrides)
     for pattern in args.images:
-        found, notes = pictures_at(pattern)
+        found, notes = pictures_at(pattern, first=True)
         if not found:
             raise UserError("; ".join([f"there is no picture at {pattern}", *(notes or ["check the path"])]))
     check_model(args)

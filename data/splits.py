@@ -7,7 +7,6 @@ decide; else the captions file does; else 10 % each are drawn for val and test, 
 import hashlib
 import json
 from collections import defaultdict
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pandas as pd
 
 from cli import UserError
 from cli.files import read_file
+from data.folders import ends_of
 
 SPLITS = ("train", "val", "test")
 # The official lists of Flickr8k and Flickr30k: one picture name a line.
@@ -80,21 +80,19 @@ def find_again(saved: dict[str, list[str]], images: list[str]) -> dict[str, str]
     new = [image for image in images if image not in split_of]
     if not new or len(new) < len(images):
         return split_of
-    by_name = defaultdict[str, list[str]](list)
+    known = next((name.rpartition("/")[2] for name in split_of), "none")
+    names_of = defaultdict[str, list[str]](list)  # by each end of their paths: a/b/c.jpg, b/c.jpg and c.jpg
     for name in split_of:
-        by_name[name.rpartition("/")[2]].append(name)
+        for end in ends_of(name):
+            names_of[end].append(name)
     for image in new:
-        near = by_name[image.rpartition("/")[2]]
-        if len(near) > 1:  # of several with this name, the one with most folders in common
-            ends = [zip(name.split("/")[::-1], image.split("/")[::-1], strict=False) for name in near]
-            common = [len(list(takewhile(lambda pair: pair[0] == pair[1], end))) for end in ends]
-            near = [name for name, count in zip(near, common, strict=True) if count == max(common)]
+        near = next((names_of[end] for end in ends_of(image) if end in names_of), [])
         if len(near) == 1:
             split_of[image] = split_of[near[0]]
     if not any(image in split_of for image in images):
         raise UserError(
-            f"the run's pictures have changed their names: it knows {next(iter(by_name), 'none')}, and the dataset has "
-            f"{images[0]}; name them as before, or train a new run"
+            f"the run's pictures have changed their names: it knows {known}, and the dataset has {images[0]}; name "
+            "them as before, or train a new run"
         )
     return split_of
 

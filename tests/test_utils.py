@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -91,11 +92,21 @@ def test_a_file_may_have_the_longest_name_there_is(letter: str, tmp_path: Path) 
 
 
 def test_names_of_drawings_differ_and_fit_with_what_comes_behind_them() -> None:
-    taken = set[str]()
+    taken = dict[str, int]()
     assert [unique_name(name, taken) for name in ("a", "A", "a-2", "b")] == ["a", "A-2", "a-2-2", "b"]
     long = [unique_name("🐱" * 63, taken, ending) for ending in ("", "-attention", "", "-attention")]
     assert long == ["🐱" * 60, "🐱" * 57 + "-attention", "🐱" * 59 + "-2", "🐱" * 57 + "-attention-2"]
     assert [unique_name(name, taken) for name in (".", "..", "...hidden")] == ["picture", "picture-2", "hidden"]
+
+
+def test_a_name_that_thousands_of_folders_have_is_numbered_without_trying_the_numbers_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried = mock.Mock(wraps=utils.cut_name)
+    monkeypatch.setattr(utils, "cut_name", tried)
+    taken = dict[str, int]()
+    assert [unique_name("0001", taken) for _ in range(1000)] == ["0001", *(f"0001-{n}" for n in range(2, 1001))]
+    assert tried.call_count <= 2000
 
 
 def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

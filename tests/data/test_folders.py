@@ -4,8 +4,9 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal
+from unittest import mock
 
 import pytest
 from dataset_files import load, put, run
@@ -136,6 +137,63 @@ def test_a_dataset_that_moved_or_is_nested_in_another_way_is_found_again(refused
     assert [now[name] for name in ("a.jpg", "x/b.jpg", "deep/y/b.jpg")] == ["train", "train", "val"]
     with refused("the run's pictures have changed their names", "1.jpg", "train a new run"):
         find_again(saved, ["1.jpg", "2.jpg"])
+
+
+@pytest.mark.parametrize("ending", [".jpg", ""])
+def test_pictures_of_equal_names_in_many_folders_are_not_compared_with_each_other(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [f"{folder:02}/{number}.jpg" for folder in range(40) for number in range(5)]
+    put(tmp_path, *paths)
+    looked_at = mock.Mock(wraps=data.folders.same_name)
+    monkeypatch.setattr(data.folders, "same_name", looked_at)
+    named = [f"images/{path.removesuffix('.jpg')}{ending}" for path in paths]
+    assert data.folders.find_names(tmp_path, named) == (dict(zip(named, paths, strict=True)), [])
+    assert looked_at.call_count <= 3 * len(paths)  # each name once, and each path, without its ending, too
+
+
+def test_splits_are_found_again_without_comparing_equal_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = list[str]()
+
+    class Name(str):
+        def split(self, *words: Any, **more: Any) -> list[str]:
+            split.append(self)
+            return super().split(*words, **more)
+
+    saved = [Name(f"images/{folder}/1.jpg") for folder in range(100)]
+    now = [Name(f"{folder}/1.jpg") for folder in range(100)]
+    found = find_again({"train": list(saved[:60]), "val": list(saved[60:]), "test": []}, list(now))
+    assert [found[name] for name in now] == ["train"] * 60 + ["val"] * 40
+    assert len(split) <= len(saved) + len(now)
+
+
+def test_pictures_of_a_glob_are_not_compared_with_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, *(f"{number}.jpg" for number in range(100)), "drawn/a.jpg", f"drawn/{data.folders.MADE_HERE}")
+    compared = list[Path]()
+
+    def is_equal(one: Path, other: object) -> bool:
+        compared.append(one)
+        return str(one) == str(other)
+
+    monkeypatch.setattr(PurePath, "__eq__", is_equal)
+    assert len(pictures_at(f"{tmp_path}/*.jpg")[0]) == 100
+    assert len(compared) <= 400
+    monkeypatch.undo()
+    assert pictures_at(f"{tmp_path}/*/*.jpg") == (
+        [],
+        [f"left out: {tmp_path}/drawn/, which holds what this project has drawn"],
+    )
+
+
+def test_a_command_line_is_checked_without_listing_all_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, *(f"{folder}/a.jpg" for folder in range(50)))
+    entered = mock.Mock(wraps=os.scandir)
+    monkeypatch.setattr(os, "scandir", entered)
+    monkeypatch.setattr("sys.argv", ["inference_visualize.py", str(tmp_path)])
+    inference_visualize.options.inference_visualize()
+    assert entered.call_count == 2  # the folder itself, and the first one in it
 
 
 def test_all_broken_pictures_are_listed_before_training(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 
 import inference_visualize
 from data.transforms import open_picture
+from models.model import Caption
+from render import texts
 
 Run = Callable[..., int]
 
@@ -85,6 +88,16 @@ def test_a_text_lies_beside_each_picture(
     assert Path("mine/01.txt").read_text() == expected.format(captions[1])
     said = "left 1 text as they were, such as mine/01.txt" in capsys.readouterr().err
     assert said == (existing in (None, "skip"))
+
+
+def test_several_texts_are_written_at_a_time_for_a_disk_takes_long_to_flush_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    monkeypatch.setattr(texts, "write_atomically", lambda *_: both.wait(timeout=30))
+    caption = Caption("A dog", ("A", "dog"), -1.0, -1.0)
+    captioned = [(tmp_path / name, name, [caption]) for name in ("a.jpg", "b.jpg")]
+    assert list(texts.write_sidecars(captioned, "overwrite")) == ["wrote 2 texts beside the pictures"]
 
 
 def test_two_pictures_of_one_name_do_not_share_a_text(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
