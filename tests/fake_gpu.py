@@ -41,7 +41,7 @@ class OnGpu(torch.Tensor):
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.value}, on the GPU"
 
     def tolist(self) -> Any:
@@ -156,6 +156,9 @@ def fake_gpu(free: int = 1 << 30, bf16: bool = False) -> Iterator[torch.device]:
     answers: dict[str, Callable[..., Any]] = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
         "is_bf16_supported": lambda including_emulation=True: bf16,
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda device=None: (free, free),

@@ -22,6 +22,7 @@ from dataset_files import run
 from fake_gpu import fake_gpu
 
 import calibrate
+import distributed
 import inference_visualize
 import train
 from captioning import Captioner, encode_dataset
@@ -188,6 +189,15 @@ def test_an_ensemble_draws_captions(runs: Path) -> None:
     with fake_gpu() as device:
         model.to(device)
         assert draw() == on_cpu
+
+
+def test_more_processes_than_gpus_is_one_sentence(
+    gpu: torch.device, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "it", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with refused("started 2 processes", "PyTorch finds 1;", "--nproc_per_node=1"), distributed.processes():
+        pass
 
 
 def test_features_are_kept_on_a_gpu_if_they_take_no_more_than_half_of_what_is_free() -> None:
