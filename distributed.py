@@ -53,7 +53,7 @@ def processes() -> Iterator[None]:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise UserError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, and each takes a GPU of its own, but "
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, each takes a GPU of its own, and "
                 f"PyTorch finds {gpus}; start as many with --nproc_per_node={gpus}, or use the processors: put "
                 "CUDA_VISIBLE_DEVICES= before the command"
             )
