@@ -50,7 +50,14 @@ def processes() -> Iterator[None]:
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, each takes a GPU of its own, and "
+                f"PyTorch finds {gpus}; start as many with --nproc_per_node={gpus}, or use the processors: put "
+                "CUDA_VISIBLE_DEVICES= before the command"
+            )
+        torch.cuda.set_device(local)
     with contextlib.ExitStack() as stack:
         try:
             store, place, count = next(dist.rendezvous("env://"))

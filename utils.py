@@ -196,8 +196,19 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save(checkpoint | {"format": CHECKPOINT_FORMAT}, buffer)
+    torch.save(on_cpu(checkpoint) | {"format": CHECKPOINT_FORMAT}, buffer)
     write_atomically(Path(path), buffer.getvalue())
+
+
+def on_cpu(values: Any) -> Any:
+    """Return what a checkpoint holds with all tensors on the CPU: a file that names a GPU is read only where there is
+    one.
+    """
+    if isinstance(values, dict):
+        return {name: on_cpu(each) for name, each in values.items()}
+    if isinstance(values, list):
+        return [on_cpu(each) for each in values]
+    return values.cpu() if hasattr(values, "cpu") else values
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def train_epoch(model: Captioner, dataset: CaptionPerPicture, batch_size: int, w
     """Train on each caption once."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=collate, num_workers=workers)
+    device = model.output.weight.device
     for images, captions, lengths in loader:
+        images, captions = images.to(device), captions.to(device)
         targets = pack_padded_sequence(captions, lengths, batch_first=True).data
         loss = nn.functional.cross_entropy(model(images, captions, lengths), targets)
         optimiser.zero_grad()
