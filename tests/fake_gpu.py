@@ -83,8 +83,8 @@ class FakeGpu(TorchDispatchMode):
             return args[0].clone()
         tensors = list(tensors_in((args, *kwargs.values())))
         here = [each for each in tensors if isinstance(each, OnGpu)]
-        assert not any(each.is_meta for each in tensors), "a tensor without values"
-        if here:
+        if 0 < len(here) < len(tensors):
+            assert not any(each.is_meta for each in tensors), "a tensor without values"
             refuse_mixed(func, args, kwargs)
         onto_gpu = bool(here) and func is not aten._local_scalar_dense.default
         if kwargs.get("device") is not None:
@@ -99,6 +99,8 @@ class FakeGpu(TorchDispatchMode):
                 return known[id(each)]
             if not onto_gpu or not isinstance(each, torch.Tensor):
                 return each
+            if each.is_inference() == torch.is_inference_mode_enabled():
+                return OnGpu(each)
             with torch.inference_mode(each.is_inference()):  # a view of an ordinary tensor is one, too
                 return OnGpu(each)
 
@@ -124,7 +126,7 @@ def value_of(each: Any) -> Any:
 def each_of(values: Any, change: Callable[[Any], Any]) -> Any:
     """Return the value, or the values of a tuple or list, changed."""
     if type(values) in (tuple, list):
-        return type(values)(each_of(each, change) for each in values)
+        return type(values)([each_of(each, change) for each in values])
     return change(values)
 
 
