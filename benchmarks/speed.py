@@ -105,7 +105,8 @@ def measure(root: Path, pictures: Sequence[Path]) -> dict[str, Any]:
     for name in DECODERS:
         _, memory = run("benchmarks.speed", "--train-only", str(root), name)
         add({f"{name}_train_memory_gb": memory})
-    add(measure_processes(root))
+    if torch.cuda.device_count() != 1:  # two processes take two GPUs, or none
+        add(measure_processes(root))
     add(measure_tars())
     return result
 

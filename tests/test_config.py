@@ -158,7 +158,7 @@ FREE = {  # where things lie, and what does not touch the model's numbers
     **{"data.root": "elsewhere", "data.captions": "other.csv", "data.images": "pictures", "data.shards": "a.tar"},
     **{"data.cache": "elsewhere", "data.shard_rows": 7, "encoder.weights": "moved.pth", "train.num_workers": 7},
     **{"train.log_every": 7, "train.checkpoint_every": 7, "train.tensorboard": True, "data.broken": "skip"},
-    **{"train.keep_every": 7, "train.wandb": True},
+    **{"train.keep_every": 7, "train.wandb": True, "encoder.precision": "int8"},
 }
 
 
