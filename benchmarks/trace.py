@@ -1,7 +1,7 @@
 """Draw when pictures are opened, encoded, searched and drawn: `python -m benchmarks.trace --images FOLDER`.
 
-Takes what inference_visualize.py takes, and writes docs/images/trace.png and the share of the time in which the encoder
-works. Rows are threads; only what computes is shown, so that gaps are waiting.
+Takes what inference_visualize.py takes, writes docs/images/trace.png, and prints the seconds of each step. Rows are
+threads; gaps are waiting.
 """
 
 from cli import run_script  # first, so that Ctrl-C is quiet while the others are imported

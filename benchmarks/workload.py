@@ -17,7 +17,7 @@ from torch import nn
 import distributed
 from config import load_config
 from data import annotations
-from data.dataset import Batch, Flickr8kDataset, make_batches
+from data.dataset import Batch, Flickr8kDataset, captions_per_step, make_batches
 from data.features import Features
 from data.folders import ImageFolders
 from data.tokens import tokenise
@@ -108,7 +108,9 @@ class Training:
         self.state, loss_fn = TrainState(self.model), CrossEntropy(self.model, self.train_set)
         self.loss_fn: nn.Module = distributed.parallel(loss_fn, self.model.precision)
         self.monitor = Monitor(Run(config), self.state)
-        self.batches = make_batches(self.train_set, BATCH, groups_by_image(self.model), rng=None)
+        self.batches = make_batches(
+            self.train_set, captions_per_step(config.train, len(self.train_set)), groups_by_image(self.model), rng=None
+        )
 
     def read(self) -> list[Batch]:
         return [self.train_set[batch].to(self.device) for batch in self.batches]

@@ -188,11 +188,13 @@ class OnnxDecoder(Decoder):
 
 @torch.inference_mode()
 def in_8_bits(model: CaptionModel, encoder: bytes, step: bytes) -> bytes:
-    """Return the encoder's graph with its convolutions in 8 bits, for any processor."""
+    """Return the encoder's graph with its convolutions in 8 bits, for any processor; raises UserError where that spoils
+    it.
+    """
     from models import int8
 
-    pixels = torch.stack([model.transform.resize(picture) for picture in int8.drawings()])  # (P, 3, S, S)
-    rounded = int8.quantise(encoder, pixels, bits=7)
+    pixels = int8.drawings(model.transform)
+    rounded = int8.quantise(encoder, pixels, 7, model.config.encoder.name)
     options = model.config.search.model_copy(update={"temperature": 0.0, "beam": BEAM})
     own, theirs = (
         [best.ids for best, *_ in search(OnnxDecoder(graph, step), pixels, options)] for graph in (encoder, rounded)

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,15 +21,22 @@ class Graph(nn.Module):
         return self.function(*inputs)
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Let no library warn, of what users cannot change, inside a `with` block."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def to_onnx(graph: Graph, inputs: dict[str, torch.Tensor], axes: list[dict[int, str]], outputs: list[str]) -> bytes:
     """Return the graph as ONNX; `axes` names, for each input, those that may change, `outputs` what is returned."""
     contiguous = tuple(part.contiguous() for part in inputs.values())  # strides are traced too, and ONNX has none
     options: dict[str, Any] = {"dynamic_shapes": (tuple(axes),), "input_names": list(inputs), "output_names": outputs}
-    logging.disable(logging.WARNING)  # it warns of LSTM weights in one piece, and of its own old functions
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(graph.eval(), contiguous, dynamo=True, verbose=False, **options)
-    finally:
-        logging.disable(logging.NOTSET)
+    with quietly():  # it warns of LSTM weights in one piece, and of its own old functions
+        program = torch.onnx.export(graph.eval(), contiguous, dynamo=True, verbose=False, **options)
     assert program is not None
     return program.model_proto.SerializeToString()

@@ -8,22 +8,19 @@ needed. ONNX Runtime makes the graph, once for each backbone, and runs it; docs/
 import hashlib
 import importlib.util
 import json
-import logging
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from cli import UserError, say
 from data import sample
 from data.transforms import Transform
-from models.graph import Graph, to_onnx
+from models.graph import Graph, quietly, to_onnx
 from utils import write_atomically
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -74,31 +71,26 @@ def weight_bits() -> int:
 
 @torch.no_grad()
 def make(encoder: Any, transform: Transform) -> bytes:
-    """Return the encoder as an 8-bit ONNX graph, from uint8 pixels to features; see `Int8Encoder`."""
-    pixels = torch.stack([transform.resize(picture) for picture in drawings()])  # (P, 3, S, S)
+    """Return the encoder as an 8-bit ONNX graph, from uint8 pixels to features; see `quantise`."""
+    pixels = drawings(transform)
     fast = encoder.for_inference(torch.float32).to(memory_format=torch.contiguous_format)
     graph = Graph(fast, lambda pixels: (fast(transform.normalise(pixels)),))
     exact = to_onnx(graph, {"pixels": pixels[:2]}, [{0: "pictures"}], ["features"])
-    found = quantise(exact, pixels, weight_bits())
-    own, rounded = (run(each, pixels) for each in (exact, found))  # (P, D) or (P, L, D)
-    spread = own - own.mean(0)
-    error = float(np.linalg.norm(rounded - own) / np.linalg.norm(spread))
-    if not error <= WORST:
-        raise UserError(
-            f"8 bits spoil the features of {encoder.identity['name']}: they differ by {error:.0%} of their spread; set "
-            "encoder.precision=auto"
-        )
-    return found
+    return quantise(exact, pixels, weight_bits(), encoder.identity["name"])
 
 
-def drawings() -> Iterator[Image.Image]:
+def drawings(transform: Transform) -> torch.Tensor:
+    """Return the pixels (P, 3, S, S) of CALIBRATION scenes of the built-in sample."""
     scenes = [scene for _, scene in sample.choose_scenes()][:CALIBRATION]
-    yield from (sample.draw_scene(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes))
+    drawn = (sample.draw_scene(scene, np.random.default_rng(number)) for number, scene in enumerate(scenes))
+    return torch.stack([transform.resize(picture) for picture in drawn])
 
 
-def quantise(graph: bytes, pixels: torch.Tensor, bits: int) -> bytes:
+def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
     """Return an ONNX graph of uint8 `pixels` (P, 3, S, S) with its convolutions in 8 bits, for the ranges of these
     pictures; weights have 8 `bits`, or 7 for any processor.
+
+    Raises UserError where the first output, of the backbone `name`, then differs by more than WORST.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -110,25 +102,27 @@ def quantise(graph: bytes, pixels: torch.Tensor, bits: int) -> bytes:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
-    level = logging.root.level
-    logging.disable(logging.WARNING)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "int8.onnx")
-            quantize_static(
-                onnx.load_from_string(graph),
-                path,
-                Batches(),
-                op_types_to_quantize=LAYERS,
-                per_channel=True,
-                reduce_range=bits == 7,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-            return path.read_bytes()
-    finally:
-        logging.disable(logging.NOTSET)
-        logging.root.setLevel(level)
+    with quietly(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "int8.onnx")
+        quantize_static(
+            onnx.load_from_string(graph),
+            path,
+            Batches(),
+            op_types_to_quantize=LAYERS,
+            per_channel=True,
+            reduce_range=bits == 7,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        rounded = path.read_bytes()
+    own, theirs = (run(each, pixels) for each in (graph, rounded))  # (P, D) or (P, L, D)
+    error = float(np.linalg.norm(theirs - own) / np.linalg.norm(own - own.mean(0)))
+    if not error <= WORST:
+        raise UserError(
+            f"8 bits spoil the features of {name}: they differ by {error:.0%} of their spread; set "
+            "encoder.precision=auto"
+        )
+    return rounded
 
 
 def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:

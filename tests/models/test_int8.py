@@ -75,18 +75,27 @@ def test_a_run_is_trained_and_pictures_are_captioned_in_8_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(int8, "make", lambda encoder, transform: made)  # the backbone is the same one
+    encoded, own = list[torch.Tensor](), int8.Int8Encoder.forward
+
+    def note_and_encode(self: int8.Int8Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        encoded.extend(pixels)
+        return own(self, pixels)
+
+    monkeypatch.setattr(int8.Int8Encoder, "forward", note_and_encode)
     assert call(train.main, *TINY, "encoder.precision=int8", "train.epochs=1", "run=eight") == 0
     assert capsys.readouterr().out.count("making an 8-bit copy") == 1
+    assert len(encoded) == 12, "all pictures, once"
     cached = [path.name for path in Path("cache").iterdir() if path.is_dir()]
     assert call(inference_visualize.main, "archive/images", "--run", "eight", "--out", "eight") == 0
     captions = {row["image_id"]: row["caption"] for row in json.loads(Path("eight/predictions.json").read_text())}
-    assert len(captions) == 12
+    assert len(captions) == 12 and len(encoded) == 2 * 12
     assert "making" not in capsys.readouterr().out
 
     # without the package, or on another machine, the same captioner encodes as others do
     assert call(inference_visualize.main, "archive/images", "--run", "eight", "encoder.precision=auto") == 0
     assert call(train.main, *TINY, "train.epochs=1", "run=auto") == 0
     assert len([path for path in Path("cache").iterdir() if path.is_dir()]) == len(cached) + 1, "features lie apart"
+    assert len(encoded) == 2 * 12
 
 
 def test_what_is_missing_or_does_not_go_together_is_named(
@@ -102,9 +111,7 @@ def test_what_is_missing_or_does_not_go_together_is_named(
     with refused("encoder.precision = 'int4'", "auto", "int8"):
         tiny_config("encoder.precision=int4")
     with monkeypatch.context() as patch:
-        patch.setattr(int8, "quantise", lambda graph, pixels, bits: made)
-        patch.setattr(int8, "to_onnx", lambda *args: made)
-        patch.setattr(int8, "WORST", -1)
+        patch.setattr(int8, "WORST", 0.001)
         with refused("8 bits spoil the features of resnet18", "of their spread", "encoder.precision=auto"):
             extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     monkeypatch.setitem(sys.modules, "onnxscript", None)
