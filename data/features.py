@@ -112,10 +112,20 @@ class Extractor:
             except UserError as error:
                 return error
 
-        for batch in read_ahead(read, openers, BATCH[self.device.type]):
-            good = [item[1] for item in batch if not isinstance(item, UserError)]  # uint8 (3, S, S) each
-            rows: Iterator[torch.Tensor] = iter(self(torch.stack(good)) if good else [])
-            yield [item if isinstance(item, UserError) else self.checked(next(rows), item[0]) for item in batch]
+        def compute(items: Sequence[tuple[str, torch.Tensor] | UserError]) -> list[torch.Tensor | UserError]:
+            good = [item[1].numpy() for item in items if not isinstance(item, UserError)]  # uint8 (3, S, S) each
+            rows: Iterator[torch.Tensor] = iter(self(torch.from_numpy(np.stack(good))) if good else [])
+            return [item if isinstance(item, UserError) else self.checked(next(rows), item[0]) for item in items]
+
+        size = BATCH[self.device.type]
+        if self.precision != torch.int8:
+            yield from map(compute, read_ahead(read, openers, size))
+            return
+        _ = self.network  # made here, before several threads ask for it
+        threads, left = torch.get_num_threads(), iter(openers)
+        parts = iter(lambda: list(islice(left, size)), [])
+        for several in read_ahead(lambda part: compute([read(each) for each in part]), parts, threads, threads):
+            yield from several
 
     def checked(self, row: torch.Tensor, picture: str) -> torch.Tensor | UserError:
         """Return the features (D,) or (L, D) of a picture, or, where some are infinite or NaN, an error that says so.

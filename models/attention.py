@@ -6,6 +6,7 @@ from torch import nn
 from cli import UserError
 from config import DecoderConfig
 from models.decoder import Decoder, Memory, State, group_by_image
+from models.dropout import Dropout
 from models.product_over_time import ProductOverTime
 
 
@@ -26,7 +27,7 @@ class AttentionRNN(Decoder):
         if config.num_layers != 1:
             raise UserError(f"decoder.num_layers = {config.num_layers}, but the attention decoder has one; set it to 1")
         hidden, embed = config.hidden_size, config.embed_size
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.region_sizes = [hidden, 4 * hidden, embed]  # a region's key, its share of the gates and of the output
         self.input_sizes = [hidden, 4 * hidden]  # the query, and the word's and state's share of the gates
         self.project = nn.Linear(feature_size, hidden)

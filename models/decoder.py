@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from config import DecoderConfig
+from models.dropout import Dropout
 
 State = tuple[torch.Tensor, ...]
 Memory = tuple[torch.Tensor, ...]
@@ -79,7 +80,7 @@ class DecoderRNN(Decoder):
         self.lstm = nn.LSTM(
             config.embed_size, config.hidden_size, config.num_layers, batch_first=True, dropout=inner_dropout
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.output = nn.Linear(config.hidden_size, vocab_size)
         self.init_weights()
 

@@ -1,4 +1,4 @@
-"""nn.Dropout, whose mask is drawn faster on a CPU, for the Transformer, which has a dozen of them."""
+"""nn.Dropout, whose mask is drawn faster on a CPU: PyTorch's took a thirteenth of the time in which an LSTM learns."""
 
 import torch
 from torch import nn

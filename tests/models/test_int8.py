@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from exports import exported
 
 import inference_visualize
 import train
+from cli import UserError
 from data.features import Extractor
-from data.transforms import open_picture
+from data.transforms import Transform, open_picture
 from models import export, int8
+from models.encoder import EncoderCNN
 from models.model import CaptionModel
 
 for package in int8.PACKAGES:
@@ -65,6 +68,35 @@ def test_features_are_those_of_fp32_but_for_a_little_and_the_copy_is_made_once(
     path.write_bytes(path.read_bytes()[:1000])  # it is damaged
     assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
     assert "making an 8-bit copy" in capsys.readouterr().out
+
+
+def test_many_pictures_are_encoded_by_several_threads_in_order_and_broken_ones_are_named(
+    tiny_model: CaptionModel, made: bytes, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Transform]()
+
+    def make(encoder: EncoderCNN, transform: Transform) -> bytes:
+        asked.append(transform)
+        return made
+
+    monkeypatch.setattr(int8, "make", make)
+    threads = torch.get_num_threads()
+    paths = [*sorted((drawn / "images").iterdir()), tmp_path / "missing.jpg"] * 5
+    try:
+        torch.set_num_threads(3)
+        several = extractor(tiny_model, torch.int8, tmp_path)
+        rows = [row for batch in several.encode(partial(open_picture, path) for path in paths) for row in batch]
+    finally:
+        torch.set_num_threads(threads)
+    assert len(asked) == 1, "made once, however many threads want it"
+    assert len(rows) == len(paths)
+    for path, row in zip(paths, rows, strict=True):
+        if path.name == "missing.jpg":
+            assert isinstance(row, UserError) and "missing.jpg" in str(row)
+        else:
+            assert isinstance(row, torch.Tensor)
+            alone = several(tiny_model.transform.resize(open_picture(path))[None])[0]
+            assert torch.equal(row, alone), path
 
 
 def test_a_run_is_trained_and_pictures_are_captioned_in_8_bits(
