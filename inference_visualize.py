@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from captioning import Captioner, Encoded, Picture, doubt, feature_cache, prediction
@@ -167,11 +168,10 @@ def draw_captions(
     def draw(item: Encoded, captions: list[Caption]) -> dict[str, Any]:
         """Write the JPGs of a picture and return its row of the page."""
         picture, best = item.picture, captions[0]
-        draw_caption(item.shown, best.text).save(folder / f"{stems[picture]}.jpg", quality=QUALITY)
+        save(draw_caption(item.shown, best.text), folder / f"{stems[picture]}.jpg")
         attention = AttentionMaps.of(best, heads) if heads else None
         if attention:
-            drawn = draw_attention(item.shown, attention)
-            drawn.save(folder / f"{attention_stems[picture]}.jpg", quality=QUALITY)
+            save(draw_attention(item.shown, attention), folder / f"{attention_stems[picture]}.jpg")
         return gallery.row(
             f"{folder.name}/{stems[picture]}.jpg",
             [each.text for each in captions],
@@ -221,6 +221,16 @@ def draw_captions(
             f"{advice(lacking)}"
         )
     return done, skipped
+
+
+def save(drawing: Image.Image, path: Path) -> None:
+    """Write a JPG; raises UserError where the disk cannot take it, and leaves no part of it there."""
+    try:
+        drawing.save(path, quality=QUALITY)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; make room there, or choose another place with --out") from None
 
 
 def without_attention(captions: list[Caption]) -> list[Caption]:

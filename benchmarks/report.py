@@ -175,6 +175,18 @@ def speed(template: str, results: str = "speed.json") -> str:
     return (HERE / template).read_text(encoding="utf-8").rstrip().format(**read(HERE / "results" / results))
 
 
+def int8_scores() -> str:
+    """Return what an LSTM scores that learned from features in 8 bits, and in the usual precision, seed by seed."""
+    folder, rows, changes = HERE / "results" / "int8" / "ablations", list[list[str]](), list[float]()
+    for path in sorted(folder.glob("lstm-int8-seed*.json")):
+        both = [read(path.with_name(path.name.replace("int8", name)))["scores"] for name in ("auto", "int8")]
+        scores = [f"{each[name]:.1f}" for each in both for name in ("bleu4", "cider")]
+        changes.append(both[1]["cider"] - both[0]["cider"])
+        rows.append([path.stem.rpartition("seed")[2], *scores, f"{changes[-1]:+.1f}"])
+    head = "seed, `auto`: BLEU-4, CIDEr-D, `int8`: BLEU-4, CIDEr-D, change in CIDEr-D"
+    return table(head.split(", "), rows) + f"\n\nMean change in CIDEr-D: {spread(changes)}."
+
+
 def scaling() -> str:
     """Return what datasets take: disk by arithmetic, memory and time by what benchmarks/speed.py has measured."""
     found = read(HERE / "results" / "speed.json")
@@ -248,7 +260,9 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "chinese-scores": partial(dev_scores, "flickr8k_cn"),
         "both-scores": scores_apart,
         "speed-by-decoder": partial(speed, "speed_by_decoder.md"),
-        "speed-8-bits": partial(speed, "speed_8_bits.md", "speed_avx2.json"),
+        "speed-8-bits": partial(speed, "speed_8_bits.md"),
+        "speed-avx2": partial(speed, "speed_8_bits.md", "speed_avx2.json"),
+        "int8-scores": int8_scores,
         "folders": folders,
     },
     DOCS / "limits.md": {"photographs": photographs},

@@ -47,6 +47,8 @@ def main() -> None:
         if not importlib.util.find_spec(package):
             raise UserError(f"export needs the package {package}; run: pip install -r requirements-extras.txt")
     if args.web:
+        if not (args.run or args.checkpoint) and path != str(PRETRAINED):
+            say(f"this is the newest run; --checkpoint {PRETRAINED} takes the captioner in pretrained/")
         write_page(path, out, args.overrides)
         return
     saved = read_checkpoint(path)
@@ -99,6 +101,8 @@ def write_page(path: str, out: Path, overrides: list[str]) -> None:
     model = load_model(path, overrides)
     runtime = web.fetch_runtime(Path(model.config.data.cache))
     say(f"exporting {path} ({model.config.encoder.name} and {model.config.decoder.name}) as a web page")
+    if model.config.encoder.precision == "int8":
+        say("the page computes with floats of 16 bits, whatever encoder.precision is")
     web.compact(model)
     graphs = trace(model, partial(web.facts_of, model))
     compare(model, OnnxDecoder(*graphs))
@@ -193,6 +197,7 @@ def in_8_bits(model: CaptionModel, encoder: bytes, step: bytes) -> bytes:
     """
     from models import int8
 
+    int8.check_convolutions(model.encoder)
     pixels = int8.drawings(model.transform)
     rounded = int8.quantise(encoder, pixels, 7, model.config.encoder.name)
     options = model.config.search.model_copy(update={"temperature": 0.0, "beam": BEAM})

@@ -27,6 +27,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CALIBRATION, BATCH = 32, 8  # drawings
 LAYERS = ["Conv", "Add", "Relu", "Clip", "MaxPool"]  # in 8 bits; all else is little work
 WORST = 0.25  # of the features' spread over pictures, by which those in 8 bits may differ
+FIRST = 3  # convolutions that stay in floats where 8 bits cost more than that: the first ones cost most
+VERSION = 2  # of how a copy is made: those of another are not taken
 EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")  # processors that add up products of 8 bits without overflow
 
 
@@ -37,30 +39,52 @@ class Int8Encoder(nn.Module):
         encoder: a `models.encoder.EncoderCNN`, frozen.
         folder: where the graph is kept from its first use on.
 
-    Raises UserError where a package is missing, and for a backbone whose features 8 bits spoil.
+    Raises UserError where a package is missing, where the folder cannot be written, and for a backbone whose features
+    8 bits spoil or that they do not make faster.
     """
 
     def __init__(self, encoder: Any, transform: Transform, folder: Path) -> None:
         super().__init__()
-        for package in PACKAGES:
-            if not importlib.util.find_spec(package):
-                raise UserError(
-                    f"encoder.precision=int8 needs the package {package}; run: pip install -r requirements-extras.txt, "
-                    "or set encoder.precision=auto"
-                )
+        missing = [package for package in PACKAGES if not importlib.util.find_spec(package)]
+        if missing:
+            raise UserError(
+                f"encoder.precision=int8 needs {', '.join(missing)}; run: pip install -r requirements-extras.txt, or "
+                "set encoder.precision=auto"
+            )
         parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
-        key = hashlib.sha256(json.dumps(parts | asdict(transform), sort_keys=True).encode()).hexdigest()[:12]
-        path = folder / f"{encoder.identity['name'].replace('/', '_')}-int8-{key}.onnx"
-        try:
-            self.session = load(path.read_bytes())
-        except Exception:  # there is none yet, or it is damaged: ONNX Runtime's errors have no base of their own
-            say(f"making an 8-bit copy of {encoder.identity['name']}, once, as {path}")
-            graph = make(encoder, transform)
-            write_atomically(path, graph)
-            self.session = load(graph)
+        key = digest(json.dumps(parts | asdict(transform) | {"version": VERSION}, sort_keys=True).encode())
+        name = f"{encoder.identity['name'].replace('/', '_')}-int8-{key}"
+        graph = find(folder, name)
+        if graph is None:
+            say(f"making an 8-bit copy of {encoder.identity['name']}, once, in {folder}/")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):  # before work that takes half a minute
+                    pass
+                graph = make(encoder, transform)
+                write_atomically(folder / f"{name}-{digest(graph)}.onnx", graph)
+            except OSError as error:
+                raise UserError(
+                    f"the 8-bit copy cannot be kept in {folder} ({error.strerror}); name another folder with "
+                    "data.cache=FOLDER, or set encoder.precision=auto"
+                ) from None
+        self.session = load(graph)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(None, {"pixels": pixels.numpy()})[0])
+
+
+def find(folder: Path, name: str) -> bytes | None:
+    """Return a graph of this name that lies in the folder, undamaged: a file's own name says what must be in it."""
+    for path in folder.glob(f"{name}-*.onnx"):
+        graph = path.read_bytes()
+        if path.stem.endswith(digest(graph)):
+            return graph
+    return None
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def weight_bits() -> int:
@@ -72,11 +96,24 @@ def weight_bits() -> int:
 @torch.no_grad()
 def make(encoder: Any, transform: Transform) -> bytes:
     """Return the encoder as an 8-bit ONNX graph, from uint8 pixels to features; see `quantise`."""
+    check_convolutions(encoder)
     pixels = drawings(transform)
     fast = encoder.for_inference(torch.float32).to(memory_format=torch.contiguous_format)
     graph = Graph(fast, lambda pixels: (fast(transform.normalise(pixels)),))
     exact = to_onnx(graph, {"pixels": pixels[:2]}, [{0: "pictures"}], ["features"])
     return quantise(exact, pixels, weight_bits(), encoder.identity["name"])
+
+
+def check_convolutions(encoder: Any) -> None:
+    """Raise UserError for a backbone with few convolutions, such as a Transformer, which 8 bits make slower."""
+    backbone = encoder.backbone
+    convolutions = nn.ModuleList(part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    weights, of_all = (sum(each.numel() for each in part.parameters()) for part in (convolutions, backbone))
+    if weights < of_all / 2:
+        raise UserError(
+            f"8 bits are for convolutions, which have {weights / of_all:.0%} of the weights of "
+            f"{encoder.identity['name']}; set encoder.precision=auto"
+        )
 
 
 def drawings(transform: Transform) -> torch.Tensor:
@@ -88,10 +125,23 @@ def drawings(transform: Transform) -> torch.Tensor:
 
 def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
     """Return an ONNX graph of uint8 `pixels` (P, 3, S, S) with its convolutions in 8 bits, for the ranges of these
-    pictures; weights have 8 `bits`, or 7 for any processor.
+    pictures; weights have 8 `bits`, or 7 for any processor. The FIRST convolutions stay in floats where that is needed.
 
-    Raises UserError where the first output, of the backbone `name`, then differs by more than WORST.
+    Raises UserError where the first output, of the backbone `name`, still differs by more than WORST.
     """
+    own, error = run(graph, pixels), 0.0  # (P, D) or (P, L, D)
+    for floats in (0, FIRST):
+        rounded = in_8_bits(graph, pixels, bits, floats)
+        error = float(np.linalg.norm(run(rounded, pixels) - own) / np.linalg.norm(own - own.mean(0)))
+        if error <= WORST:
+            return rounded
+    raise UserError(
+        f"8 bits spoil the features of {name}: they differ by {error:.0%} of their spread; set encoder.precision=auto"
+    )
+
+
+def in_8_bits(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
+    """Return the graph with its convolutions in 8 bits, but for the first `floats`; see `quantise`."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -102,27 +152,21 @@ def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.left, None)
 
+    exact = onnx.load_from_string(graph)
     with quietly(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
         quantize_static(
-            onnx.load_from_string(graph),
+            exact,
             path,
             Batches(),
             op_types_to_quantize=LAYERS,
+            nodes_to_exclude=[node.name for node in exact.graph.node if node.op_type == "Conv"][:floats],
             per_channel=True,
             reduce_range=bits == 7,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        rounded = path.read_bytes()
-    own, theirs = (run(each, pixels) for each in (graph, rounded))  # (P, D) or (P, L, D)
-    error = float(np.linalg.norm(theirs - own) / np.linalg.norm(own - own.mean(0)))
-    if not error <= WORST:
-        raise UserError(
-            f"8 bits spoil the features of {name}: they differ by {error:.0%} of their spread; set "
-            "encoder.precision=auto"
-        )
-    return rounded
+        return path.read_bytes()
 
 
 def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:
