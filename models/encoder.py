@@ -128,7 +128,8 @@ class without_random_weights(TorchFunctionMode):  # noqa: N801
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        of_init = getattr(function, "__module__", "") == "torch.nn.init"
+        if of_init or function is torch.Tensor.normal_:  # nn.init.kaiming_normal_ is not seen, but what it calls
             return (*args, *(kwargs or {}).values())[0]  # the tensor
         return function(*args, **(kwargs or {}))
 
