@@ -18,8 +18,12 @@ from cli import UserError, shorten
 from data.folders import PHONES, PICTURE_SUFFIXES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
-# A small file can hold a huge picture: beyond Pillow's limit of 89 million pixels it is refused, with no mere warning.
+# A small file can hold a huge picture: one beyond Pillow's limit of 89 million pixels is refused. A JPEG, such as phones
+# make of 108 or 200, may have more, since it is decoded at a part of its size; Pillow's warning of more is an error.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+Image.MAX_IMAGE_PIXELS = 250_000_000
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+REDUCED = 2048  # pixels of the shorter side that a JPEG keeps at least where it must be reduced
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of tags that nobody asked for
 LONGEST = 65_535  # pixels of a side, as in a JPEG
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras, whose 12 bits lie in files of 16
@@ -110,8 +114,7 @@ class Transform:
 def open_picture(path: str | Path, content: bytes | None = None, least: int | None = None) -> Image.Image:
     """Open any picture file as it is meant to be seen: upright, in 8-bit RGB, with transparent parts white.
 
-    An animation gives its first frame. Raises UserError when it cannot be decoded in full or has more pixels than
-    Pillow's limit.
+    An animation gives its first frame. Raises UserError when it cannot be decoded in full or has too many pixels.
 
     Args:
         content: the file's bytes when it lies in an archive.
@@ -139,11 +142,13 @@ def open_picture(path: str | Path, content: bytes | None = None, least: int | No
 
 
 def upright(picture: Image.Image, least: int | None = None) -> Image.Image:
-    """Return an open picture as `open_picture` would read its file; raises ValueError for one that is too long."""
+    """Return an open picture as `open_picture` would read its file; raises ValueError for one that is too large."""
     if max(picture.size) > LONGEST:  # resizing takes memory by the side, too
         raise ValueError(f"{picture.width:,} x {picture.height:,} pixels, and {LONGEST:,} are the most in a row")
-    if least:
-        picture.draft(None, (least, least))  # JPEGs alone are changed by that
+    if least or picture.width * picture.height > MOST_PIXELS:
+        picture.draft(None, (least or REDUCED, least or REDUCED))  # JPEGs alone are changed by that
+    if picture.width * picture.height > MOST_PIXELS:
+        raise ValueError(f"{picture.width:,} x {picture.height:,} pixels: too many; make a smaller copy of it")
     picture.load()
     with contextlib.suppress(Exception):  # of damaged EXIF, in which nobody can tell what is meant
         picture = ImageOps.exif_transpose(picture)

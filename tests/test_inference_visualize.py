@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,16 @@ def test_what_cannot_be_done_ends_in_code_2(line: str, said: str, run: Run, caps
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error
     assert not Path("there").exists()
+
+
+def test_a_full_disk_is_reported_with_the_drawing_that_did_not_fit(
+    run: Run, full_disk: Callable[[int], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(3000):
+        assert run("--images", "archive/images/00.jpg", "--out", "there") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"cannot write {Path('there/outputs/00.jpg')}: " in error and "another place with --out" in error
+    assert not list(Path("there/outputs").glob("*.jpg"))
 
 
 def test_limit_takes_the_first_and_one_picture_or_none_with_references_has_no_score(

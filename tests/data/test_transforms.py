@@ -269,4 +269,12 @@ def test_a_small_file_of_a_huge_picture_is_refused(tmp_path: Path) -> None:
     script = "import sys; from data.transforms import open_picture; open_picture(sys.argv[1])"
     command = [sys.executable, "-c", script, str(tmp_path / "bomb.png")]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
-    assert re.search(r"UserError: cannot read the picture .*bomb.png \(Image size \(90000000 pixels\) exceeds", said)
+    assert re.search(r"UserError: cannot read the picture .*bomb.png \(10,000 x 9,000 pixels: too many; make a", said)
+
+
+def test_a_photograph_of_a_phone_with_108_million_pixels_is_read_at_a_part_of_its_size(tmp_path: Path) -> None:
+    Image.new("RGB", (12_000, 9_000), (200, 30, 30)).save(tmp_path / "phone.jpg")
+    for least in (None, 448):
+        picture = open_picture(tmp_path / "phone.jpg", least=least)
+        assert min(picture.size) >= (least or 2000) and max(picture.size) < 4000
+        assert picture.getpixel((5, 5)) == pytest.approx((200, 30, 30), abs=2)

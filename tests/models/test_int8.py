@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 from exports import exported
+from torch import nn
 
 import inference_visualize
 import train
@@ -60,14 +62,16 @@ def test_features_are_those_of_fp32_but_for_a_little_and_the_copy_is_made_once(
     assert (rows.dtype, rows.shape) == (exact.dtype, exact.shape)
     assert 0 < difference(rows.float(), exact.float()) < 0.15
     [path] = tmp_path.iterdir()
-    assert capsys.readouterr().out == f"making an 8-bit copy of resnet18, once, as {path}\n"
+    assert capsys.readouterr().out == f"making an 8-bit copy of resnet18, once, in {tmp_path}/\n"
     assert path.stat().st_size < 1.2 * sum(each.numel() for each in tiny_model.encoder.parameters())
 
     assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
     assert capsys.readouterr().out == ""
-    path.write_bytes(path.read_bytes()[:1000])  # it is damaged
-    assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
-    assert "making an 8-bit copy" in capsys.readouterr().out
+    middle = len(made) // 2
+    for damaged in (made[:1000], made[:middle] + bytes([made[middle] ^ 255]) + made[middle + 1 :]):
+        path.write_bytes(damaged)
+        assert torch.equal(extractor(tiny_model, torch.int8, tmp_path)(pixels), rows)
+        assert "making an 8-bit copy" in capsys.readouterr().out
 
 
 def test_many_pictures_are_encoded_by_several_threads_in_order_and_broken_ones_are_named(
@@ -142,14 +146,45 @@ def test_what_is_missing_or_does_not_go_together_is_named(
         tiny_config("encoder.precision=int8", "encoder.frozen=false")
     with refused("encoder.precision = 'int4'", "auto", "int8"):
         tiny_config("encoder.precision=int4")
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(int8, "WORST", 0.001)
         with refused("8 bits spoil the features of resnet18", "of their spread", "encoder.precision=auto"):
-            extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with refused("needs the package onnxscript", "requirements-extras.txt", "encoder.precision=auto"):
-        extractor(tiny_model, torch.int8, tmp_path)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    assert not list(tmp_path.iterdir())
+            extractor(tiny_model, torch.int8, tmp_path)(pixels)
+    transformer = SimpleNamespace(identity={"name": "vit"}, backbone=nn.Sequential(nn.Conv2d(3, 4, 2), nn.Linear(9, 9)))
+    with refused("8 bits are for convolutions, which have 37% of the weights of vit", "encoder.precision=auto"):
+        int8.check_convolutions(transformer)
+    (tmp_path / "file").touch()
+    with refused(f"cannot be kept in {tmp_path / 'file'} (File exists)", "data.cache=FOLDER"):
+        extractor(tiny_model, torch.int8, tmp_path / "file")(pixels)
+    for package in ("onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with refused("needs onnxscript, onnxruntime;", "requirements-extras.txt", "encoder.precision=auto"):
+        extractor(tiny_model, torch.int8, tmp_path)(pixels)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_first_convolutions_stay_in_floats_where_a_backbone_needs_that(
+    tiny_model: CaptionModel, made: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised, tried = int8.in_8_bits, list[int]()
+
+    def note_and_quantise(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
+        tried.append(floats)
+        return quantised(graph, pixels, bits, floats)
+
+    monkeypatch.setattr(int8, "in_8_bits", note_and_quantise)
+    monkeypatch.setattr(int8, "WORST", 0.0)
+    with pytest.raises(UserError, match="8 bits spoil"):
+        int8.make(tiny_model.encoder, tiny_model.transform)
+    assert tried == [0, int8.FIRST]
+
+    pixels, exact = int8.drawings(tiny_model.transform), tiny_model.encoder.for_inference(torch.float32)
+    rows = exact(tiny_model.transform.normalise(pixels))
+    monkeypatch.setattr(int8, "WORST", 0.999 * difference(torch.from_numpy(int8.run(made, pixels)), rows))
+    nearer = int8.make(tiny_model.encoder, tiny_model.transform)
+    assert difference(torch.from_numpy(int8.run(nearer, pixels)), rows) <= int8.WORST
+    assert len(made) < len(nearer) < 2 * len(made)
 
 
 def test_the_exported_encoder_is_in_8_bits_too(

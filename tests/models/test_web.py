@@ -512,7 +512,9 @@ def test_a_page_is_of_what_knows_photographs(
     assert call(export.main, "--web") == call(export.main, "--web", "--run", "drawings") == 2
     own = Path("runs/photographs/checkpoints.pth")
     assert asked == [PRETRAINED, own, own, Path("runs/drawings/checkpoints.pth")]
-    assert "error: cannot fetch file:///nowhere" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "error: cannot fetch file:///nowhere" in said.err
+    assert said.out.count("this is the newest run; --checkpoint ") == 2, "where it was not asked for by name"
 
 
 def test_a_kept_runtime_needs_no_network(runtime: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
