@@ -10,6 +10,7 @@ if __name__ == "__main__":
     answer_early(options.inference_visualize, "PyTorch")  # --help and mistakes, before PyTorch is imported
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -225,12 +226,15 @@ def draw_captions(
 
 def save(drawing: Image.Image, path: Path) -> None:
     """Write a JPG; raises UserError where the disk cannot take it, and leaves no part of it there."""
+    content = io.BytesIO()  # Pillow itself does not see that a disk took only a part
+    drawing.save(content, "JPEG", quality=QUALITY)
     try:
-        drawing.save(path, quality=QUALITY)
+        path.write_bytes(content.getvalue())
     except OSError as error:
         path.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; make room there, or choose another place with --out") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room there, or choose another place with --out"
+        ) from None
 
 
 def without_attention(captions: list[Caption]) -> list[Caption]:

@@ -18,8 +18,8 @@ from cli import UserError, shorten
 from data.folders import PHONES, PICTURE_SUFFIXES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
-# A small file can hold a huge picture: one beyond Pillow's limit of 89 million pixels is refused. A JPEG, such as phones
-# make of 108 or 200, may have more, since it is decoded at a part of its size; Pillow's warning of more is an error.
+# A small file can hold a huge picture, so one beyond Pillow's limit of 89 million pixels is refused. A JPEG may have
+# more, such as a phone's of 108, since it is decoded at a part of its size; Pillow's warning of still more is an error.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 Image.MAX_IMAGE_PIXELS = 250_000_000
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from models.graph import Graph, quietly, to_onnx
 from utils import write_atomically
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-CALIBRATION, BATCH = 32, 8  # drawings
+CALIBRATION, BATCH = 16, 8  # drawings
 LAYERS = ["Conv", "Add", "Relu", "Clip", "MaxPool"]  # in 8 bits; all else is little work
 WORST = 0.25  # of the features' spread over pictures, by which those in 8 bits may differ
 FIRST = 3  # convolutions that stay in floats where 8 bits cost more than that: the first ones cost most
@@ -172,7 +173,9 @@ def in_8_bits(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> byt
 def run(graph: bytes, pixels: torch.Tensor) -> np.ndarray:
     """Return what an ONNX graph gives for uint8 pixels (P, 3, S, S)."""
     session = load(graph)
-    return np.concatenate([session.run(None, {"pixels": part.numpy()})[0] for part in pixels.split(BATCH)])
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = pool.map(lambda part: session.run(None, {"pixels": part.numpy()})[0], pixels.split(BATCH))
+        return np.concatenate(list(parts))
 
 
 def load(graph: bytes) -> Any:

@@ -147,7 +147,7 @@ def test_what_cannot_be_done_ends_in_code_2(line: str, said: str, run: Run, caps
 def test_a_full_disk_is_reported_with_the_drawing_that_did_not_fit(
     run: Run, full_disk: Callable[[int], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with full_disk(3000):
+    with full_disk(500):
         assert run("--images", "archive/images/00.jpg", "--out", "there") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"cannot write {Path('there/outputs/00.jpg')}: " in error and "another place with --out" in error
