@@ -113,8 +113,8 @@ class Extractor:
                 return error
 
         def compute(items: Sequence[tuple[str, torch.Tensor] | UserError]) -> list[torch.Tensor | UserError]:
-            good = [item[1].numpy() for item in items if not isinstance(item, UserError)]  # uint8 (3, S, S) each
-            rows: Iterator[torch.Tensor] = iter(self(torch.from_numpy(np.stack(good))) if good else [])
+            good = [item[1] for item in items if not isinstance(item, UserError)]  # uint8 (3, S, S) each
+            rows: Iterator[torch.Tensor] = iter(self(torch.stack(good)) if good else [])
             return [item if isinstance(item, UserError) else self.checked(next(rows), item[0]) for item in items]
 
         size = BATCH[self.device.type]

@@ -20,10 +20,9 @@ from data.folders import PHONES, PICTURE_SUFFIXES
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # for EPS, Pillow would start Ghostscript
 # A small file can hold a huge picture, so one beyond Pillow's limit of 89 million pixels is refused. A JPEG may have
 # more, such as a phone's of 108, since it is decoded at a part of its size; Pillow's warning of still more is an error.
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-Image.MAX_IMAGE_PIXELS = 250_000_000
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+MOST_PIXELS, Image.MAX_IMAGE_PIXELS = 89_478_485, 250_000_000
 REDUCED = 2048  # pixels of the shorter side that a JPEG keeps at least where it must be reduced
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of tags that nobody asked for
 LONGEST = 65_535  # pixels of a side, as in a JPEG
 WHITES = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))  # of cameras, whose 12 bits lie in files of 16

@@ -29,7 +29,6 @@ CALIBRATION, BATCH = 16, 8  # drawings
 LAYERS = ["Conv", "Add", "Relu", "Clip", "MaxPool"]  # in 8 bits; all else is little work
 WORST = 0.25  # of the features' spread over pictures, by which those in 8 bits may differ
 FIRST = 3  # convolutions that stay in floats where 8 bits cost more than that: the first ones cost most
-VERSION = 2  # of how a copy is made: those of another are not taken
 EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")  # processors that add up products of 8 bits without overflow
 
 
@@ -53,22 +52,24 @@ class Int8Encoder(nn.Module):
                 "set encoder.precision=auto"
             )
         parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
-        key = digest(json.dumps(parts | asdict(transform) | {"version": VERSION}, sort_keys=True).encode())
+        parts |= asdict(transform) | {"made": [CALIBRATION, FIRST, WORST]}
+        key = digest(json.dumps(parts, sort_keys=True).encode())
         name = f"{encoder.identity['name'].replace('/', '_')}-int8-{key}"
         graph = find(folder, name)
         if graph is None:
-            say(f"making an 8-bit copy of {encoder.identity['name']}, once, in {folder}/")
-            try:
+            check_convolutions(encoder)
+            try:  # before work that takes half a minute
                 folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):  # before work that takes half a minute
+                with tempfile.TemporaryFile(dir=folder):
                     pass
-                graph = make(encoder, transform)
-                write_atomically(folder / f"{name}-{digest(graph)}.onnx", graph)
             except OSError as error:
                 raise UserError(
                     f"the 8-bit copy cannot be kept in {folder} ({error.strerror}); name another folder with "
                     "data.cache=FOLDER, or set encoder.precision=auto"
                 ) from None
+            say(f"making an 8-bit copy of {encoder.identity['name']}, once, in {folder}/")
+            graph = make(encoder, transform)
+            write_atomically(folder / f"{name}-{digest(graph)}.onnx", graph)
         self.session = load(graph)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,6 @@ def weight_bits() -> int:
 @torch.no_grad()
 def make(encoder: Any, transform: Transform) -> bytes:
     """Return the encoder as an 8-bit ONNX graph, from uint8 pixels to features; see `quantise`."""
-    check_convolutions(encoder)
     pixels = drawings(transform)
     fast = encoder.for_inference(torch.float32).to(memory_format=torch.contiguous_format)
     graph = Graph(fast, lambda pixels: (fast(transform.normalise(pixels)),))
@@ -132,7 +132,7 @@ def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
     """
     own, error = run(graph, pixels), 0.0  # (P, D) or (P, L, D)
     for floats in (0, FIRST):
-        rounded = in_8_bits(graph, pixels, bits, floats)
+        rounded = round_layers(graph, pixels, bits, floats)
         error = float(np.linalg.norm(run(rounded, pixels) - own) / np.linalg.norm(own - own.mean(0)))
         if error <= WORST:
             return rounded
@@ -141,7 +141,7 @@ def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
     )
 
 
-def in_8_bits(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
+def round_layers(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
     """Return the graph with its convolutions in 8 bits, but for the first `floats`; see `quantise`."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static

@@ -38,8 +38,7 @@ def draw_caption(picture: Image.Image, caption: str) -> Image.Image:
 
     sheet = Image.new("RGB", (width, height + len(lines) * line_height + 2 * margin), PAPER)
     scaled = picture.resize(display_size(picture.size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if scaled.size != (width, height):
-        sheet.paste(BACKGROUND, (0, 0, width, height))
+    sheet.paste(BACKGROUND, (0, 0, width, height))
     sheet.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
 
     draw = ImageDraw.Draw(sheet)

@@ -151,9 +151,10 @@ def test_what_is_missing_or_does_not_go_together_is_named(
         patch.setattr(int8, "WORST", 0.001)
         with refused("8 bits spoil the features of resnet18", "of their spread", "encoder.precision=auto"):
             extractor(tiny_model, torch.int8, tmp_path)(pixels)
-    transformer = SimpleNamespace(identity={"name": "vit"}, backbone=nn.Sequential(nn.Conv2d(3, 4, 2), nn.Linear(9, 9)))
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Linear(9, 9))
+    transformer = SimpleNamespace(identity={"name": "vit"}, spatial=False, backbone=backbone)
     with refused("8 bits are for convolutions, which have 37% of the weights of vit", "encoder.precision=auto"):
-        int8.check_convolutions(transformer)
+        int8.Int8Encoder(transformer, tiny_model.transform, tmp_path)
     (tmp_path / "file").touch()
     with refused(f"cannot be kept in {tmp_path / 'file'} (File exists)", "data.cache=FOLDER"):
         extractor(tiny_model, torch.int8, tmp_path / "file")(pixels)
@@ -167,14 +168,14 @@ def test_what_is_missing_or_does_not_go_together_is_named(
 def test_the_first_convolutions_stay_in_floats_where_a_backbone_needs_that(
     tiny_model: CaptionModel, made: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounded, tried, spoilt = int8.in_8_bits, list[tuple[int, int]](), [0]
+    rounded, tried, spoilt = int8.round_layers, list[tuple[int, int]](), [0]
 
     def note_and_round(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
         found = rounded(graph, pixels, bits, floats)
         tried.append((floats, len(found)))
         return graph if floats not in spoilt else found  # the graph itself differs by nothing
 
-    monkeypatch.setattr(int8, "in_8_bits", note_and_round)
+    monkeypatch.setattr(int8, "round_layers", note_and_round)
     monkeypatch.setattr(int8, "WORST", 0.0)
     assert len(int8.make(tiny_model.encoder, tiny_model.transform)) > 2 * len(made)
     assert [floats for floats, _ in tried] == [0, int8.FIRST]
