@@ -6,8 +6,8 @@
 import copy
 import hashlib
 import io
-from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.overrides import TorchFunctionMode
 
 from cli import UserError
 from config import EncoderConfig
 from data.transforms import Transform
 from models.backbones import family_of, unsuitable
 from models.weights import load_weights, read_weights
+
+DRAWS = "uniform_ normal_ trunc_normal_ xavier_uniform_ xavier_normal_ kaiming_uniform_ kaiming_normal_"
+DRAWING: dict[str, Callable] = {name: getattr(nn.init, name) for name in DRAWS.split()}  # in torch.nn.init
 
 
 class EncoderCNN(nn.Module):
@@ -122,16 +124,18 @@ class EncoderCNN(nn.Module):
         return fast.to(dtype).to(memory_format=torch.channels_last)
 
 
-class without_random_weights(TorchFunctionMode):  # noqa: N801
-    """In this context modules are made without drawing their weights, which takes time, for weights that are loaded."""
-
-    def __torch_function__(
-        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        of_init = getattr(function, "__module__", "") == "torch.nn.init"
-        if of_init or function is torch.Tensor.normal_:  # nn.init.kaiming_normal_ is not seen, but what it calls
-            return (*args, *(kwargs or {}).values())[0]  # the tensor
-        return function(*args, **(kwargs or {}))
+@contextmanager
+def without_random_weights() -> Iterator[None]:
+    """In this context modules are made without drawing their weights, which takes time, for weights that are loaded;
+    until then they are whatever lay in memory.
+    """
+    try:
+        for name in DRAWING:
+            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+        yield
+    finally:
+        for name, function in DRAWING.items():
+            setattr(nn.init, name, function)
 
 
 def transform_for(config: EncoderConfig) -> Transform:

@@ -18,7 +18,7 @@ from torch import nn
 from config import EncoderConfig, load_config
 from data.transforms import Transform
 from models import backbones
-from models.encoder import EncoderCNN, fold_batchnorm, transform_for
+from models.encoder import EncoderCNN, fold_batchnorm, transform_for, without_random_weights
 
 PICTURES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -139,6 +139,18 @@ def test_the_cut_network_gives_what_the_whole_one_classifies(name: str, tmp_path
         assert found is None
     else:
         torch.testing.assert_close(found, classes)
+
+
+def test_weights_that_are_loaded_are_not_drawn_first_whatever_lies_in_memory() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight.data.fill_(9.0)
+    with without_random_weights():
+        for draw in (nn.init.trunc_normal_, nn.init.kaiming_normal_, nn.init.xavier_normal_, nn.init.uniform_):
+            assert draw(layer.weight) is layer.weight
+        layer.reset_parameters()
+        assert (layer.weight == 9).all()
+    layer.reset_parameters()
+    assert (layer.weight < 1).all(), "afterwards weights are drawn again"
 
 
 def test_stride_in_1x1_moves_the_stride_of_each_stage() -> None:
