@@ -132,7 +132,8 @@ def report(config: DataConfig) -> Iterator[str]:
         kind = formats.recognise(caption_files(part)[0]) if part.format == "auto" else part.format
         yield f"captions:   {source} ({kind})"
         yield from (f"            not used: {path}; choose with data.captions=FILE" for path in other_captions(part))
-        yield f"pictures:   {table['image'].nunique():,}, of which {len(missing):,} are not in {image_folder(part)}"
+        lacking = f"; {len(missing):,} missing: add them or remove their rows" if missing else ""
+        yield f"pictures:   {table['image'].nunique():,}, in {image_folder(part)}{lacking}"
         yield from (f"            {note}" for note in list_folder(image_folder(part)).notes())
         yield from (f"            missing: {name}" for name in missing[:5])
         idle = len(set(list_folder(image_folder(part)).pictures()) - set(table["image"]))
@@ -151,14 +152,16 @@ def report(config: DataConfig) -> Iterator[str]:
 def describe(table: pd.DataFrame, config: DataConfig, note: str) -> Iterator[str]:
     """Yield lines about captions: how many, their splits and lengths, and what the vocabulary covers."""
     each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
-    yield f"            {each.min()} to {each.max()} captions each, {len(table):,} in all, {twice:,} of them repeated"
+    low, high = each.min(), each.max()
+    count = f"{low} to {high} captions" if low < high else "1 caption" if low == 1 else f"{low} captions"
+    yield f"            {count} each, {len(table):,} in all, {twice:,} of them repeated"
     for split in SPLITS:
         rows = table[table["split"] == split]
         yield f"{split + ':':<11} {rows['image'].nunique():,} pictures, {len(rows):,} captions{note}"
     words = table["caption"].map(TOKENISERS[config.language]())
     lengths = words.str.len()
-    low, high = lengths.quantile([0.05, 0.95]).round().astype(int)
-    yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}, mostly {low} to {high}"
+    short, long = lengths.quantile([0.05, 0.95]).round().astype(int)
+    yield f"words:      {lengths.mean():.1f} a caption, {lengths.min()} to {lengths.max()}, mostly {short} to {long}"
     counts = Counter(word for each in words[table["split"] == "train"] for word in each)
     known = {word for word, count in counts.items() if count >= config.min_count}
     yield f"vocabulary: {len(known):,} of {len(counts):,} train words occur at least {config.min_count} times"

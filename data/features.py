@@ -301,6 +301,8 @@ class FeatureCache:
             "precision": str(precision).removeprefix("torch."),
             "view": asdict(self.view),
         }
+        if precision == torch.int8:
+            identity["copy"] = encoder.name_in_8_bits(transform)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / f"{encoder.identity['name'].replace('/', '_')}-{key}"
 

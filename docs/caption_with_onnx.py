@@ -80,4 +80,9 @@ if __name__ == "__main__":
             sys.exit(
                 f"error: there is no {path}; FOLDER is what `python -m models.export` wrote, PICTURE an image file"
             )
-    print(Captioner(folder)(Image.open(picture)))
+    try:
+        opened = Image.open(picture)
+        opened.load()
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that it cannot read
+        sys.exit(f"error: {picture} cannot be read as a picture ({error}); take another file")
+    print(Captioner(folder)(opened))

@@ -117,6 +117,12 @@ class EncoderCNN(nn.Module):
 
         return Int8Encoder(self, transform, folder)
 
+    def name_in_8_bits(self, transform: Transform) -> str:
+        """Return the name of that copy."""
+        from models.int8 import name_copy
+
+        return name_copy(self, transform)
+
     def for_inference(self, dtype: torch.dtype) -> "EncoderCNN":
         """Return a fast copy that only encodes: BatchNorm folded into the convolutions, channels last, in `dtype`."""
         fast = copy.deepcopy(self).cpu().eval().requires_grad_(False)

@@ -51,10 +51,7 @@ class Int8Encoder(nn.Module):
                 f"encoder.precision=int8 needs {', '.join(missing)}; run: pip install -r requirements-extras.txt, or "
                 "set encoder.precision=auto"
             )
-        parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
-        parts |= asdict(transform) | {"made": [CALIBRATION, FIRST, WORST]}
-        key = digest(json.dumps(parts, sort_keys=True).encode())
-        name = f"{encoder.identity['name'].replace('/', '_')}-int8-{key}"
+        name = name_copy(encoder, transform)
         graph = find(folder, name)
         if graph is None:
             check_convolutions(encoder)
@@ -74,6 +71,14 @@ class Int8Encoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(None, {"pixels": pixels.numpy()})[0])
+
+
+def name_copy(encoder: Any, transform: Transform) -> str:
+    """Return the name of an encoder's 8-bit copy, which differs where anything does that it depends on."""
+    parts = {"encoder": encoder.identity | {"source": None}, "spatial": encoder.spatial, "bits": weight_bits()}
+    parts |= asdict(transform) | {"made": [CALIBRATION, FIRST, WORST]}
+    key = digest(json.dumps(parts, sort_keys=True).encode())
+    return f"{encoder.identity['name'].replace('/', '_')}-int8-{key}"
 
 
 def find(folder: Path, name: str) -> bytes | None:

@@ -148,7 +148,7 @@ def test_annotations_report_each_and_the_sum(both: Path, drawn: Path, capsys: py
     as_coco(drawn, Path("coco"))
     assert run(annotations.main, "archive", "coco") == 0
     parts = capsys.readouterr().out.split("\n\n")
-    assert parts[0].startswith("captions:   archive/captions.csv (csv)\npictures:   12, of which 0 are not in archive/")
+    assert parts[0].startswith("captions:   archive/captions.csv (csv)\npictures:   12, in archive/")
     assert "captions_train2014.json and coco/annotations/captions_val2014.json (coco)" in parts[1]
     assert parts[2].startswith("together:   archive and coco\npictures:   24\n")
     assert "train:      16 pictures, 80 captions" in parts[2]

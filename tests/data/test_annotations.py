@@ -98,10 +98,16 @@ def test_a_dataset_is_described_in_numbers(archive: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "captions:   archive/captions.csv (csv)" in said
     assert "not used: archive/captions.xlsx; choose with data.captions=FILE" in said
-    assert "pictures:   12, of which 1 are not in archive/images" in said and "missing: 11.jpg" in said
+    assert "pictures:   12, in archive/images; 1 missing: add them or remove their rows" in said
+    assert "missing: 11.jpg" in said
     assert "5 to 7 captions each, 62 in all, 1 of them repeated" in said
     assert all(f"{split}:" in said for split in splits.SPLITS) and "8 pictures, 40 captions" in said
     assert "% of the words in test" in said and "a caption, 2 to " in said
+    rows = [row for row in Path("archive/captions.csv").read_text().splitlines() if not row.startswith("11.jpg")]
+    Path("archive/captions.csv").write_text("\n".join(rows))
+    assert run(annotations.main, "archive", "data.min_count=1") == 0
+    said = capsys.readouterr().out
+    assert "pictures:   11, in archive/images\n" in said and "5 captions each, 55 in all" in said
     assert run(annotations.main, "nowhere") == 2
     assert "there is no folder nowhere; check the path" in capsys.readouterr().err
 

@@ -133,6 +133,11 @@ def test_a_run_is_trained_and_pictures_are_captioned_in_8_bits(
     assert len([path for path in Path("cache").iterdir() if path.is_dir()]) == len(cached) + 1, "features lie apart"
     assert len(encoded) == 2 * 12
 
+    # on a processor that needs weights of fewer bits, another copy encodes all pictures again
+    monkeypatch.setattr(int8, "weight_bits", lambda: 6)
+    assert call(train.main, *TINY, "encoder.precision=int8", "train.epochs=1", "run=six") == 0
+    assert len(encoded) == 3 * 12
+
 
 def test_what_is_missing_or_does_not_go_together_is_named(
     tiny_model: CaptionModel,
