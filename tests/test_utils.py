@@ -240,6 +240,7 @@ STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SI
 
 @pytest.mark.parametrize("number", STOPS)
 def test_the_first_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    outside = signal.signal(number, signal.SIG_DFL)  # nohup, too, may have started the tests
     before = [*map(signal.getsignal, STOPS)]
     with StopRequest():
         pass
@@ -249,6 +250,7 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back(number: signal.Sig
         signal.raise_signal(number)
         assert stop.requested
         assert [*map(signal.getsignal, STOPS)] == before
+    signal.signal(number, outside)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
