@@ -1,6 +1,7 @@
 """What many tests share: a tiny dataset in Flickr8k's own form, a model of it, how scripts run and how they refuse."""
 
 import csv
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from dataset_files import run
 
+import metrics
 from cli import UserError
 from config import Config, load_config
 from data import sample
@@ -40,6 +42,24 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_java(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """No Java is found but where a test asks for `java`: METEOR reads for ten seconds. Yields PATH as it was."""
+    (folder := tmp_path_factory.mktemp("bin")).joinpath("java").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "java").chmod(0o755)
+    path = os.environ["PATH"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}{os.pathsep}{path}")
+        yield path
+
+
+@pytest.fixture
+def java(no_java: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", no_java)
+    if not metrics.has_java():
+        pytest.skip("needs Java")
 
 
 @pytest.fixture(scope="session")

@@ -37,15 +37,13 @@ RUN_PREDICTIONS = "runs/flickr8k/predictions-test.json"
 
 @pytest.fixture(scope="session")
 def scored(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the tiny dataset and a run, trained until its captions are right in part, then scored.
-
-    Scored without Java, which would take its time; what this printed is in printed.txt.
+    """A working folder with the tiny dataset and a run, trained until its captions are right in part, then scored; what
+    this printed is in printed.txt.
     """
     folder = tmp_path_factory.mktemp("scored")
     shutil.copytree(drawn, folder / "archive")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("PATH", str(folder / "nothing"))
         patch.setattr(sys, "argv", ["train.py", *TINY, *LEARNING, *(f"search.{setting}" for setting in SEARCH)])
         assert run_script(train.main) == 0
         patch.setattr(sys, "argv", ["evaluate.py"])
@@ -68,13 +66,11 @@ def folder(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("--split", "val")` runs the script and returns its exit code; without Java, which would take its time."""
+    """`run("--split", "val")` runs the script and returns its exit code."""
 
-    def command(*words: str, java: bool = False) -> int:
+    def command(*words: str) -> int:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["evaluate.py", *words])
-            if not java:
-                patch.setenv("PATH", str(folder / "nothing"))
             return run_script(evaluate.main)
 
     return command

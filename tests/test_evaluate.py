@@ -148,10 +148,10 @@ def test_without_java_meteor_is_null_and_it_is_said(refuses: Refusal) -> None:
     refuses("--tokeniser ptb", "needs Java", "apt install")
 
 
-@pytest.mark.skipif(not metrics.has_java(), reason="needs Java")
+@pytest.mark.usefixtures("java")
 def test_with_java_its_tokens_are_scored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "meteor", METRICS["rouge_l"])  # which takes seconds
-    assert run("--predictions", write_captions(THEIRS | {"11.jpg": "half an emoji \ud83d"}), java=True) == 0
+    assert run("--predictions", write_captions(THEIRS | {"11.jpg": "half an emoji \ud83d"})) == 0
     assert "|tok:ptb-java-3.4.1|" in read_scores()["signature"]
 
 

@@ -29,9 +29,7 @@ def test_an_encoder_is_trained_on_and_its_captions_are_drawn_with_attention(
     archive: Path,
     call: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PATH", "nothing")  # no Java, which would take its time
     assert call(train.main, *TINY, *SIZES, f"encoder.name={name}") == 0, capsys.readouterr().err
     [cached] = Path("cache").glob(f"{name.replace('/', '_')}-*")
     assert list(cached.glob("*/*.npy"))

@@ -73,7 +73,6 @@ def test_a_dataset_is_trained_on_scored_and_drawn(
     make, language, shown = FORMATS[kind]
     make(drawn, tmp_path / "dataset")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # no Java, which would take its time
 
     settings = (f"data.language={language}", "run=it", "train.epochs=2", "train.lr=0.01")
     assert run(train.main, *TINY, "data.root=dataset", *settings) == 0, capsys.readouterr().err

@@ -41,7 +41,7 @@ DIFFERENT = {
 
 Pairs = list[tuple[str, list[str]]]
 
-needs_java = pytest.mark.skipif(not metrics.has_java(), reason="needs Java")
+needs_java = pytest.mark.usefixtures("java")
 few_examples = settings(deadline=None, derandomize=True, max_examples=25)
 
 
@@ -70,14 +70,13 @@ def score_pairs(pairs: Pairs) -> metrics.Scores:
 
 
 @pytest.fixture(scope="module")
-def one_meteor() -> Meteor:
+def one_meteor(no_java: str) -> Meteor:
     """METEOR reads its paraphrases for seconds: once is enough."""
-    return Meteor()
-
-
-@pytest.fixture
-def no_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", no_java)  # as it was
+        if not metrics.has_java():
+            pytest.skip("needs Java")
+        return Meteor()
 
 
 @pytest.fixture
@@ -167,7 +166,6 @@ def test_the_tokeniser_gets_the_raw_texts_all_at_once() -> None:
     tokenise.assert_called_once_with(["One .", "two", "<rare>", "x  y", "A Labradoodle ."])
 
 
-@pytest.mark.usefixtures("no_java")
 def test_what_cannot_be_had_is_left_out_with_the_reason() -> None:
     scores = metrics.evaluate(CAPTIONS, REFERENCES, frozen_tokens, "en")
     assert list(scores.corpus) == QUICK
@@ -255,7 +253,6 @@ def test_chinese_is_scored_by_characters_or_by_words() -> None:
             assert tokeniser.name.startswith(named) and tokeniser.tokenise(["一只狗。"]) == [tokens]
 
 
-@pytest.mark.usefixtures("no_java")
 def test_a_tokeniser_that_cannot_be_had_or_is_of_another_language_is_refused(refused: Callable[..., Any]) -> None:
     with refused("the ptb tokeniser needs Java", "apt install default-jre-headless"):
         metrics.pick_tokeniser("ptb", "en")

@@ -81,9 +81,8 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(
 
 
 @pytest.fixture
-def workplace(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(archive: Path, tmp_path: Path) -> Path:
     """A folder as the commands find it: with the recipes, a small dataset, and pictures of one's own."""
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))  # no Java, which would take its time
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for folder in ("holiday", "cats"):
         shutil.copytree(archive / "images", tmp_path / folder)

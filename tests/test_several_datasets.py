@@ -25,10 +25,9 @@ BOTH = "data.root=[archive, other]"
 
 
 @pytest.fixture
-def both(drawn: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def both(drawn: Path, archive: Path) -> Path:
     """Two datasets whose pictures have the same names: archive/ as CSV, other/ in Karpathy's format."""
     as_karpathy(drawn, Path("other"))
-    monkeypatch.setenv("PATH", "/nothing")  # no Java, which would take its time
     return archive
 
 

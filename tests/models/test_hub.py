@@ -163,9 +163,7 @@ def test_every_script_takes_a_captioner_from_the_hub(
     files: Files,
     archive: Path,
     call: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PATH", "nothing")  # Java takes its time
     there.add("me/scripts", files)
     name, picture, scored = "hf://me/scripts", archive / "images/11.jpg", ("--split", "val", "--tokeniser", "words")
     assert call(publish.main, trained, "given.pth") == 0
