@@ -106,11 +106,12 @@ def test_the_figure_shows_every_curve_and_names_the_best_epoch(tmp_path: Path) -
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e308", "1e400"])
 def test_a_number_that_no_axis_can_show_is_a_gap(script: Script, value: str) -> None:
-    for column in range(2, 7):
+    runs = [f"odd{column}" for column in range(2, 7)]
+    for column, name in enumerate(runs, start=2):
         cells = ROWS[1].strip().split("\t")
         cells[column] = value
-        write_log("runs/odd", HEADER + ROWS[0] + "\t".join(cells) + "\n" + ROWS[2])
-        assert script("--run", "odd") == 0
+        write_log(f"runs/{name}", HEADER + ROWS[0] + "\t".join(cells) + "\n" + ROWS[2])
+    assert script("--run", *runs) == 0
     write_log("runs/odd", HEADER + "\t".join(["1", "1", *[value] * 5]) + "\n")
     assert script("--run", "odd") == 0
 

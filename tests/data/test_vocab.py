@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -112,7 +111,7 @@ def test_a_damaged_word_list_is_refused(state: dict[str, Any], refused: Callable
         Vocabulary(**state)
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="java, which runs the PTBTokenizer, is not installed")
+@pytest.mark.usefixtures("java")
 def test_the_tokeniser_agrees_with_the_one_papers_score_with() -> None:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
