@@ -192,12 +192,12 @@ def test_the_first_convolutions_stay_in_floats_where_a_backbone_needs_that(
     def note_and_round(graph: bytes, pixels: torch.Tensor, bits: int, floats: int) -> bytes:
         found = rounded(graph, pixels, bits, floats)
         sizes[floats] = len(found)
-        return graph if floats == 3 else found  # the graph itself differs by nothing
+        return graph if floats == int8.FIRST else found  # the graph itself differs by nothing
 
     monkeypatch.setattr(int8, "round_layers", note_and_round)
     monkeypatch.setattr(int8, "WORST", 0.0)
     assert int8.quantise(graph, pixels, 8, "resnet18") == graph
-    assert list(sizes) == [0, 3] and sizes[0] < sizes[3]
+    assert list(sizes) == [0, int8.FIRST] and sizes[0] < sizes[int8.FIRST]
 
 
 def test_the_exported_encoder_is_in_8_bits_too(
