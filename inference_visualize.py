@@ -75,7 +75,8 @@ def main() -> None:
             note(line)
     written = [PAGE, "predictions.json", *tables]
     note(f"wrote captions of {plural(len(captioned), 'picture', 'pictures')} in {time.monotonic() - began:.0f} s:")
-    note(f"    {out / PAGE} (open it in a browser), {', '.join(str(out / name) for name in written[1:])}, drawings")
+    files = ", ".join(str(out / name) for name in [*written[1:], "outputs/*.jpg"])
+    note(f"    {out / PAGE} (open it in a browser), {files}")
 
 
 def show(captioned: list[tuple[Picture, list[Caption]]]) -> None:
@@ -206,7 +207,8 @@ def draw_captions(
             done += [(item.picture, without_attention(each)) for item, each in captioned]
             skipped += map(str, errors)
     if not done:
-        raise UserError(f"nothing was captioned: {skipped[0]}")
+        others = f", as {len(skipped) - 1:,} more" if len(skipped) > 1 else ""
+        raise UserError(f"nothing was captioned: {skipped[0]}{others}")
     texts = [best.text for _, (best, *_) in done]
     subtitle = f"{config.encoder.name} and {config.decoder.name}"
     subtitle += "; point at a word to see its attention" if heads else ""

@@ -127,13 +127,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
-    def parse_options(self, settings: Collection[str] = (), rest: str = "") -> argparse.Namespace:
+    def parse_options(
+        self, settings: Collection[str] = (), rest: str = "", with_option: str = "--run"
+    ) -> argparse.Namespace:
         """Parse the command line; settings such as `train.lr=1e-3` may stand anywhere in it and become `overrides`.
 
         Args:
             settings: the names of all settings, for a script that takes any. For an unknown option that is one of them,
                 the message shows how to write it.
             rest: the attribute for words that are neither options nor settings, for a script that takes such.
+            with_option: the option that these words may also stand behind.
 
         Raises UserError for an unknown option, and for other words where there is no `rest`.
         """
@@ -146,8 +149,12 @@ class Parser(argparse.ArgumentParser):
         if settings:
             self.epilog = f"{self.epilog or ''} Settings, as in config.yaml, are written key.sub=value."
         if rest:
-            self.add_argument(rest, nargs="*", metavar=rest.rstrip("s"), help="as the option above, without it")
+            self.add_argument(
+                rest, nargs="*", metavar=rest.rstrip("s"), help=f"as with {with_option}, which may be left out"
+            )
         args, unknown = self.parse_known_intermixed_args([expand_home(word) for word in words])
+        if unknown and rest and os.path.exists(unknown[0]):
+            raise UserError(f"{unknown[0]} begins as options do; write ./{unknown[0]}")
         if unknown and unknown[0].startswith("-"):
             raise UserError(self.explain_unknown(unknown, settings))
         if unknown:

@@ -95,7 +95,7 @@ def inference_visualize() -> argparse.Namespace:
         "search.top_p=0.9 to draw captions, the same ones each time; config.yaml lists all of search.*",
     )
     add = parser.add_argument
-    add("--images", nargs="+", default=[], metavar="PATH", help="picture files, folders or globs, as without --images")
+    add("--images", nargs="+", default=[], metavar="PATH", help="picture files, folders or globs")
     add_model = parser.add_mutually_exclusive_group().add_argument
     checkpoint = "a checkpoints.pth, or hf://user/name on the Hugging Face Hub, or hf://user/name@revision "
     checkpoint += "(default: the newest run's; for your own pictures, of those that learned from "
@@ -116,7 +116,7 @@ def inference_visualize() -> argparse.Namespace:
     add("--embed", nargs="?", const="copies", choices=["copies", "originals"], help=embed)
     add("--out", metavar="FOLDER", help="where to write (default: the run's folder, or with your pictures this one)")
     add("--quiet", action="store_true", help="print captions and what goes wrong, nothing else")
-    args = parser.parse_options(setting_names(), "pictures")
+    args = parser.parse_options(setting_names(), "pictures", "--images")
     if args.attention and args.attention != MEAN and Path(args.attention).exists():
         args.pictures, args.attention = [*args.pictures, args.attention], MEAN
     args.images = [*args.pictures, *args.images]
@@ -133,7 +133,8 @@ def inference_visualize() -> argparse.Namespace:
     for pattern in args.images:
         found, notes = pictures_at(pattern, first=True)
         if not found:
-            raise UserError("; ".join([f"there is no picture at {pattern}", *(notes or ["check the path"])]))
+            where = "in the folder" if Path(pattern).is_dir() else "at"
+            raise UserError("; ".join([f"there is no picture {where} {pattern}", *(notes or ["check the path"])]))
     check_model(args)
     if args.language and not args.images:
         raise UserError("--language takes a captioner that belongs to no run; name the pictures to caption, too")
@@ -170,7 +171,7 @@ def evaluate() -> argparse.Namespace:
 def visualize_loss() -> argparse.Namespace:
     example = "Example: python visualize_loss.py --run flickr8k attention"
     parser = Parser(description="Draw the loss curve of a run, or of several to compare them.", epilog=example)
-    run = "names or folders of runs, as without --run (default: the newest)"
+    run = "names or folders of runs (default: the newest)"
     parser.add_argument("--run", nargs="+", default=[], metavar="NAME", help=run)
     where = "picture to write (default: loss_curve.png, in the folder of the run if it is only one)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=where)

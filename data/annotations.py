@@ -7,7 +7,7 @@ it and `image_id` begin with the dataset's name. `split` is train, val or test. 
 format the captions came in (see `data.formats`), and this one needs no torch.
 """
 
-from cli import Parser, UserError, run_script, say  # first, so that Ctrl-C is quiet while the others are imported
+from cli import Parser, UserError, run_script, say, shorten  # first, so that Ctrl-C is quiet during the imports
 
 # isort: split
 import json
@@ -30,6 +30,7 @@ from data.folders import (
     image_folders,
     list_folder,
     other_captions,
+    plural,
     split_in_name,
 )
 from data.splits import SPLITS
@@ -127,7 +128,7 @@ def report(config: DataConfig) -> Iterator[str]:
     tables, parts = [], datasets(config)
     for prefix, part in parts:
         table, source, missing = read_dataset(part)
-        note = ", drawn by a seed" if table["split"].isna().all() else ""
+        note = ", chosen at random" if table["split"].isna().all() else ""
         table = splits.complete(table, None)
         kind = formats.recognise(caption_files(part)[0]) if part.format == "auto" else part.format
         yield f"captions:   {source} ({kind})"
@@ -139,6 +140,8 @@ def report(config: DataConfig) -> Iterator[str]:
         idle = len(set(list_folder(image_folder(part)).pictures()) - set(table["image"]))
         if idle:
             yield f"            {idle:,} other pictures there have no caption"
+        image, caption = table[["image", "caption"]].iloc[0]
+        yield f"the first:  {image}: {shorten(caption, 200)}"
         yield from describe(table, part, note)
         yield ""
         tables.append(table.assign(image=prefix + table["image"]))
@@ -154,10 +157,11 @@ def describe(table: pd.DataFrame, config: DataConfig, note: str) -> Iterator[str
     each, twice = table.groupby("image").size(), table.duplicated(["image", "caption"]).sum()
     low, high = each.min(), each.max()
     count = f"{low} to {high} captions" if low < high else "1 caption" if low == 1 else f"{low} captions"
-    yield f"            {count} each, {len(table):,} in all, {twice:,} of them repeated"
+    yield f"            {count} each, {len(table):,} in all" + (f", {twice:,} of them repeated" if twice else "")
     for split in SPLITS:
         rows = table[table["split"] == split]
-        yield f"{split + ':':<11} {rows['image'].nunique():,} pictures, {len(rows):,} captions{note}"
+        pictures, captions = plural(rows["image"].nunique(), "picture", "pictures"), len(rows)
+        yield f"{split + ':':<11} {pictures}, {plural(captions, 'caption', 'captions')}{note}"
     words = table["caption"].map(TOKENISERS[config.language]())
     lengths = words.str.len()
     short, long = lengths.quantile([0.05, 0.95]).round().astype(int)

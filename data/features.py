@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import distributed
 from cli import UserError, say
-from data.folders import ImageFolders
+from data.folders import ImageFolders, plural
 from data.transforms import WHOLE, Transform, View, open_picture
 from utils import write_atomically
 
@@ -383,7 +383,8 @@ class FeatureCache:
                 chunks.append((folder / f"{number:05}.npy", source, part, [stamps[i] for i in part]))
         if not distributed.any_of(bool(chunks)):  # once all processes have looked, before any writes
             return {}  # another job has encoded them meanwhile
-        say(f"encoding {sum(len(part) for *_, part in chunks):,} pictures{note}, once, into {self.place}/")
+        count = sum(len(part) for *_, part in chunks)
+        say(f"encoding {plural(count, 'picture', 'pictures')}{note}, once, into {self.place}/")
         mine = distributed.share(chunks)
         total, broken = sum(len(part) for *_, part in mine), dict[str, str]()
         with tqdm(total=total, desc="encoding", unit="img", disable=distributed.bar_hidden()) as bar:

@@ -78,7 +78,7 @@ def read_table(path: Path) -> Iterator[tuple[str, str, str | None, str]]:
     header, headers = stripped[0], [number for number, cells in enumerate(stripped) if Columns.of(cells)]
     columns = Columns.of(stripped[headers[0]]) if headers else without_header(header)
     if columns is None:
-        raise UserError(not_understood(path, header, separator))
+        raise UserError(not_understood(path, header, stripped[1] if len(stripped) > 1 else [], separator))
     rows = itertools.chain(top[headers[0] + 1 :] if headers else top, rows)
     for line, cells in rows:
         where = f"{path} line {line}"
@@ -134,8 +134,8 @@ def check_quotes(caption: str, where: str, image: str) -> None:
         raise UserError(f"{where}: the caption of {shorten(image)} runs over other lines; close its quotation mark")
 
 
-def not_understood(path: Path, header: Cells, separator: str) -> str:
-    """Say what the first line of a table is, and what would work in its place."""
+def not_understood(path: Path, header: Cells, second: Cells, separator: str) -> str:
+    """Say what the first line of a table is, and what would work in its place; the second may show a picture."""
     if header == [""]:
         return f"{path} is empty; write a line image,caption and below it one for each caption"
     workbook = path.suffix.lower() == ".xlsx"
@@ -152,8 +152,14 @@ def not_understood(path: Path, header: Cells, separator: str) -> str:
             if len(header) == 2 and not near:  # the other one
                 near = [1 - place for place in [find(plain, IMAGE), find(plain, CAPTION)] if place is not None]
             better[near[0] if near else 0] = wanted if near else ""
+    pictures = [place for place, cell in enumerate(second) if cell.lower().endswith(PICTURE_SUFFIXES)]
+    if "" in better and len(pictures) == 1 and len(second) == len(header) > 1:  # the caption is the longest of the rest
+        better, others = list(header), [place for place in range(len(second)) if place not in pictures]
+        better[pictures[0]], better[max(others, key=lambda place: len(second[place]))] = "image", "caption"
     line = shorten(separator.join(header))
-    advice = f"add a first line such as {separator.join(['image', 'caption'])}, with a name for each column"
+    advice = f"add a first line such as {separator.join(['image', 'caption'])}"
+    if len(header) > 2:
+        advice = f"add a first line that names all {len(header)} columns, two of them image and caption"
     if len(header) > 1 and "" not in better and better != header:
         advice = f"name them in this line: {shorten(separator.join(better), 200)}"
     return f"{path} starts with {line!r}: {parts}, which do not say where pictures and captions are; {advice}"

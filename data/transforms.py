@@ -132,7 +132,8 @@ def open_picture(path: str | Path, content: bytes | None = None, least: int | No
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
         if isinstance(error, UnidentifiedImageError):
-            reason = "unknown format"
+            empty = content is None and os.path.getsize(path) == 0
+            reason = "an empty file" if empty else "unknown format"
         if of_phone and formats is FORMATS:
             reason = "HEIC, which needs a package: pip install pillow-heif"
         raise UserError(f"cannot read the picture {path} ({reason}); replace it or leave it out") from None

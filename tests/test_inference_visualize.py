@@ -125,6 +125,10 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
     ("line", "said"),
     [
         ("--images nowhere.jpg", "there is no picture at nowhere.jpg"),
+        ("hollow", "there is no picture in the folder hollow"),
+        ("-dash.jpg", "-dash.jpg begins as options do; write ./-dash.jpg"),
+        ("./-dash.jpg", "cannot read the picture -dash.jpg (an empty file)"),
+        ("./-dash.jpg archive/captions.csv", "leave it out, as 1 more"),
         ("--images archive/captions.csv", "nothing was captioned: cannot read the picture archive/captions.csv"),
         ("--limit 0", "must be at least 1"),
         ("--num-captions 0", "must be at least 1"),
@@ -138,6 +142,8 @@ def test_broken_pictures_are_skipped_and_named(run: Run, capsys: pytest.CaptureF
     ],
 )
 def test_what_cannot_be_done_ends_in_code_2(line: str, said: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("hollow").mkdir()
+    Path("-dash.jpg").touch()
     assert run(*line.split(), "--out", "there") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error

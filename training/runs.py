@@ -188,6 +188,6 @@ def refuse_existing(run: Run) -> None:
         say(f"{run.folder} is started again (name another run with run=NAME to keep it)")
         return
     raise UserError(
-        f"{run.folder} already exists; resume it: --resume --run {run.name}, start another: run=NAME, or replace it: "
-        "--overwrite"
+        f"{run.folder} already exists; resume it: python train.py --resume --run {run.name}, start another: run=NAME, "
+        "or replace it: --overwrite"
     )

@@ -107,7 +107,8 @@ def test_a_dataset_is_described_in_numbers(archive: Path, capsys: pytest.Capture
     Path("archive/captions.csv").write_text("\n".join(rows))
     assert run(annotations.main, "archive", "data.min_count=1") == 0
     said = capsys.readouterr().out
-    assert "pictures:   11, in archive/images\n" in said and "5 captions each, 55 in all" in said
+    assert "pictures:   11, in archive/images\n" in said and "5 captions each, 55 in all\n" in said
+    assert "the first:  00.jpg: " in said and "test:       1 picture, 5 captions" in said
     assert run(annotations.main, "nowhere") == 2
     assert "there is no folder nowhere; check the path" in capsys.readouterr().err
 

@@ -250,6 +250,11 @@ def test_the_lemmas_of_the_official_zip_are_left_aside(root: Path) -> None:
         ("photo;words\na.jpg;A dog\n", ["'photo;words': 2 columns by semicolons", "in this line: photo;caption"]),
         ("image,captoin\na.jpg,A dog\n", ["in this line: image,caption"]),
         ("image,caption_en,caption_de\na.jpg,A dog,Ein Hund\n", ["in this line: image,caption,caption_de"]),
+        (
+            "Bild;Gewicht;Beschreibung\na.jpg;1,5;Ein Hund im Schnee\n",
+            ["3 columns by semicolons", "name them in this line: image;Gewicht;caption"],
+        ),
+        ("001;2;A dog\n002;3;A cat\n", ["add a first line that names all 3 columns, two of them image and caption"]),
         ("a dog runs\n", ["'a dog runs': no columns", "add a first line such as image,caption"]),
         ("001;A dog\n002;A cat\n", ["add a first line such as image;caption"]),
         ("image;caption\na.jpg;A dog;x\ny.jpg\n", ["line 3 has 1 columns, not 2; fill in what is missing"]),
@@ -276,11 +281,7 @@ def test_the_advice_works(first: str, root: Path) -> None:
     put(root, "captions.csv", text=f"{first}\n{lines}")
     with pytest.raises(UserError) as caught:
         load(root)
-    advice = str(caught.value)
-    if "in this line: " in advice:
-        put(root, "captions.csv", text=f"{advice.partition('in this line: ')[2]}\n{lines}")
-    else:
-        put(root, "captions.csv", text=f"image;caption;who\n{lines}")
+    put(root, "captions.csv", text=f"{str(caught.value).partition('in this line: ')[2]}\n{lines}")
     assert rows(load(root)) == CAPTIONS
 
 
