@@ -31,6 +31,7 @@ from training.runs import Run
 from utils import pick_device
 
 KNOWN = 0.75  # of the words in training captions a vocabulary should have
+FEW = 30  # val pictures: with fewer, CIDEr-D is known to some 20 points at best
 
 
 class Captions:
@@ -93,6 +94,8 @@ class Captions:
         else:
             source = self.config.shards or " and ".join(map(str, caption_files(self.config)))
             say(f"data: {source}: {describe(counts)}")
+        if counts["val"][0] < FEW:
+            say(f"warning: scores of so few val pictures are mostly chance; {FEW} or more would say something")
 
 
 def count(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
