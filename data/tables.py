@@ -153,9 +153,12 @@ def not_understood(path: Path, header: Cells, second: Cells, separator: str) -> 
                 near = [1 - place for place in [find(plain, IMAGE), find(plain, CAPTION)] if place is not None]
             better[near[0] if near else 0] = wanted if near else ""
     pictures = [place for place, cell in enumerate(second) if cell.lower().endswith(PICTURE_SUFFIXES)]
-    if "" in better and len(pictures) == 1 and len(second) == len(header) > 1:  # the caption is the longest of the rest
-        better, others = list(header), [place for place in range(len(second)) if place not in pictures]
-        better[pictures[0]], better[max(others, key=lambda place: len(second[place]))] = "image", "caption"
+    if "" in better and len(pictures) == 1 and len(second) == len(header) > 1:
+        better = list(header)
+        better[pictures[0]] = "image"
+        if find(plain, CAPTION) is None:  # the longest of the others
+            others = [place for place in range(len(second)) if place not in pictures]
+            better[max(others, key=lambda place: len(second[place]))] = "caption"
     line = shorten(separator.join(header))
     advice = f"add a first line such as {separator.join(['image', 'caption'])}"
     if len(header) > 2:

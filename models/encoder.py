@@ -22,8 +22,8 @@ from data.transforms import Transform
 from models.backbones import family_of, unsuitable
 from models.weights import load_weights, read_weights
 
-DRAWS = "uniform_ normal_ trunc_normal_ xavier_uniform_ xavier_normal_ kaiming_uniform_ kaiming_normal_"
-DRAWING: dict[str, Callable] = {name: getattr(nn.init, name) for name in DRAWS.split()}  # in torch.nn.init
+RANDOM = "uniform_ normal_ trunc_normal_ xavier_uniform_ xavier_normal_ kaiming_uniform_ kaiming_normal_"
+DRAWING: dict[str, Callable] = {name: getattr(nn.init, name) for name in RANDOM.split()}  # what draws weights
 
 
 class EncoderCNN(nn.Module):

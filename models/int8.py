@@ -131,8 +131,8 @@ def drawings(transform: Transform) -> torch.Tensor:
 
 def quantise(graph: bytes, pixels: torch.Tensor, bits: int, name: str) -> bytes:
     """Return an ONNX graph of uint8 `pixels` (P, 3, S, S) with its convolutions in 8 bits, for the ranges of these
-    pictures; weights have 8 `bits`, or 7 for any processor. The FIRST convolutions stay in floats where
-    that is needed.
+    pictures; weights have 8 `bits`, or 7 for any processor. The FIRST convolutions stay in floats where that is
+    needed.
 
     Raises UserError where the first output, of the backbone `name`, still differs by more than WORST.
     """

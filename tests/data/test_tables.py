@@ -254,6 +254,7 @@ def test_the_lemmas_of_the_official_zip_are_left_aside(root: Path) -> None:
             "Bild;Gewicht;Beschreibung\na.jpg;1,5;Ein Hund im Schnee\n",
             ["3 columns by semicolons", "name them in this line: image;Gewicht;caption"],
         ),
+        ("foo,caption,note\na.jpg,A dog,seen on a long walk\n", ["name them in this line: image,caption,note"]),
         ("001;2;A dog\n002;3;A cat\n", ["add a first line that names all 3 columns, two of them image and caption"]),
         ("a dog runs\n", ["'a dog runs': no columns", "add a first line such as image,caption"]),
         ("001;A dog\n002;A cat\n", ["add a first line such as image;caption"]),
