@@ -95,7 +95,7 @@ class Captions:
             source = self.config.shards or " and ".join(map(str, caption_files(self.config)))
             say(f"data: {source}: {describe(counts)}")
         if counts["val"][0] < FEW:
-            say(f"warning: scores of so few val pictures are mostly chance; {FEW} or more would say something")
+            say(f"scores of fewer than {FEW} val pictures are mostly chance")
 
 
 def count(table: pd.DataFrame) -> dict[str, tuple[int, int]]:

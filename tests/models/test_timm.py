@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
@@ -142,8 +141,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
             raise LocalEntryNotFoundError("An error happened while trying to locate the file. Please check it.\nYours")
         return str(path)
 
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *file: None)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return asked
 
 
@@ -155,7 +154,7 @@ def test_pretrained_weights_come_from_the_hub_once(
     encoder = EncoderCNN(settings)
     assert hub == ["timm/test_vit.r160_in1k/model.safetensors"]
     assert encoder.identity["source"] == str(path)
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *file: str(path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *file: str(path))
     assert EncoderCNN(settings).identity == encoder.identity
     assert len(hub) == 1
 
