@@ -73,9 +73,8 @@ def main() -> None:
     if args.embed:
         for line in embed(texts, own_folder(out / "captioned") if args.embed == "copies" else None, args.existing):
             note(line)
-    written = [PAGE, "predictions.json", *tables]
     note(f"wrote captions of {plural(len(captioned), 'picture', 'pictures')} in {time.monotonic() - began:.0f} s:")
-    files = ", ".join(str(out / name) for name in [*written[1:], "outputs/*.jpg"])
+    files = ", ".join(str(out / name) for name in ["predictions.json", *tables, "outputs/*.jpg"])
     note(f"    {out / PAGE} (open it in a browser), {files}")
 
 

@@ -153,9 +153,9 @@ class Parser(argparse.ArgumentParser):
                 rest, nargs="*", metavar=rest.rstrip("s"), help=f"as with {with_option}, which may be left out"
             )
         args, unknown = self.parse_known_intermixed_args([expand_home(word) for word in words])
-        if unknown and rest and os.path.exists(unknown[0]):
-            raise UserError(f"{unknown[0]} begins as options do; write ./{unknown[0]}")
         if unknown and unknown[0].startswith("-"):
+            if rest and os.path.exists(unknown[0]):
+                raise UserError(f"{unknown[0]} begins as options do; write ./{unknown[0]}")
             raise UserError(self.explain_unknown(unknown, settings))
         if unknown:
             raise UserError(

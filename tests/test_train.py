@@ -103,6 +103,7 @@ def test_a_run_leaves_its_log_its_settings_and_two_checkpoints(finished: Path) -
     assert "    08.jpg: " in printed
     assert "next: python inference_visualize.py --run first, python evaluate.py --split val --run first" in printed
     assert "warning" not in printed
+    assert "scores of fewer than 30 val pictures are mostly chance" in printed
     best = load_checkpoint(folder / "checkpoints.pth")["scores"]
     assert best in log.to_dict("records") and best["val_cider"] == log["val_cider"].max()
 
